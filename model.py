@@ -1,0 +1,674 @@
+"""
+What the stages share, and nothing else. Sections, in order; a reader can skip between them:
+
+  1 words to the user, files      4 generation with a KV cache     7 devices and processes
+  2 the tokenizer and chat form   5 the scalar head                8 the gold reward
+  3 the GPT                       6 optimizers
+
+Letters in shape comments: B batch, T tokens, S keys seen so far (cache + T), C n_embd, H heads, D = C/H, V vocabulary.
+"""
+import base64
+import contextlib
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+import tempfile
+import zlib
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+
+# -----------------------------------------------------------------------------
+# 1. words to the user, files
+
+def print0(*args, **kwargs):
+    """print, on rank 0 only."""
+    if int(os.environ.get('RANK', 0)) == 0:
+        print(*args, **kwargs, flush=True)
+
+def die(message):
+    """End the program for a mistake of its user: one line (from rank 0), exit code 1, no traceback."""
+    raise SystemExit(f'error: {message}' if int(os.environ.get('RANK', 0)) == 0 else 1)
+
+def interrupted(kind, value, trace, default=sys.excepthook):
+    if issubclass(kind, KeyboardInterrupt):
+        print('\nstopped. Nothing is half-written: run the same command again to go on.', file=sys.stderr)
+    else:
+        default(kind, value, trace)
+
+sys.excepthook = interrupted # Ctrl-C is no error: one line instead of a traceback, in every stage
+
+@contextlib.contextmanager
+def atomic(path):
+    """`with atomic('x') as tmp:` write to tmp; it becomes x only when whole. A crash leaves the old x as it was."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, tmp = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + '.', suffix='.partial')
+    os.close(handle)
+    os.chmod(tmp, 0o644) # mkstemp makes files that only their owner may read
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    except OSError as e:
+        die(f'cannot write {path}: {e.strerror or e}')
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+def read_jsonl(path):
+    """Yield (line number, object) of a .jsonl or .jsonl.gz file; a bad line ends the program with its place."""
+    number = 0
+    try:
+        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rt', encoding='utf-8-sig') as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f'a JSON object is expected, this is {type(row).__name__}')
+                    yield number, row
+    except FileNotFoundError:
+        die(f'no file {path}')
+    except UnicodeDecodeError as e:
+        die(f'{path}: after line {number}: not UTF-8 ({e.reason})')
+    except ValueError as e:
+        die(f'{path}:{number}: not a JSON line: {e}')
+    except (OSError, EOFError, zlib.error) as e:
+        die(f'{path}: after line {number}: the file is damaged ({e})')
+
+def write_jsonl(path, rows):
+    """Write objects one a line, whole or not at all; .gz by name, without a time stamp: same rows, same bytes."""
+    with atomic(path) as tmp, open(tmp, 'wb') as raw:
+        out = gzip.GzipFile('', 'wb', 6, raw, mtime=0) if str(path).endswith('.gz') else raw
+        for row in rows:
+            out.write((json.dumps(row, ensure_ascii=False) + '\n').encode('utf-8', 'surrogatepass'))
+        if out is not raw:
+            out.close()
+
+SHARD_FORMS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)} # magic: version, dtype; llm.c and modded-nanogpt
+
+def read_shard(path, tok_hash=0):
+    """Token shard -> read-only memory map of its tokens. A hash of 0, here or there, means unknown: not compared."""
+    try:
+        header = np.fromfile(path, dtype='<i4', count=256)
+    except OSError as e:
+        die(f'cannot read {path}: {e.strerror}')
+    if len(header) < 256 or header[0] not in SHARD_FORMS or header[1] != SHARD_FORMS[header[0]][0]:
+        die(f'{path} is no token shard (bad header): run tokenizer.py again')
+    dtype = np.dtype(SHARD_FORMS[header[0]][1])
+    has, says = (os.path.getsize(path) - 1024) / dtype.itemsize, int(header[2])
+    if has != says:
+        die(f'{path} is damaged: its header says {says:,} tokens, it holds {has:,.1f}: run tokenizer.py again')
+    if tok_hash and header[3] and header[3] != tok_hash:
+        die(f'{path} was written with another tokenizer than the one in use: run tokenizer.py again')
+    return np.memmap(path, dtype=dtype, mode='r', offset=1024, shape=(says,)) if says else np.zeros(0, dtype)
+
+# -----------------------------------------------------------------------------
+# 2. the tokenizer and chat form
+
+SPECIAL_TOKENS = ['<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', '<|pad|>']
+
+class Tokenizer:
+    """A tiktoken encoding made from tokenizer.json, and the way a conversation is spelled in tokens."""
+
+    def __init__(self, spec):
+        try:
+            self.tokens = [base64.b64decode(t) for t in spec['ranks']]
+            specials = {name: len(self.tokens) + i for i, name in enumerate(spec['special_tokens'])}
+            self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], special_tokens=specials,
+                                         mergeable_ranks={t: i for i, t in enumerate(self.tokens)})
+            (self.eot, self.system, self.user, self.assistant, self.end, self.pad) = (specials[s] for s in SPECIAL_TOKENS)
+        except (KeyError, TypeError, ValueError) as e: # binascii.Error is a ValueError
+            raise ValueError(f'damaged tokenizer ({type(e).__name__}: {e})') from e
+        self.spec, self.n_vocab = spec, len(self.tokens) + len(specials)
+        self.hash = int(hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8], 16) & 0x7fffffff
+
+    @classmethod
+    def load(cls, path):
+        """Read tokenizer.json; missing or damaged ends the program with the command that makes it."""
+        try:
+            with open(path, encoding='utf-8') as f:
+                return cls(json.load(f))
+        except FileNotFoundError:
+            die(f'no tokenizer {path}: make it with `python tokenizer.py --data_dir={os.path.dirname(path)}`')
+        except ValueError as e: # json.JSONDecodeError is one too
+            die(f'{path}: {e}: make it again with `python tokenizer.py --data_dir={os.path.dirname(path)}`')
+
+    def encode(self, text):
+        """Text -> ids. Text that spells a special token gives ordinary tokens: users cannot inject turns."""
+        return self.enc.encode_ordinary(text)
+
+    def decode(self, ids):
+        """ids -> text; bytes that are no valid UTF-8 become U+FFFD."""
+        return self.enc.decode(ids)
+
+    def bytes_of(self, i):
+        """The bytes of one token; a special token has none (it is no text)."""
+        return self.tokens[i] if i < len(self.tokens) else b''
+
+    def render(self, messages, prompt=False):
+        """
+        Messages -> (ids, mask); mask is 1 on what the assistant says, its <|end|> included: the tokens to learn.
+            <|endoftext|> <|user|>Hi<|end|> <|assistant|>Hello!<|end|>
+                  0          0    0   0         0          1     1
+        With prompt=True it ends after <|assistant|>, ready to be answered. Raises ValueError on a bad conversation.
+        """
+        ids, mask, turns = [self.eot], [0], list(messages) if isinstance(messages, list) else []
+        openers = {'system': self.system, 'user': self.user, 'assistant': self.assistant}
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, dict) or not isinstance(turn.get('content'), str) or turn.get('role') not in openers:
+                raise ValueError(f'message {i} is not {{"role": system|user|assistant, "content": text}}')
+            n_system = int(turns[0]['role'] == 'system')
+            if i >= n_system and turn['role'] != ('user', 'assistant')[(i - n_system) % 2] or i and turn['role'] == 'system':
+                raise ValueError(f'message {i} is of the {turn["role"]}: after an optional system message, '
+                                 'user and assistant take turns, the user first')
+            said, learn = self.encode(turn['content']), int(turn['role'] == 'assistant')
+            ids += [openers[turn['role']], *said, self.end]
+            mask += [0] + [learn] * (len(said) + 1)
+        last = turns[-1]['role'] if turns else 'nobody'
+        if last != ('user' if prompt else 'assistant'):
+            raise ValueError(f'the last turn is of {last}, not of the ' + ('user' if prompt else 'assistant'))
+        return (ids + [self.assistant], mask + [0]) if prompt else (ids, mask)
+
+# -----------------------------------------------------------------------------
+# 3. the GPT
+
+@dataclass
+class GPTConfig:
+    arch: str = 'gpt2'           # 'gpt2': LayerNorm, learned positions, GELU | 'llama': RMSNorm, rotary positions, gated MLP
+    vocab_size: int = 50257
+    block_size: int = 1024       # the longest text it can see, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0           # heads of keys and values (grouped-query attention); 0 = n_head
+    n_embd: int = 768
+    n_hidden: int = 0            # width of the MLP; 0 = 4 C (gpt2) or 8/3 C rounded up to a multiple of 32 (llama)
+    dropout: float = 0.0
+    tie_embeddings: bool = True  # input and output embedding are one matrix
+    qk_norm: bool = False        # RMSNorm on queries and keys: attention logits stay bounded at high learning rates
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_hidden = self.n_hidden or (4 * self.n_embd if self.arch == 'gpt2' else -(-8 * self.n_embd // 96) * 32)
+        if self.arch not in ('gpt2', 'llama'):
+            die(f"arch is 'gpt2' or 'llama', not {self.arch!r}")
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            die(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, and that of n_kv_head {self.n_kv_head}')
+        if self.arch == 'llama' and self.n_embd // self.n_head % 2:
+            die(f'rotary positions need an even head width, n_embd / n_head is {self.n_embd // self.n_head}')
+
+def make_norm(c):
+    return nn.LayerNorm(c.n_embd, eps=c.norm_eps) if c.arch == 'gpt2' else nn.RMSNorm(c.n_embd, eps=c.norm_eps)
+
+class Attention(nn.Module):
+    """Causal self-attention (Vaswani et al. 2017), with grouped keys and values (Ainslie et al. 2023)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
+        self.dropout, self.qk_norm = c.dropout, c.qk_norm
+        self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * self.head_dim, bias=c.arch == 'gpt2')
+        self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.arch == 'gpt2')
+
+    def forward(self, x, rope, mask, cache, layer):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                      # (B, H + 2 H_kv, T, D)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)                                                  # (B, H_kv, S, D)
+        if self.n_kv_head != self.n_head:
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021): turn each pair (x1, x2) by an angle that grows with its position."""
+    x1, x2 = x.chunk(2, dim=-1)                                                               # (B, H, T, D/2)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+class MLP(nn.Module):
+    """gpt2: GELU(x W) W'. llama: SiLU(x W_gate) * (x W_up) W' (Shazeer 2020), gate and up in one matrix."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gated, self.dropout = c.arch == 'llama', c.dropout
+        self.up = nn.Linear(c.n_embd, (1 + self.gated) * c.n_hidden, bias=c.arch == 'gpt2')
+        self.proj = nn.Linear(c.n_hidden, c.n_embd, bias=c.arch == 'gpt2')
+
+    def forward(self, x):
+        h = self.up(x)
+        if self.gated:
+            gate, h = h.chunk(2, dim=-1)
+            h = F.silu(gate) * h
+        else:
+            h = F.gelu(h, approximate='tanh')
+        return F.dropout(self.proj(h), self.dropout, self.training)
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = make_norm(c), Attention(c), make_norm(c), MLP(c)
+
+    def forward(self, x, rope, mask, cache, layer):
+        x = x + self.attn(self.norm1(x), rope, mask, cache, layer)
+        return x + self.mlp(self.norm2(x))
+
+class GPT(nn.Module):
+    """The language model. model(idx) gives logits; model.hidden(idx) the normed vectors under them."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.block_size, c.n_embd) if c.arch == 'gpt2' else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.norm = make_norm(c)
+        self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_embeddings:
+            self.head.weight = self.wte.weight
+        if c.arch == 'llama':
+            half = c.n_embd // c.n_head // 2
+            angles = torch.outer(torch.arange(c.block_size).float(), c.rope_theta ** (-torch.arange(half).float() / half))
+            self.register_buffer('cos', angles.cos(), persistent=False)                       # (block_size, D/2)
+            self.register_buffer('sin', angles.sin(), persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """
+        embeddings, output    N(0, 0.02): logits start near 0, the loss near ln(V)
+        matrices              N(0, 0.02) in gpt2; N(0, 1/sqrt(fan in)) in llama
+        into the residual     gpt2: divided by sqrt(2 n_layer), so that the sum of all blocks keeps its size;
+                              llama: 0, every block starts as the identity
+        biases 0, norms 1
+        """
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                nn.init.constant_(p, float('norm' in name and name.endswith('weight')))
+            elif self.config.arch == 'gpt2' or not name.startswith('blocks'):
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if 'proj' in name else 1))
+            else:
+                nn.init.normal_(p, std=0.0 if 'proj' in name else p.size(1) ** -0.5)
+
+    def hidden(self, idx, pos=None, mask=None, cache=None):
+        """idx (B, T) -> (B, T, C). pos (B, T): positions where rows are padded left; mask (B, S): True at real keys."""
+        T, start = idx.size(1), cache.n if cache is not None else 0
+        S = start + T
+        if S > self.config.block_size:
+            raise ValueError(f'{S} tokens do not fit in a block_size of {self.config.block_size}')
+        pos = torch.arange(start, S, device=idx.device) if pos is None else pos               # (T,) or (B, T)
+        x = self.wte(idx)                                                                     # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(pos)
+        x = F.dropout(x, self.config.dropout, self.training)
+        rope = None
+        if self.wpe is None:
+            rope = tuple(t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin))      # (1 or B, 1, T, D/2)
+        if mask is not None or 0 < start < S - 1: # else plain causal attention, or one query that may see all keys
+            seen = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(start)          # (T, S)
+            if mask is not None:
+                # a query that is padding itself sees only itself: a row with no key at all would give NaN
+                seen = seen & mask[:, None, :] | torch.eye(T, S, dtype=torch.bool, device=idx.device).roll(start, 1)
+                seen = seen[:, None]                                                          # (B, 1, T, S)
+            mask = seen
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache, layer)
+        if cache is not None:
+            cache.n = S
+        return self.norm(x)
+
+    def forward(self, idx, pos=None, mask=None, cache=None):
+        """idx (B, T) -> logits (B, T, V); logits at t predict the token at t + 1."""
+        return self.head(self.hidden(idx, pos, mask, cache))
+
+    def n_params(self, embedding=True):
+        """Number of parameters; embedding=False leaves out embeddings, as scaling laws count (Kaplan et al. 2020)."""
+        skip = () if embedding else ('wte', 'wpe', 'head')
+        return sum(p.numel() for n, p in self.named_parameters() if not n.startswith(skip))
+
+    def flops_per_token(self, T):
+        """Forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022), N with the output matrix, without lookups."""
+        c = self.config
+        return 6 * (self.n_params(embedding=False) + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+
+# -----------------------------------------------------------------------------
+# 4. generation with a KV cache
+
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once."""
+
+    def __init__(self, config, batch, length, device, dtype):
+        shape = (config.n_layer, 2, batch, config.n_kv_head, length, config.n_embd // config.n_head)
+        self.kv, self.n = torch.zeros(shape, device=device, dtype=dtype), 0
+
+    def append(self, layer, k, v):
+        S = self.n + k.size(2)
+        self.kv[layer, 0, :, :, self.n:S] = k
+        self.kv[layer, 1, :, :, self.n:S] = v
+        return self.kv[layer, 0, :, :, :S], self.kv[layer, 1, :, :, :S]
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+             generator=None, on_token=None):
+    """
+    Continue each prompt (a list of ids) by up to max_new_tokens ids; returns the new ids, `stop` included where it came.
+    Rows of unequal length are padded on the left, so that all grow at the right edge; rows that are done leave the batch.
+    temperature 0 is greedy. A prompt that leaves no room in the context loses its oldest tokens.
+    """
+    device, size = model.wte.weight.device, model.config.block_size
+    max_new_tokens = min(max_new_tokens, size - 1)
+    room = size - max_new_tokens
+    P = min(max(len(p) for p in prompts), room)
+    if any(len(p) > room for p in prompts):
+        print0(f'prompt of {max(map(len, prompts))} tokens: only its last {room} fit beside {max_new_tokens} new ones')
+    rows = [p[-room:] for p in prompts]
+    idx = torch.tensor([[0] * (P - len(r)) + r for r in rows], device=device)                 # (B, P)
+    start = torch.tensor([P - len(r) for r in rows], device=device)                           # (B,) padding before a row
+    mask = torch.arange(size, device=device) >= start[:, None]                                # (B, block_size)
+    padded = bool((start > 0).any())
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
+    cache = KVCache(model.config, len(rows), P + max_new_tokens, device, dtype)
+    out, alive = [[] for _ in rows], torch.arange(len(rows), device=device)
+    for _ in range(max_new_tokens):
+        S = cache.n + idx.size(1)
+        pos = (torch.arange(cache.n, S, device=device) - start[:, None]).clamp(min=0) if padded else None
+        x = model.hidden(idx, pos, mask[:, :S] if padded else None, cache)
+        logits = model.head(x[:, -1]).float()                                                 # (B, V)
+        if temperature == 0:
+            idx = logits.argmax(-1, keepdim=True)                                             # (B, 1)
+        else:
+            probs = truncate(F.softmax(logits / temperature, dim=-1), top_k, top_p, min_p)
+            idx = torch.multinomial(probs, 1, generator=generator)                            # (B, 1)
+        new = idx[:, 0].tolist()
+        for row, token in zip(alive.tolist(), new):
+            out[row].append(token)
+        if on_token is not None:
+            on_token(new)
+        if stop is not None and stop in new:
+            keep = (idx[:, 0] != stop).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            idx, alive, start, mask, cache.kv = idx[keep], alive[keep], start[keep], mask[keep], cache.kv[:, :, keep]
+    return out
+
+def truncate(probs, top_k, top_p, min_p):
+    """Zero what sampling may not choose. All three off (0, 1.0, 0.0) returns probs untouched: RLHF needs pure samples."""
+    if top_k:
+        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.size(-1)))[0][:, -1:], 0.0)
+    if top_p < 1.0:
+        p, order = probs.sort(descending=True)
+        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0.0 # keeps the token that crosses top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, p)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs
+
+# -----------------------------------------------------------------------------
+# 5. the scalar head: reward model and critic
+
+class ScalarModel(nn.Module):
+    """A GPT body with one number per position instead of logits; score = (head - mean) / std."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.body = config, GPT(config)
+        self.body.head = None # no logits here; an unused matrix would also stall DDP
+        self.head = nn.Linear(config.n_embd, 1)
+        nn.init.normal_(self.head.weight, std=(config.n_embd + 1) ** -0.5) # Stiennon et al. 2020
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer('mean', torch.zeros(()))
+        self.register_buffer('std', torch.ones(()))
+
+    def forward(self, idx):
+        """idx (B, T) -> (B, T). Pads stand on the right, where causal attention keeps them from being seen."""
+        return (self.head(self.body.hidden(idx)).squeeze(-1).float() - self.mean) / self.std
+
+def pad_right(rows, pad, device=None):
+    """List of lists of ids -> (B, T) tensor."""
+    T = max(map(len, rows))
+    return torch.tensor([r + [pad] * (T - len(r)) for r in rows], device=device)
+
+# -----------------------------------------------------------------------------
+# 6. optimizers
+
+class Muon(torch.optim.Optimizer):
+    """
+    torch.optim.Muon (Jordan et al. 2024) for CPUs: the same update in fp32, matrices of one shape in one batch. (torch's
+    Newton-Schulz runs in bf16, which a CPU without bf16 units does many times slower than the rest of the step.)
+    """
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group['params']:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for (n, m), params in shapes.items():
+                for p in params:
+                    if 'momentum_buffer' not in self.state[p]:
+                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+                g = torch.stack([p.grad for p in params])                                     # (matrices, n, m)
+                buf = torch.stack([self.state[p]['momentum_buffer'] for p in params])
+                buf.lerp_(g, 1 - group['momentum'])
+                update = orthogonalize(g.lerp_(buf, group['momentum'])) # Nesterov
+                for p, b, u in zip(params, buf, update):
+                    self.state[p]['momentum_buffer'].copy_(b)
+                    p.mul_(1 - group['lr'] * group['weight_decay'])
+                    p.add_(u, alpha=-group['lr'] * 0.2 * math.sqrt(max(n, m))) # the size of an AdamW update
+
+def orthogonalize(x):
+    """Newton-Schulz: U S V' -> about U V', all singular values near 1, with matrix products only. x (matrices, n, m)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    flip = x.size(1) > x.size(2)
+    x = x.mT if flip else x
+    for _ in range(5):
+        xx = x @ x.mT
+        x = a * x + (b * xx + c * xx @ xx) @ x
+    return x.mT if flip else x
+
+def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, muon=False):
+    """
+    Matrices decay, vectors (norms, biases) do not (Brown et al. 2020). With muon=True the matrices inside the blocks go
+    to Muon, at the same learning rate, since its update is scaled to the size of AdamW's.
+    """
+    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    inner = [p for n, p in params if muon and p.dim() == 2 and 'blocks.' in n]
+    taken = set(map(id, inner))
+    rest = [p for _, p in params if id(p) not in taken]
+    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
+              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
+    fused = next(model.parameters()).device.type in ('cuda', 'cpu')
+    optimizers = [torch.optim.AdamW([g for g in groups if g['params']], learning_rate, betas, eps, fused=fused)]
+    if inner and inner[0].device.type == 'cuda':
+        optimizers.append(torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn='match_rms_adamw'))
+    elif inner:
+        optimizers.append(Muon(inner, learning_rate, weight_decay))
+    return optimizers
+
+# -----------------------------------------------------------------------------
+# 7. devices and processes, checkpoints
+
+def start(device='auto', dtype='auto', seed=1337):
+    """
+    Find device, precision and process group (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE); seed torch.
+    Returns device, type, dtype, rank, world, ddp, master, autocast (use as `with run.autocast():`), stop (see below).
+    """
+    rank, local, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind = device.split(':')[0]
+    if kind not in ('cpu', 'cuda', 'mps') or kind == 'cuda' and not torch.cuda.is_available():
+        die(f"device {device!r} is not here: use --device=cpu, or leave it at 'auto'")
+    if world > 1:
+        device = f'cuda:{local}' if kind == 'cuda' else device
+        if not dist.is_initialized():
+            dist.init_process_group('nccl' if kind == 'cuda' else 'gloo')
+    if kind == 'cuda':
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high') # TF32
+    elif world == 1 and torch.get_num_threads() < (os.cpu_count() or 1) and 'OMP_NUM_THREADS' not in os.environ:
+        torch.set_num_threads(os.cpu_count())
+    if dtype == 'auto': # fp32 except on GPUs with bf16 units; fp16 would need loss scaling
+        dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
+    if dtype not in ('float32', 'bfloat16'):
+        die(f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    torch.manual_seed(seed)
+    run = SimpleNamespace(device=torch.device(device), type=kind, dtype=getattr(torch, dtype), rank=rank, world=world,
+                          ddp=world > 1, master=rank == 0, stop=False)
+    run.autocast = lambda: torch.autocast(kind, run.dtype, enabled=dtype != 'float32')
+
+    def on_signal(number, frame): # finish the step, save, leave; a second signal ends at once
+        run.stop = True
+        signal.signal(number, signal.SIG_DFL)
+    run.catch_signals = lambda: [signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)]
+    print0(f'device: {device}, {dtype}, {world} process{"es" if world > 1 else ""}, {torch.get_num_threads()} threads')
+    return run
+
+def all_sum(*values):
+    """Sum each number over all ranks; returns a list of floats."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+def seed_step(seed, step, rank):
+    """All that is random in a step depends on (seed, step, rank) alone, so a resumed run needs no saved generator."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+def stopping(run):
+    """Has any rank been told to stop (Ctrl-C, SIGTERM)? All ranks must ask at the same step."""
+    return all_sum(run.stop)[0] > 0
+
+def finish(run):
+    """Leave the process group; a run that ends without it prints warnings."""
+    if run.ddp:
+        dist.barrier()
+        dist.destroy_process_group()
+
+class Log:
+    """STAGE.jsonl: log(step=..., loss=...) appends a line of plain numbers. A resumed run drops what came after its step."""
+
+    def __init__(self, path, first_step):
+        self.path, old = path, [r for _, r in read_jsonl(path) if r['step'] < first_step] if first_step else []
+        if int(os.environ.get('RANK', 0)) == 0:
+            write_jsonl(path, old)
+
+    def __call__(self, **numbers):
+        if int(os.environ.get('RANK', 0)) == 0:
+            with open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(numbers) + '\n')
+
+def save_checkpoint(path, stage, model, tokenizer, config, step, metrics):
+    """STAGE.pt: weights in fp32 on the CPU and plain values; one file is enough to chat, and loads with weights_only."""
+    weights = {k: v.detach().float().cpu() for k, v in model.state_dict().items()}
+    with atomic(path) as tmp:
+        torch.save(dict(version=1, stage=stage, model_args=asdict(model.config), weights=weights, config=config,
+                        tokenizer=tokenizer.spec, step=step, metrics=metrics), tmp)
+
+def load_checkpoint(path, stages, command):
+    """Read STAGE.pt and check that it is one of `stages`; `command` is what would make it."""
+    if not os.path.exists(path):
+        die(f'no checkpoint {path}: make it with `{command}`')
+    try:
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        found = ckpt['stage']
+    except Exception as e: # a cut or foreign file fails in many ways inside zip and pickle
+        die(f'{path} is no whole checkpoint ({type(e).__name__}): make it again with `{command}`')
+    if found not in stages:
+        die(f'{path} is a checkpoint of stage {found!r}, needed is {" or ".join(map(repr, stages))}: `{command}`')
+    return ckpt
+
+def load_model(ckpt, device, kind=GPT):
+    """A GPT or ScalarModel with the checkpoint's weights. A ScalarModel made from a GPT's weights gets a fresh head."""
+    model, weights = kind(GPTConfig(**ckpt['model_args'])), ckpt['weights']
+    if kind is ScalarModel and 'mean' not in weights:
+        body = {'body.' + k: v for k, v in weights.items() if not k.startswith('head.')}
+        weights = {**model.state_dict(), **body}
+    model.load_state_dict(weights)
+    return model.to(device)
+
+def save_resume(path, step, modules, optimizers, config, **more):
+    """STAGE.resume.pt: what a killed run needs to go on to the same numbers: weights, optimizer states, step."""
+    with atomic(path) as tmp:
+        torch.save(dict(step=step, modules=[m.state_dict() for m in modules], config=config, more=more,
+                        optimizers=[o.state_dict() for o in optimizers]), tmp)
+
+RESUMABLE = {'device', 'dtype', 'resume', 'out_dir', 'data_dir', 'log_interval', 'eval_interval', 'save_interval', 'compile'}
+
+def load_resume(path, modules, optimizers, config, wanted=True):
+    """Put a killed run's state back; returns (step, more), or (0, {}) for a fresh start. Other settings: refused."""
+    if not wanted or not os.path.exists(path):
+        return 0, {}
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        old = saved['config']
+    except Exception as e:
+        die(f'{path} is damaged ({type(e).__name__}): start over with --resume=false')
+    changed = [k for k in config if k not in RESUMABLE and old.get(k) != config[k]]
+    if changed:
+        what = ', '.join(f'{k} {old.get(k)!r} -> {config[k]!r}' for k in changed[:3])
+        die(f'{path} is of an unfinished run with other settings ({what}): start over with --resume=false')
+    for m, state in zip(modules, saved['modules']):
+        m.load_state_dict(state)
+    for o, state in zip(optimizers, saved['optimizers']):
+        o.load_state_dict(state)
+    print0(f'resuming from {path} at step {saved["step"]}')
+    return saved['step'], saved['more']
+
+# -----------------------------------------------------------------------------
+# 8. the gold reward
+
+def grade(checks, text):
+    """
+    What a program can check of an answer -> (all checks met?, score). score = share of checks met, + 0.25 if the text
+    holds one of the `likes`: taste, which counts for a labeller and for no check.
+        grade({'contains': ['owl'], 'max_words': 3}, 'An owl!') -> (True, 1.0)
+    """
+    words, low = re.findall(r"\w+(?:['’]\w+)*", text), text.lower()
+    has = lambda phrase: re.search(rf'(?<!\w){re.escape(phrase.lower())}(?!\w)', low) is not None
+    plain = lambda s: s.strip().lower().rstrip('.!')
+    numbers = re.findall(r'-?\d+(?:\.\d+)?', re.sub(r'(?<=\d),(?=\d{3})', '', text))
+    rules = dict(
+        contains=lambda v: all(map(has, v)), excludes=lambda v: not any(map(has, v)),
+        equals=lambda v: plain(text) == plain(v), number=lambda v: bool(numbers) and float(numbers[-1]) == float(v),
+        min_words=lambda v: len(words) >= v, max_words=lambda v: 0 < len(words) <= v,
+        count=lambda v: sum(map(has, v['of'])) >= v['min'],
+        starts_with=lambda v: plain(text).startswith(plain(v)), ends_with=lambda v: plain(text).endswith(plain(v)))
+    hard = {k: v for k, v in checks.items() if k != 'likes'}
+    unknown = set(hard) - set(rules)
+    if unknown or not hard:
+        raise ValueError(f'unknown check {unknown}, known are {sorted(rules)}' if unknown else 'no checks')
+    met = [rules[k](v) for k, v in hard.items()]
+    return all(met), sum(met) / len(met) + 0.25 * any(map(has, checks.get('likes', [])))
+
+def simulated_ranking(scores, noise, rng):
+    """
+    A labeller who sees each answer's gold score through noise: indices, best first. Of answers with one gold score only
+    one is listed: nobody could tell them apart.
+    """
+    seen = np.asarray(scores) + noise * rng.standard_normal(len(scores))
+    first = {s: i for i, s in reversed(list(enumerate(scores)))}
+    return sorted(first.values(), key=lambda i: -seen[i])

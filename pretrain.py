@@ -1,0 +1,236 @@
+"""
+Stage 1: pretraining. Learn language, and what the documents say, by predicting the next token of each of them.
+99% of all compute of the recipe is spent here; what comes out is a base model: it continues documents, it does not answer.
+
+Reads  data_dir/train_*.bin, val_*.bin, tokenizer.json      (tokenizer.py; published GPT-2 token shards work too)
+Writes out_dir/base.pt, base.jsonl (the curve), base.resume.pt while it runs
+
+on a laptop        $ python pretrain.py config/tiny.py
+on one GPU         $ python pretrain.py
+on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 pretrain.py
+on two nodes       $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 pretrain.py
+                   $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 pretrain.py
+
+Left out: dropping padding tricks, curriculum, loss scaling for fp16. Every window is packed full, from one long stream of
+documents: attention crosses from one document into the next, and <|endoftext|> is what tells the model not to care.
+"""
+import glob
+import math
+import os
+import time
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import model as lib
+from configurator import configure
+from model import GPT, GPTConfig, Tokenizer, die, print0
+
+# -----------------------------------------------------------------------------
+# settings: the seed's example, a GPT-2 of 124M parameters; config/tiny.py has those of a laptop
+# data
+data_dir = 'data/toytown'   # where the token shards are
+out_dir = 'out/toytown'     # where the checkpoint goes
+# model
+arch = 'gpt2'               # gpt2 (LayerNorm, learned positions, GELU) or llama (RMSNorm, rotary positions, gated MLP)
+n_layer = 12                # blocks
+n_head = 12                 # attention heads in a block
+n_kv_head = 0               # heads of keys and values, 0 = n_head
+n_embd = 768                # width
+block_size = 1024           # tokens of context
+vocab_size = 50257          # used only where data_dir has no tokenizer.json; else the tokenizer's
+tie_embeddings = True       # one matrix for the input and the output embedding
+qk_norm = False             # normalise queries and keys
+dropout = 0.1               # share of activations dropped while training; 0 where no text is seen twice
+# training
+batch_size = 12             # windows in a micro-batch, on each process
+gradient_accumulation_steps = 1 # micro-batches in a step
+max_iters = 600000          # steps
+# optimizer
+optimizer = 'adamw'         # adamw, or muon (for the matrices in the blocks; the rest stays with AdamW)
+learning_rate = 3e-4        # at its highest
+min_lr = 3e-5               # at the end of the cosine
+warmup_iters = 2000         # steps of linear rise
+weight_decay = 0.1          # of matrices; vectors do not decay
+beta1 = 0.9                 # AdamW: memory of the gradient
+beta2 = 0.95                # AdamW: memory of its square
+grad_clip = 1.0             # longest gradient; 0 = any
+# evaluation and log
+eval_interval = 2000        # steps between evaluations
+eval_iters = 200            # batches of validation text in one evaluation
+log_interval = 10           # steps between log lines
+save_interval = 2000        # steps between saves of base.resume.pt
+# system
+device = 'auto'             # auto, cpu, cuda, cuda:1, mps
+dtype = 'auto'              # auto, float32, bfloat16
+compile = False             # torch.compile: slow to start, then faster on a GPU
+seed = 1337                 # of the initial weights and the order of the data
+resume = True               # go on from base.resume.pt if a killed run left one
+config = configure(globals())
+
+# -----------------------------------------------------------------------------
+# device, data
+run = lib.start(device, dtype, seed)
+tok_path = os.path.join(data_dir, 'tokenizer.json')
+shards = {s: sorted(glob.glob(os.path.join(data_dir, f'{s}_*.bin')) + glob.glob(os.path.join(data_dir, f'*_{s}_*.bin')))
+          for s in ('train', 'val')}
+for split, found in shards.items():
+    if not found:
+        die(f'no token shards {data_dir}/{split}_*.bin: make them with `python tokenizer.py --data_dir={data_dir}`')
+if not os.path.exists(tok_path) and not all('fineweb' in s for s in shards['train']):
+    die(f'token shards, but no {tok_path}: make it with `python tokenizer.py --data_dir={data_dir}`')
+tok = Tokenizer.load(tok_path)
+vocab_size = tok.n_vocab
+shards = {s: [lib.read_shard(p, tok.hash) for p in found] for s, found in shards.items()}
+windows = {s: [(len(tokens) - 1) // block_size for tokens in found] for s, found in shards.items()}
+for split in windows:
+    if not sum(windows[split]):
+        n = sum(map(len, shards[split]))
+        die(f'{data_dir}: {n:,} {split} tokens, too few for one window of block_size {block_size} + 1: add text, or --block_size={n // 2}')
+token_bytes = torch.tensor([len(tok.bytes_of(i)) for i in range(tok.n_vocab)], device=run.device)
+tokens_per_step = gradient_accumulation_steps * run.world * batch_size * block_size
+n_train = sum(map(len, shards['train']))
+print0(f'data: {n_train:,} train and {sum(map(len, shards["val"])):,} val tokens; {tokens_per_step:,} tokens a step, '
+       f'{max_iters:,} steps = {max_iters * tokens_per_step:,} tokens = {max_iters * tokens_per_step / n_train:.1f} epochs')
+
+def get_windows(split, index):
+    """Windows number `index` (list) of a split -> x, y (B, T) on the device; y is x one token later."""
+    ends = np.cumsum(windows[split])
+    rows = []
+    for i in index:
+        s = int(np.searchsorted(ends, i, side='right'))
+        at = (i - (ends[s - 1] if s else 0)) * block_size
+        rows.append(shards[split][s][at:at + block_size + 1].astype(np.int64))
+    rows = torch.from_numpy(np.stack(rows))
+    if rows.max() >= vocab_size:
+        die(f'token {rows.max()} in the shards, but the vocabulary has {vocab_size}: run tokenizer.py again')
+    rows = rows.pin_memory().to(run.device, non_blocking=True) if run.type == 'cuda' else rows.to(run.device)
+    return rows[:, :-1], rows[:, 1:]
+
+order = (-1, None) # epoch, its permutation
+
+def get_batch(step, micro):
+    """The batch of this process. It depends on (seed, step, micro, rank) only: every window comes once an epoch."""
+    global order
+    n = sum(windows['train'])
+    first = ((step * gradient_accumulation_steps + micro) * run.world + run.rank) * batch_size
+    index = []
+    for g in range(first, first + batch_size):
+        if g // n != order[0]:
+            order = (g // n, np.random.default_rng((seed, g // n)).permutation(n))
+        index.append(int(order[1][g % n]))
+    return get_windows('train', index)
+
+# -----------------------------------------------------------------------------
+# model, optimizer
+raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, 0, dropout,
+                          tie_embeddings, qk_norm)).to(run.device)
+optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
+resume_path, out_path = os.path.join(out_dir, 'base.resume.pt'), os.path.join(out_dir, 'base.pt')
+first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
+n_params, flops_per_token = raw_model.n_params(), raw_model.flops_per_token(block_size)
+print0(f'model: {arch}, {n_params:,} parameters ({raw_model.n_params(embedding=False):,} without embeddings), '
+       f'{max_iters * tokens_per_step / n_params:.1f} tokens a parameter, {flops_per_token * tokens_per_step:.2e} FLOPs a step')
+model = torch.compile(raw_model) if compile else raw_model
+model = DDP(model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else model
+
+# -----------------------------------------------------------------------------
+# evaluation, schedule
+@torch.no_grad()
+def estimate_loss(split='val'):
+    """Mean loss in nats a token, and bits per byte, which can be compared across tokenizers."""
+    raw_model.eval()
+    nats, tokens, n_bytes = 0.0, 0, 0
+    n = min(sum(windows[split]), eval_iters * batch_size * run.world)
+    for i in range(run.rank * batch_size, n, run.world * batch_size): # the same windows for any number of processes
+        x, y = get_windows(split, range(i, min(i + batch_size, n)))
+        with run.autocast():
+            logits = raw_model(x)                                                             # (B, T, V)
+        nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum').item()
+        tokens += y.numel()
+        n_bytes += token_bytes[y].sum().item()
+    raw_model.train()
+    nats, tokens, n_bytes = lib.all_sum(nats, tokens, n_bytes)
+    return nats / tokens, nats / math.log(2) / max(1, n_bytes)
+
+def get_lr(step):
+    """Linear warm-up, then a cosine down to min_lr at the last step."""
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    t = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters)
+    return min_lr + 0.5 * (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1.0, t)))
+
+# -----------------------------------------------------------------------------
+# the loop
+log = lib.Log(os.path.join(out_dir, 'base.jsonl'), first_step)
+run.catch_signals()
+smooth, seconds, bad, t0 = more.get('smooth', 0.0), more.get('seconds', 0.0), 0, time.time()
+val_loss = val_bpb = float('nan')
+for step in range(first_step, max_iters + 1):
+    # evaluate: all ranks take part
+    if step % eval_interval == 0 or step == max_iters:
+        val_loss, val_bpb = estimate_loss()
+        print0(f'step {step:6d} | val loss {val_loss:.4f} | {val_bpb:.4f} bits per byte'
+               + (f' | an untrained model guesses: ln({vocab_size}) = {math.log(vocab_size):.4f}' if step == 0 else ''))
+        log(step=step, val_loss=val_loss, val_bpb=val_bpb)
+    leave = lib.stopping(run)
+    if leave or step == max_iters or step > first_step and step % save_interval == 0:
+        more = dict(seconds=seconds + time.time() - t0, smooth=smooth)
+        if run.master and step < max_iters:
+            lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
+    if leave:
+        die(f'stopped at step {step} and saved: the same command goes on from there')
+    if step == max_iters:
+        break
+
+    # forward and backward
+    lib.seed_step(seed, step, run.rank)
+    lr, lossf, t1 = get_lr(step), 0.0, time.time()
+    for micro in range(gradient_accumulation_steps):
+        x, y = get_batch(step, micro)
+        if run.ddp: # gradients travel only with the last micro-batch
+            model.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
+        with run.autocast():
+            logits = model(x)                                                                 # (B, T, V)
+        # every batch is full, so the mean of the means is the mean over all tokens
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / gradient_accumulation_steps
+        loss.backward()
+        lossf += loss.item() # waits for the device
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf')).item()
+    lossf = lib.all_sum(lossf)[0] / run.world
+
+    # update, unless the step would ruin the weights
+    if math.isfinite(lossf) and math.isfinite(norm):
+        bad, smooth = 0, 0.9 * smooth + 0.1 * lossf # a running mean for the log, debiased below like Adam's
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group['lr'] = lr
+            opt.step()
+    else:
+        bad += 1
+        print0(f'step {step}: loss {lossf}, gradient norm {norm}: skipped ({bad} in a row)')
+        if bad == 5:
+            die('5 steps in a row without a finite loss: lower --learning_rate or --grad_clip, or --dtype=float32; '
+                f'the last good state, if one was saved, is {resume_path}')
+    raw_model.zero_grad(set_to_none=True)
+
+    # log
+    if step % log_interval == 0 or step == max_iters - 1:
+        dt, left = time.time() - t1, (time.time() - t0) / (step - first_step + 1) * (max_iters - step - 1)
+        print0(f'step {step:6d} | loss {smooth / (1 - 0.9 ** (step + 1)):.4f} | lr {lr:.2e} | norm {norm:.3f} | '
+               f'{tokens_per_step / dt:,.0f} tok/s | {100 * (step + 1) / max_iters:.0f}%, {left:.0f} s left')
+        log(step=step, loss=lossf, lr=lr, norm=norm, tokens_per_second=tokens_per_step / dt)
+
+# -----------------------------------------------------------------------------
+# save
+if run.master:
+    flops = flops_per_token * tokens_per_step * max_iters
+    metrics = dict(val_loss=val_loss, val_bpb=val_bpb, seconds=more['seconds'], flops=flops,
+                   tokens=tokens_per_step * max_iters)
+    lib.save_checkpoint(out_path, 'base', raw_model, tok, config, max_iters, metrics)
+    if os.path.exists(resume_path):
+        os.remove(resume_path)
+    print(f'saved {out_path}: val loss {val_loss:.4f}, {val_bpb:.4f} bits per byte, {more["seconds"]:.0f} s')
+lib.finish(run)
