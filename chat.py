@@ -21,6 +21,7 @@ from model import Tokenizer, die
 
 # `python chat.py path.pt` is short for --checkpoint=path.pt
 sys.argv[1:] = [f'--checkpoint={a}' if a.endswith('.pt') and not a.startswith('-') else a for a in sys.argv[1:]]
+answers_go, sys.stdout = sys.stdout, sys.stderr # what is piped on is the answer alone
 
 # -----------------------------------------------------------------------------
 # settings
@@ -42,8 +43,10 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # model
+if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or temperature < 0:
+    die(f'top_k {top_k} and temperature {temperature} must not be negative, top_p {top_p} and min_p {min_p} are in 0..1')
 checkpoint = checkpoint or f'{out_dir}/rlhf.pt'
-run = lib.start(device, dtype, seed)
+run = lib.start(config)
 ckpt = lib.load_checkpoint(checkpoint, ['base', 'sft', 'rlhf'], 'bash speedrun.sh')
 tok = Tokenizer(ckpt['tokenizer'])
 net = lib.load_model(ckpt, run.device).eval()
@@ -51,10 +54,23 @@ chatty, size = ckpt['stage'] != 'base', net.config.block_size
 max_new_tokens = min(max_new_tokens, size // 2) # leave room for the question
 if seed == 0:
     torch.seed()
+sys.stdout = answers_go
 print(f'{checkpoint}: {net.n_params():,} parameters, stage {ckpt["stage"]}, context {size}. '
       + ('Ask something.' if chatty else 'It continues documents: begin one.') + ' /new /retry /quit', file=sys.stderr)
 
 first = [dict(role='system', content=system)] if system else []
+
+def truncate(probs):
+    """(B, V): zero what sampling may not choose. Training never does this: RLHF needs answers as the model has them."""
+    if top_k:
+        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.size(-1)))[0][:, -1:], 0.0)
+    if top_p < 1.0:
+        p, order = probs.sort(descending=True)
+        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0.0 # keeps the token that crosses top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, p)
+    if min_p:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    return probs
 
 def answer(messages):
     """Print an answer to the messages token by token; returns its text."""
@@ -74,7 +90,7 @@ def answer(messages):
         print(parts[-1], end='', flush=True)
     try:
         with run.autocast():
-            lib.generate(net, [ids], max_new_tokens, stop, temperature, top_k, top_p, min_p, on_token=show)
+            lib.generate(net, [ids], max_new_tokens, stop, temperature, truncate, show)
     except KeyboardInterrupt: # stops this answer, not the program
         print(' ...', end='')
     show([], final=True)

@@ -1,6 +1,6 @@
 """
-Evaluation: base, SFT and RLHF model side by side. What is often asserted of the stages is measured here: knowledge comes
-from pretraining, form from SFT, and RLHF can be preferred to the demonstrations, at the price of diversity.
+Evaluation: base, SFT and RLHF model side by side. What is often asserted of the stages is measured here: knowledge
+comes from pretraining, form from SFT, and RLHF can beat the demonstrations, at the price of diversity.
 
 Reads  out_dir/{base,sft,rlhf}.pt as far as they exist, reward.pt for its cost; data_dir/val_*.bin, prompts_val.jsonl,
        benchmarks/*.jsonl
@@ -10,9 +10,9 @@ on a laptop        $ python eval.py config/tiny.py
 on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 eval.py
 
   bits per byte      of the validation documents: comparable across tokenizers
-  benchmarks         multiple choice {query, choices, gold}: the choice with the lowest loss a token; the same for schemas
-                     {context_options, continuation, gold}; {context, continuation}: is the greedy continuation right?
-  answers            to held-out prompts, sampled at temperature 1: all checks met, gold score, entropy, distinct n-grams
+  benchmarks         multiple choice {query, choices, gold}: the choice with the lowest loss a token; the same for
+                     schemas {context_options, continuation, gold}; {context, continuation}: does greedy say it?
+  answers            to held-out prompts, sampled: all checks met, gold score, entropy, distinct n-grams
   win rate           gold score against the SFT model's answer to the same prompt, ties halved, 95% interval (bootstrap)
   KL from SFT        of the whole answer, in nats: mean over answers of log p(answer) - log p_SFT(answer)
 A base model knows no turns: it gets the words of the prompt as the start of a document and continues.
@@ -54,7 +54,7 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device, checkpoints
-run = lib.start(device, dtype, seed)
+run = lib.start(config)
 started, checkpoints = time.time(), {}
 for name in models.split(','):
     path = name if name.endswith('.pt') else os.path.join(out_dir, f'{name}.pt')
@@ -63,7 +63,7 @@ for name in models.split(','):
     else:
         print0(f'no {path}: left out of the report')
 if not checkpoints:
-    die(f'none of {models} in {out_dir}: make them with `python pretrain.py --out_dir={out_dir}` and the stages after it')
+    die(f'none of {models} in {out_dir}: make them, beginning with `python pretrain.py --out_dir={out_dir}`')
 
 def gather(mine):
     """Lists of all ranks, each holding every world-th item, woven back together."""
@@ -79,8 +79,9 @@ def gather(mine):
 def bits_per_byte(net, tok):
     """Loss on the first val_tokens of the validation shards, in bits per byte of their text; None without shards."""
     nats, n_bytes, T = 0.0, 0, net.config.block_size
-    paths = sorted(glob.glob(os.path.join(data_dir, 'val_*.bin')))
-    tokens = np.concatenate([lib.read_shard(p, tok.hash)[:val_tokens + 1] for p in paths] or [np.zeros(0)])[:val_tokens + 1]
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val_*.bin')))
+    shards = [lib.read_shard(p, tok.hash)[:val_tokens + 1] for p in paths]
+    tokens = np.concatenate(shards or [np.zeros(0)])[:val_tokens + 1]
     windows = torch.tensor([tokens[i:i + T + 1].astype(np.int64).tolist() for i in range(0, len(tokens) - T, T)])
     sizes = torch.tensor([len(tok.bytes_of(i)) for i in range(tok.n_vocab)])
     for rows in windows[run.rank::run.world].split(batch_size) if len(windows) else ():
@@ -99,15 +100,16 @@ def continuations(net, tok, pairs):
     for context, text in pairs:
         glue = '' if not context or context[-1].isspace() or text[:1].isspace() else ' '
         said = tok.encode(glue + text)[:net.config.block_size]
-        ids = ([tok.eot] + tok.encode(context))[-(net.config.block_size + 1 - len(said)):] # the context's end matters most
+        room = net.config.block_size + 1 - len(said) # the end of a long context matters most
+        ids = ([tok.eot] + tok.encode(context))[-room:]
         rows.append((ids + said, len(said)))
     out = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        ids = lib.pad_right([rows[i][0] for i in batch], tok.pad, run.device)                 # (B, T)
+        ids = lib.pad_right([rows[i][0] for i in batch], tok.pad, run.device)     # (B, T)
         with run.autocast():
             logits = net(ids[:, :-1]).float()
-        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none')          # (B, T-1)
+        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none')  # (B, T-1)
         right = logits.argmax(-1) == ids[:, 1:]
         for row, i in enumerate(batch):
             span = slice(len(rows[i][0]) - 1 - rows[i][1], len(rows[i][0]) - 1)
@@ -120,13 +122,18 @@ def load_benchmark(path):
     for line, row in lib.read_jsonl(path):
         try:
             if 'choices' in row:
-                questions.append(([(row['query'], c) for c in row['choices']], int(row['gold'])))
+                options, gold = [(row['query'], c) for c in row['choices']], int(row['gold'])
             elif 'context_options' in row:
-                questions.append(([(c, row['continuation']) for c in row['context_options']], int(row['gold'])))
+                options, gold = [(c, row['continuation']) for c in row['context_options']], int(row['gold'])
             else:
-                questions.append(([(row['context'], row['continuation'])], None))
+                options, gold = [(row['context'], row['continuation'])], None
+            if not all(isinstance(text, str) for pair in options for text in pair):
+                raise TypeError('a text is no string')
+            if gold is not None and not 0 <= gold < len(options):
+                raise ValueError(f'gold {gold} of {len(options)} choices')
+            questions.append((options, gold))
         except (KeyError, TypeError, ValueError) as e:
-            die(f'{path}:{line}: not one of query/choices/gold, context/continuation, context_options/continuation/gold ({e})')
+            die(f'{path}:{line}: neither query/choices/gold nor context/continuation nor context_options/... ({e})')
         if max_questions and len(questions) == max_questions:
             break
     return questions
@@ -147,10 +154,10 @@ def logprobs_of(net, queries, answers, pad):
     out = []
     for i in range(0, len(queries), batch_size):
         q, a = queries[i:i + batch_size], answers[i:i + batch_size]
-        ids = lib.pad_right([x + y for x, y in zip(q, a)], pad, run.device)                   # (B, T)
+        ids = lib.pad_right([x + y for x, y in zip(q, a)], pad, run.device)       # (B, T)
         with run.autocast():
-            logp = F.log_softmax(net(ids[:, :-1]).float() / (temperature or 1.0), dim=-1)     # (B, T-1, V)
-        chosen = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)                                # (B, T-1)
+            logp = F.log_softmax(net(ids[:, :-1]).float() / (temperature or 1.0), dim=-1)  # (B, T-1, V)
+        chosen = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)                    # (B, T-1)
         entropy = -(logp.exp() * logp).sum(-1)
         for row, (x, y) in enumerate(zip(q, a)):
             span = slice(len(x) - 1, len(x) + len(y) - 1)
@@ -161,13 +168,14 @@ def answer(net, tok, chatty, prompts):
     """Sample an answer to each prompt: list of dicts with text, query, ids, logp, entropy."""
     mine, stop, out = prompts[run.rank::run.world], tok.end if chatty else tok.eot, []
     lib.seed_step(seed, 0, run.rank)
-    room = net.config.block_size - max_new_tokens
+    new_tokens = min(max_new_tokens, net.config.block_size - 1)
+    room = net.config.block_size - new_tokens
     queries = [tok.render(p['messages'], prompt=True)[0] if chatty else
                [tok.eot] + tok.encode('\n'.join(m['content'] for m in p['messages']) + '\n') for p in mine]
     queries = [q[-room:] for q in queries]
     for i in range(0, len(mine), batch_size):
         with run.autocast():
-            new = lib.generate(net, queries[i:i + batch_size], max_new_tokens, stop, temperature)
+            new = lib.generate(net, queries[i:i + batch_size], new_tokens, stop, temperature)
         texts = [tok.decode(r[:-1] if r[-1] == stop else r).strip() for r in new]
         out += [dict(text=t, ids=r, ended=r[-1] == stop) for t, r in zip(texts, new)]
     for o, query, (logp, entropy) in zip(out, queries, logprobs_of(net, queries, [o['ids'] for o in out], tok.pad)):
@@ -192,9 +200,10 @@ def win_rate(ours, theirs):
 # -----------------------------------------------------------------------------
 # the measuring, model by model
 path, prompts = os.path.join(data_dir, 'prompts_val.jsonl'), []
+any_tok = Tokenizer(next(iter(checkpoints.values()))['tokenizer'])
 for line, row in lib.read_jsonl(path) if os.path.exists(path) and n_prompts else ():
     try:
-        Tokenizer(next(iter(checkpoints.values()))['tokenizer']).render(row.get('messages'), prompt=True) if not prompts else None
+        any_tok.render(row.get('messages'), prompt=True)
         row['score'] = (lambda text, c=row['checks']: lib.grade(c, text)) if row.get('checks') else None
         row['score'] and row['score']('')
     except ValueError as e:
@@ -202,7 +211,7 @@ for line, row in lib.read_jsonl(path) if os.path.exists(path) and n_prompts else
     prompts.append(row)
     if len(prompts) == n_prompts:
         break
-files = sorted(glob.glob(os.path.join(data_dir, 'benchmarks', '*.jsonl')))
+files = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl')))
 if benchmarks:
     have = {os.path.basename(f)[:-6]: f for f in files}
     missing = [b for b in benchmarks.split(',') if b not in have]
@@ -241,7 +250,8 @@ for name, said in answers.items():
             column['win rate against SFT'], *interval = win_rate(ours, theirs)
             column['win rate, 95% interval'] = interval
         mine = range(run.rank, len(said), run.world)
-        ref = gather(logprobs_of(nets['sft'], [said[i]['query'] for i in mine], [said[i]['ids'] for i in mine], tok.pad))
+        query, new = ([said[i][k] for i in mine] for k in ('query', 'ids'))
+        ref = gather(logprobs_of(nets['sft'], query, new, tok.pad))
         column['KL from SFT, nats an answer'] = float(np.mean([a['logp'] - r for a, (r, _) in zip(said, ref)]))
 
 # -----------------------------------------------------------------------------
@@ -253,7 +263,8 @@ for stage in ('base', 'sft', 'reward', 'rlhf'):
         metrics = lib.load_checkpoint(path, [stage], 'bash speedrun.sh')['metrics']
         costs[stage] = {k: metrics[k] for k in ('seconds', 'flops', 'tokens') if k in metrics}
         if stage == 'reward':
-            costs[stage].update({k: metrics[k] for k in ('accuracy', 'gold_accuracy', 'self_agreement') if metrics.get(k)})
+            agreement = 'accuracy', 'gold_accuracy', 'self_agreement'
+            costs[stage].update({k: metrics[k] for k in agreement if metrics.get(k)})
 
 def show(value):
     if isinstance(value, list):
@@ -264,15 +275,17 @@ def markdown(head, rows):
     """A table whose columns are as wide as their widest cell, readable as plain text too."""
     cells = [head] + [[r if isinstance(r, str) else show(r) for r in row] for row in rows]
     wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ['| ' + ' | '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide))) + ' |' for row in cells]
-    return '\n'.join([lines[0], '|' + '|'.join('-' * (w + 1) + ('-' if i == 0 else ':') for i, w in enumerate(wide)) + '|'] + lines[1:])
+    cells.insert(1, ['-' * wide[0]] + ['-' * (w - 1) + ':' for w in wide[1:]])
+    pad = lambda row: [row[0].ljust(wide[0])] + [c.rjust(w) for c, w in zip(row[1:], wide[1:])]
+    return '\n'.join('| ' + ' | '.join(pad(row)) + ' |' for row in cells)
 
 measures = list(dict.fromkeys(m for column in table.values() for m in column))
-parts = ['# Report', markdown(['measure', *table], [[m, *(column.get(m) for column in table.values())] for m in measures])]
+rows = [[m, *(column.get(m) for column in table.values())] for m in measures]
+parts = ['# Report', markdown(['measure', *table], rows)]
 total = sum(c['flops'] for c in costs.values())
 if total:
-    parts.append(markdown(['cost of training', 'seconds', 'FLOPs', 'share of FLOPs', 'tokens'],
-                          [[s, c['seconds'], f'{c["flops"]:.2e}', f'{c["flops"] / total:.1%}', c['tokens']] for s, c in costs.items()]))
+    rows = [[s, c['seconds'], f'{c["flops"]:.2e}', f'{c["flops"] / total:.1%}', c['tokens']] for s, c in costs.items()]
+    parts.append(markdown(['cost of training', 'seconds', 'FLOPs', 'share of FLOPs', 'tokens'], rows))
 if costs.get('reward', {}).get('accuracy'):
     r = costs['reward']
     parts.append(f'Reward model: ranks {r["accuracy"]:.1%} of held-out pairs as the labeller did'
@@ -283,8 +296,9 @@ if answers:
     for i in np.random.default_rng(seed).permutation(len(prompts))[:6]:
         lines = [f'**{prompts[i]["messages"][-1]["content"]}**'.replace('\n', ' ')]
         for name, said in answers.items():
-            mark = '' if not prompts[i]['score'] else ' (all checks met)' if prompts[i]['score'](said[i]['text'])[0] else ' (not met)'
-            lines.append(f'- {name}{mark}: ' + ' '.join(said[i]['text'].split()))
+            text, score = said[i]['text'], prompts[i]['score']
+            mark = '' if not score else ' (all checks met)' if score(text)[0] else ' (not met)'
+            lines.append(f'- {name}{mark}: ' + ' '.join(text.split()))
         parts.append('\n'.join(lines))
 
 def curve(stage, key):
@@ -307,16 +321,20 @@ def draw(panels, width=300, height=170):
                    f'<text x="{x0 - 4}" y="{y0 + h}" text-anchor="end">{lo:.3g}</text>'
                    f'<text x="{x0 + w}" y="{y0 + h + 14}" text-anchor="end">step {end}</text>')
         for (label, (x, y)), colour, row in zip(lines.items(), colours, range(3)):
-            points = ' '.join(f'{x0 + w * a / end:.1f},{y0 + h - h * (b - lo) / (hi - lo or 1):.1f}' for a, b in zip(x, y))
+            scale = h / (hi - lo or 1)
+            points = ' '.join(f'{x0 + w * a / end:.1f},{y0 + h - scale * (b - lo):.1f}' for a, b in zip(x, y))
             out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                       f'<text x="{x0 + w - 6}" y="{y0 + 14 + 13 * row}" text-anchor="end" fill="{colour}">{label}</text>')
+                       f'<text x="{x0 + w - 6}" y="{y0 + 14 + 13 * row}" text-anchor="end" fill="{colour}">'
+                       f'{label}</text>')
     size = 3 * (width + 20) + 20, -(-len(panels) // 3) * (height + 50) + 10
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" font-family="sans-serif" '
             f'font-size="11"><rect width="100%" height="100%" fill="white"/>' + '\n'.join(out) + '</svg>\n')
 
-charts = [('pretraining: loss', 'base', dict(train='loss', val='val_loss')), ('SFT: loss', 'sft', dict(train='loss', val='val_loss')),
+charts = [('pretraining: loss', 'base', dict(train='loss', val='val_loss')),
+          ('SFT: loss', 'sft', dict(train='loss', val='val_loss')),
           ('reward model: held-out accuracy', 'reward', {'as labeller': 'accuracy', 'as gold': 'gold_accuracy'}),
-          ('RLHF: reward', 'rlhf', {'proxy score': 'score', 'gold score': 'gold'}), ('RLHF: KL from SFT, nats an answer', 'rlhf', dict(kl='kl')),
+          ('RLHF: reward', 'rlhf', {'proxy score': 'score', 'gold score': 'gold'}),
+          ('RLHF: KL from SFT, nats an answer', 'rlhf', dict(kl='kl')),
           ('RLHF: entropy, nats a token', 'rlhf', dict(entropy='entropy'))]
 panels = [(title, {label: curve(stage, key) for label, key in keys.items()}) for title, stage, keys in charts]
 panels = [(title, {label: c for label, c in lines.items() if c[0]}) for title, lines in panels]

@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import zlib
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -32,32 +31,29 @@ from torch.nn import functional as F
 # -----------------------------------------------------------------------------
 # 1. words to the user, files
 
+RANK = int(os.environ.get('RANK', 0)) # set by torchrun
+
 def print0(*args, **kwargs):
     """print, on rank 0 only."""
-    if int(os.environ.get('RANK', 0)) == 0:
+    if RANK == 0:
         print(*args, **kwargs, flush=True)
 
 def die(message):
     """End the program for a mistake of its user: one line (from rank 0), exit code 1, no traceback."""
-    raise SystemExit(f'error: {message}' if int(os.environ.get('RANK', 0)) == 0 else 1)
+    raise SystemExit(f'error: {message}' if RANK == 0 else 1)
 
-def interrupted(kind, value, trace, default=sys.excepthook):
-    if issubclass(kind, KeyboardInterrupt):
-        print('\nstopped. Nothing is half-written: run the same command again to go on.', file=sys.stderr)
-    else:
-        default(kind, value, trace)
+def on_error(kind, value, trace, default=sys.excepthook):
+    stopped = '\nstopped; nothing is half-written, the same command starts again'
+    print(stopped, file=sys.stderr) if kind is KeyboardInterrupt else default(kind, value, trace)
 
-sys.excepthook = interrupted # Ctrl-C is no error: one line instead of a traceback, in every stage
+sys.excepthook = on_error # Ctrl-C is no error: one line instead of a traceback, in every stage
 
 @contextlib.contextmanager
 def atomic(path):
     """`with atomic('x') as tmp:` write to tmp; it becomes x only when whole. A crash leaves the old x as it was."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, tmp = tempfile.mkstemp(dir=folder, prefix=os.path.basename(path) + '.', suffix='.partial')
-    os.close(handle)
-    os.chmod(tmp, 0o644) # mkstemp makes files that only their owner may read
+    tmp = f'{path}.{os.getpid()}.partial'
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         yield tmp
         os.replace(tmp, path)
     except OSError as e:
@@ -88,12 +84,10 @@ def read_jsonl(path):
 
 def write_jsonl(path, rows):
     """Write objects one a line, whole or not at all; .gz by name, without a time stamp: same rows, same bytes."""
-    with atomic(path) as tmp, open(tmp, 'wb') as raw:
-        out = gzip.GzipFile('', 'wb', 6, raw, mtime=0) if str(path).endswith('.gz') else raw
+    with atomic(path) as tmp, open(tmp, 'wb') as raw, contextlib.ExitStack() as stack:
+        out = stack.enter_context(gzip.GzipFile('', 'wb', 6, raw, mtime=0)) if str(path).endswith('.gz') else raw
         for row in rows:
-            out.write((json.dumps(row, ensure_ascii=False) + '\n').encode('utf-8', 'surrogatepass'))
-        if out is not raw:
-            out.close()
+            out.write((json.dumps(row, ensure_ascii=False) + '\n').encode('utf-8', 'replace'))
 
 SHARD_FORMS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)} # magic: version, dtype; llm.c and modded-nanogpt
 
@@ -124,10 +118,12 @@ class Tokenizer:
     def __init__(self, spec):
         try:
             self.tokens = [base64.b64decode(t) for t in spec['ranks']]
+            if not {bytes([b]) for b in range(256)} <= set(self.tokens):
+                raise ValueError('not every byte is a token')
             specials = {name: len(self.tokens) + i for i, name in enumerate(spec['special_tokens'])}
             self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], special_tokens=specials,
                                          mergeable_ranks={t: i for i, t in enumerate(self.tokens)})
-            (self.eot, self.system, self.user, self.assistant, self.end, self.pad) = (specials[s] for s in SPECIAL_TOKENS)
+            self.eot, self.system, self.user, self.assistant, self.end, self.pad = (specials[s] for s in SPECIAL_TOKENS)
         except (KeyError, TypeError, ValueError) as e: # binascii.Error is a ValueError
             raise ValueError(f'damaged tokenizer ({type(e).__name__}: {e})') from e
         self.spec, self.n_vocab = spec, len(self.tokens) + len(specials)
@@ -166,14 +162,14 @@ class Tokenizer:
         ids, mask, turns = [self.eot], [0], list(messages) if isinstance(messages, list) else []
         openers = {'system': self.system, 'user': self.user, 'assistant': self.assistant}
         for i, turn in enumerate(turns):
-            if not isinstance(turn, dict) or not isinstance(turn.get('content'), str) or turn.get('role') not in openers:
+            role, text = (turn.get('role'), turn.get('content')) if isinstance(turn, dict) else (None, None)
+            if not isinstance(role, str) or role not in openers or not isinstance(text, str):
                 raise ValueError(f'message {i} is not {{"role": system|user|assistant, "content": text}}')
-            n_system = int(turns[0]['role'] == 'system')
-            if i >= n_system and turn['role'] != ('user', 'assistant')[(i - n_system) % 2] or i and turn['role'] == 'system':
-                raise ValueError(f'message {i} is of the {turn["role"]}: after an optional system message, '
-                                 'user and assistant take turns, the user first')
-            said, learn = self.encode(turn['content']), int(turn['role'] == 'assistant')
-            ids += [openers[turn['role']], *said, self.end]
+            turn_of = ('user', 'assistant')[(i - (turns[0]['role'] == 'system')) % 2]
+            if role != turn_of and (i or role != 'system'):
+                raise ValueError(f'message {i} is of the {role}, not of the {turn_of}: they take turns')
+            said, learn = self.encode(text), int(role == 'assistant')
+            ids += [openers[role], *said, self.end]
             mask += [0] + [learn] * (len(said) + 1)
         last = turns[-1]['role'] if turns else 'nobody'
         if last != ('user' if prompt else 'assistant'):
@@ -185,7 +181,7 @@ class Tokenizer:
 
 @dataclass
 class GPTConfig:
-    arch: str = 'gpt2'           # 'gpt2': LayerNorm, learned positions, GELU | 'llama': RMSNorm, rotary positions, gated MLP
+    arch: str = 'gpt2'           # gpt2: LayerNorm, learned positions, GELU; llama: RMSNorm, rotary, gated MLP
     vocab_size: int = 50257
     block_size: int = 1024       # the longest text it can see, in tokens
     n_layer: int = 12
@@ -196,6 +192,7 @@ class GPTConfig:
     dropout: float = 0.0
     tie_embeddings: bool = True  # input and output embedding are one matrix
     qk_norm: bool = False        # RMSNorm on queries and keys: attention logits stay bounded at high learning rates
+    key_shift: bool = False      # half of the heads know a key by the token before it: copying takes one layer, not two
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
@@ -205,7 +202,7 @@ class GPTConfig:
         if self.arch not in ('gpt2', 'llama'):
             die(f"arch is 'gpt2' or 'llama', not {self.arch!r}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
-            die(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, and that of n_kv_head {self.n_kv_head}')
+            die(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, that of n_kv_head {self.n_kv_head}')
         if self.arch == 'llama' and self.n_embd // self.n_head % 2:
             die(f'rotary positions need an even head width, n_embd / n_head is {self.n_embd // self.n_head}')
 
@@ -218,30 +215,36 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.n_embd // c.n_head
-        self.dropout, self.qk_norm = c.dropout, c.qk_norm
+        self.dropout, self.qk_norm, self.key_shift = c.dropout, c.qk_norm, c.key_shift
         self.qkv = nn.Linear(c.n_embd, (c.n_head + 2 * c.n_kv_head) * self.head_dim, bias=c.arch == 'gpt2')
         self.proj = nn.Linear(c.n_embd, c.n_embd, bias=c.arch == 'gpt2')
 
-    def forward(self, x, rope, mask, cache, layer):
+    def forward(self, x, pos, rope, mask, cache, layer):
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)                      # (B, H + 2 H_kv, T, D)
+        qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        if self.key_shift:
+            half, first = self.n_kv_head // 2, torch.zeros_like(k[:, :, :1]) if cache is None else cache.last_key(layer, k)
+            before = torch.cat((first, k[:, :, :-1]), dim=2) * (pos > 0).view(-1, 1, T, 1)  # nothing is before a text
+            k = torch.cat((k[:, :half], before[:, half:]), dim=1)
         if self.qk_norm:
             q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.append(layer, k, v)                                                  # (B, H_kv, S, D)
+            k, v = cache.append(layer, k, v)                                      # (B, H_kv, S, D)
         if self.n_kv_head != self.n_head:
             k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+                                           dropout_p=self.dropout if self.training else 0.0,
+                                           # normed queries and keys: scores within +-12, enough to single out a token
+                                           scale=12 / self.head_dim if self.qk_norm else None)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021): turn each pair (x1, x2) by an angle that grows with its position."""
-    x1, x2 = x.chunk(2, dim=-1)                                                               # (B, H, T, D/2)
+    x1, x2 = x.chunk(2, dim=-1)                                                   # (B, H, T, D/2)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 class MLP(nn.Module):
@@ -267,8 +270,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = make_norm(c), Attention(c), make_norm(c), MLP(c)
 
-    def forward(self, x, rope, mask, cache, layer):
-        x = x + self.attn(self.norm1(x), rope, mask, cache, layer)
+    def forward(self, x, pos, rope, mask, cache, layer):
+        x = x + self.attn(self.norm1(x), pos, rope, mask, cache, layer)
         return x + self.mlp(self.norm2(x))
 
 class GPT(nn.Module):
@@ -286,8 +289,9 @@ class GPT(nn.Module):
             self.head.weight = self.wte.weight
         if c.arch == 'llama':
             half = c.n_embd // c.n_head // 2
-            angles = torch.outer(torch.arange(c.block_size).float(), c.rope_theta ** (-torch.arange(half).float() / half))
-            self.register_buffer('cos', angles.cos(), persistent=False)                       # (block_size, D/2)
+            rates = c.rope_theta ** (-torch.arange(half).float() / half)
+            angles = torch.outer(torch.arange(c.block_size).float(), rates)
+            self.register_buffer('cos', angles.cos(), persistent=False)          # (block_size, D/2)
             self.register_buffer('sin', angles.sin(), persistent=False)
         self.init_weights()
 
@@ -298,6 +302,7 @@ class GPT(nn.Module):
         into the residual     gpt2: divided by sqrt(2 n_layer), so that the sum of all blocks keeps its size;
                               llama: 0, every block starts as the identity
         biases 0, norms 1
+        with key_shift, keys start as queries do, so that like attends to like (Trockman and Kolter 2023)
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -306,6 +311,9 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if 'proj' in name else 1))
             else:
                 nn.init.normal_(p, std=0.0 if 'proj' in name else p.size(1) ** -0.5)
+        for attn in (block.attn for block in self.blocks) if self.config.key_shift else ():
+            w = attn.qkv.weight.data.view(-1, attn.head_dim, self.config.n_embd)              # (H + 2 H_kv, D, C)
+            w[attn.n_head:-attn.n_kv_head] = w[:attn.n_head:attn.n_head // attn.n_kv_head]
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """idx (B, T) -> (B, T, C). pos (B, T): positions where rows are padded left; mask (B, S): True at real keys."""
@@ -313,23 +321,23 @@ class GPT(nn.Module):
         S = start + T
         if S > self.config.block_size:
             raise ValueError(f'{S} tokens do not fit in a block_size of {self.config.block_size}')
-        pos = torch.arange(start, S, device=idx.device) if pos is None else pos               # (T,) or (B, T)
-        x = self.wte(idx)                                                                     # (B, T, C)
+        pos = torch.arange(start, S, device=idx.device) if pos is None else pos   # (T,) or (B, T)
+        x = self.wte(idx)                                                         # (B, T, C)
         if self.wpe is not None:
             x = x + self.wpe(pos)
         x = F.dropout(x, self.config.dropout, self.training)
         rope = None
         if self.wpe is None:
-            rope = tuple(t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin))      # (1 or B, 1, T, D/2)
+            rope = tuple(t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin))  # (1 or B, 1, T, D/2)
         if mask is not None or 0 < start < S - 1: # else plain causal attention, or one query that may see all keys
-            seen = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(start)          # (T, S)
+            seen = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(start)  # (T, S)
             if mask is not None:
                 # a query that is padding itself sees only itself: a row with no key at all would give NaN
                 seen = seen & mask[:, None, :] | torch.eye(T, S, dtype=torch.bool, device=idx.device).roll(start, 1)
-                seen = seen[:, None]                                                          # (B, 1, T, S)
+                seen = seen[:, None]                                              # (B, 1, T, S)
             mask = seen
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer)
+            x = block(x, pos, rope, mask, cache, layer)
         if cache is not None:
             cache.n = S
         return self.norm(x)
@@ -355,8 +363,17 @@ class KVCache:
     """Keys and values of the tokens seen so far, allocated once."""
 
     def __init__(self, config, batch, length, device, dtype):
-        shape = (config.n_layer, 2, batch, config.n_kv_head, length, config.n_embd // config.n_head)
-        self.kv, self.n = torch.zeros(shape, device=device, dtype=dtype), 0
+        heads = config.n_kv_head, length, config.n_embd // config.n_head
+        self.kv, self.n = torch.zeros(config.n_layer, 2, batch, *heads, device=device, dtype=dtype), 0
+        self.last = [None] * config.n_layer # of key_shift: keys of the last token, before shift and rotation
+
+    def last_key(self, layer, k):
+        before = torch.zeros_like(k[:, :, :1]) if self.last[layer] is None else self.last[layer]
+        self.last[layer] = k[:, :, -1:]
+        return before
+
+    def keep(self, rows):
+        self.kv, self.last = self.kv[:, :, rows], [k if k is None else k[rows] for k in self.last]
 
     def append(self, layer, k, v):
         S = self.n + k.size(2)
@@ -365,23 +382,22 @@ class KVCache:
         return self.kv[layer, 0, :, :, :S], self.kv[layer, 1, :, :, :S]
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
-             generator=None, on_token=None):
+def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=None, on_token=None):
     """
-    Continue each prompt (a list of ids) by up to max_new_tokens ids; returns the new ids, `stop` included where it came.
-    Rows of unequal length are padded on the left, so that all grow at the right edge; rows that are done leave the batch.
-    temperature 0 is greedy. A prompt that leaves no room in the context loses its oldest tokens.
+    Continue each prompt (a list of ids) by up to max_new_tokens ids; returns the new ids, with `stop` where it came.
+    Rows of unequal length are padded on the left, so that all grow at the right edge; finished rows leave the batch.
+    temperature 0 is greedy; warp (B, V) -> (B, V) may change the probabilities, on_token gets each step's new ids.
+    A prompt that leaves no room in the context loses its oldest tokens, and a line says so.
     """
     device, size = model.wte.weight.device, model.config.block_size
     max_new_tokens = min(max_new_tokens, size - 1)
-    room = size - max_new_tokens
-    P = min(max(len(p) for p in prompts), room)
-    if any(len(p) > room for p in prompts):
-        print0(f'prompt of {max(map(len, prompts))} tokens: only its last {room} fit beside {max_new_tokens} new ones')
-    rows = [p[-room:] for p in prompts]
-    idx = torch.tensor([[0] * (P - len(r)) + r for r in rows], device=device)                 # (B, P)
-    start = torch.tensor([P - len(r) for r in rows], device=device)                           # (B,) padding before a row
-    mask = torch.arange(size, device=device) >= start[:, None]                                # (B, block_size)
+    room, longest = size - max_new_tokens, max(map(len, prompts))
+    if longest > room:
+        print0(f'prompt of {longest} tokens: only its last {room} fit beside {max_new_tokens} new ones')
+    rows, P = [p[-room:] for p in prompts], min(longest, room)
+    idx = torch.tensor([[0] * (P - len(r)) + r for r in rows], device=device)     # (B, P)
+    start = torch.tensor([P - len(r) for r in rows], device=device)      # (B,) padding before a row
+    mask = torch.arange(size, device=device) >= start[:, None]                    # (B, block_size)
     padded = bool((start > 0).any())
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     cache = KVCache(model.config, len(rows), P + max_new_tokens, device, dtype)
@@ -390,12 +406,12 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, top_k=0
         S = cache.n + idx.size(1)
         pos = (torch.arange(cache.n, S, device=device) - start[:, None]).clamp(min=0) if padded else None
         x = model.hidden(idx, pos, mask[:, :S] if padded else None, cache)
-        logits = model.head(x[:, -1]).float()                                                 # (B, V)
+        logits = model.head(x[:, -1]).float()                                     # (B, V)
         if temperature == 0:
-            idx = logits.argmax(-1, keepdim=True)                                             # (B, 1)
+            idx = logits.argmax(-1, keepdim=True)                                 # (B, 1)
         else:
-            probs = truncate(F.softmax(logits / temperature, dim=-1), top_k, top_p, min_p)
-            idx = torch.multinomial(probs, 1, generator=generator)                            # (B, 1)
+            probs = F.softmax(logits / temperature, dim=-1)
+            idx = torch.multinomial(warp(probs) if warp else probs, 1)            # (B, 1)
         new = idx[:, 0].tolist()
         for row, token in zip(alive.tolist(), new):
             out[row].append(token)
@@ -405,20 +421,9 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, top_k=0
             keep = (idx[:, 0] != stop).nonzero()[:, 0]
             if len(keep) == 0:
                 break
-            idx, alive, start, mask, cache.kv = idx[keep], alive[keep], start[keep], mask[keep], cache.kv[:, :, keep]
+            idx, alive, start, mask = idx[keep], alive[keep], start[keep], mask[keep]
+            cache.keep(keep)
     return out
-
-def truncate(probs, top_k, top_p, min_p):
-    """Zero what sampling may not choose. All three off (0, 1.0, 0.0) returns probs untouched: RLHF needs pure samples."""
-    if top_k:
-        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.size(-1)))[0][:, -1:], 0.0)
-    if top_p < 1.0:
-        p, order = probs.sort(descending=True)
-        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0.0 # keeps the token that crosses top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, p)
-    if min_p:
-        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
-    return probs
 
 # -----------------------------------------------------------------------------
 # 5. the scalar head: reward model and critic
@@ -450,8 +455,8 @@ def pad_right(rows, pad, device=None):
 
 class Muon(torch.optim.Optimizer):
     """
-    torch.optim.Muon (Jordan et al. 2024) for CPUs: the same update in fp32, matrices of one shape in one batch. (torch's
-    Newton-Schulz runs in bf16, which a CPU without bf16 units does many times slower than the rest of the step.)
+    torch.optim.Muon (Jordan et al. 2024) for CPUs: the same update in fp32, matrices of one shape in one batch.
+    (torch's Newton-Schulz runs in bf16, which a CPU without bf16 units does slower than all the rest of the step.)
     """
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -467,7 +472,7 @@ class Muon(torch.optim.Optimizer):
                 for p in params:
                     if 'momentum_buffer' not in self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                g = torch.stack([p.grad for p in params])                                     # (matrices, n, m)
+                g = torch.stack([p.grad for p in params])                         # (matrices, n, m)
                 buf = torch.stack([self.state[p]['momentum_buffer'] for p in params])
                 buf.lerp_(g, 1 - group['momentum'])
                 update = orthogonalize(g.lerp_(buf, group['momentum'])) # Nesterov
@@ -477,7 +482,7 @@ class Muon(torch.optim.Optimizer):
                     p.add_(u, alpha=-group['lr'] * 0.2 * math.sqrt(max(n, m))) # the size of an AdamW update
 
 def orthogonalize(x):
-    """Newton-Schulz: U S V' -> about U V', all singular values near 1, with matrix products only. x (matrices, n, m)."""
+    """Newton-Schulz: U S V' -> about U V', all singular values near 1, by products alone. x (matrices, n, m)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     flip = x.size(1) > x.size(2)
@@ -487,13 +492,15 @@ def orthogonalize(x):
         x = a * x + (b * xx + c * xx @ xx) @ x
     return x.mT if flip else x
 
-def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, muon=False):
+def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='adamw'):
     """
-    Matrices decay, vectors (norms, biases) do not (Brown et al. 2020). With muon=True the matrices inside the blocks go
-    to Muon, at the same learning rate, since its update is scaled to the size of AdamW's.
+    Matrices decay, vectors (norms, biases) do not (Brown et al. 2020). With kind 'muon' the matrices inside the blocks
+    go to Muon, at the same learning rate, since its update is scaled to the size of AdamW's.
     """
     params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inner = [p for n, p in params if muon and p.dim() == 2 and 'blocks.' in n]
+    if kind not in ('adamw', 'muon'):
+        die(f"optimizer is 'adamw' or 'muon', not {kind!r}")
+    inner = [p for n, p in params if kind == 'muon' and p.dim() == 2 and 'blocks.' in n]
     taken = set(map(id, inner))
     rest = [p for _, p in params if id(p) not in taken]
     groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
@@ -509,12 +516,21 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, muon=Fa
 # -----------------------------------------------------------------------------
 # 7. devices and processes, checkpoints
 
-def start(device='auto', dtype='auto', seed=1337):
+AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_steps sample_answers sample_batch epochs '
+              'ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts eval_interval '
+              'log_interval save_interval sample_interval').split()
+
+def start(config):
     """
-    Find device, precision and process group (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE); seed torch.
+    Find device, precision and process group (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE); seed torch; refuse settings
+    that no stage can work with.
     Returns device, type, dtype, rank, world, ddp, master, autocast (use as `with run.autocast():`), stop (see below).
     """
-    rank, local, world = (int(os.environ.get(k, d)) for k, d in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    for name in AT_LEAST_1:
+        if config.get(name, 1) < 1:
+            die(f'{name} must be at least 1, not {config[name]}')
+    device, dtype = config['device'], config['dtype']
+    rank, local, world = RANK, int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind = device.split(':')[0]
@@ -533,7 +549,7 @@ def start(device='auto', dtype='auto', seed=1337):
         dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if dtype not in ('float32', 'bfloat16'):
         die(f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}")
-    torch.manual_seed(seed)
+    torch.manual_seed(config['seed'])
     run = SimpleNamespace(device=torch.device(device), type=kind, dtype=getattr(torch, dtype), rank=rank, world=world,
                           ddp=world > 1, master=rank == 0, stop=False)
     run.autocast = lambda: torch.autocast(kind, run.dtype, enabled=dtype != 'float32')
@@ -568,21 +584,20 @@ def finish(run):
         dist.barrier()
         dist.destroy_process_group()
 
-class Log:
-    """STAGE.jsonl: log(step=..., loss=...) appends a line of plain numbers. A resumed run drops what came after its step."""
+def open_log(path, first_step):
+    """STAGE.jsonl: returns log(step=..., loss=...), which adds a line. A resumed run drops what came after its step."""
+    old = [r for _, r in read_jsonl(path) if r['step'] < first_step] if first_step and os.path.exists(path) else []
+    if RANK == 0:
+        write_jsonl(path, old)
 
-    def __init__(self, path, first_step):
-        self.path, old = path, [r for _, r in read_jsonl(path) if r['step'] < first_step] if first_step else []
-        if int(os.environ.get('RANK', 0)) == 0:
-            write_jsonl(path, old)
-
-    def __call__(self, **numbers):
-        if int(os.environ.get('RANK', 0)) == 0:
-            with open(self.path, 'a', encoding='utf-8') as f:
+    def log(**numbers):
+        if RANK == 0:
+            with open(path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(numbers) + '\n')
+    return log
 
 def save_checkpoint(path, stage, model, tokenizer, config, step, metrics):
-    """STAGE.pt: weights in fp32 on the CPU and plain values; one file is enough to chat, and loads with weights_only."""
+    """STAGE.pt: fp32 weights on the CPU and plain values; one file is enough to chat; loads with weights_only."""
     weights = {k: v.detach().float().cpu() for k, v in model.state_dict().items()}
     with atomic(path) as tmp:
         torch.save(dict(version=1, stage=stage, model_args=asdict(model.config), weights=weights, config=config,
@@ -616,7 +631,7 @@ def save_resume(path, step, modules, optimizers, config, **more):
         torch.save(dict(step=step, modules=[m.state_dict() for m in modules], config=config, more=more,
                         optimizers=[o.state_dict() for o in optimizers]), tmp)
 
-RESUMABLE = {'device', 'dtype', 'resume', 'out_dir', 'data_dir', 'log_interval', 'eval_interval', 'save_interval', 'compile'}
+RESUMABLE = set('device dtype compile resume out_dir data_dir log_interval eval_interval save_interval'.split())
 
 def load_resume(path, modules, optimizers, config, wanted=True):
     """Put a killed run's state back; returns (step, more), or (0, {}) for a fresh start. Other settings: refused."""
@@ -647,6 +662,8 @@ def grade(checks, text):
     holds one of the `likes`: taste, which counts for a labeller and for no check.
         grade({'contains': ['owl'], 'max_words': 3}, 'An owl!') -> (True, 1.0)
     """
+    if not isinstance(checks, dict):
+        raise ValueError(f'checks are an object, not {type(checks).__name__}')
     words, low = re.findall(r"\w+(?:['’]\w+)*", text), text.lower()
     has = lambda phrase: re.search(rf'(?<!\w){re.escape(phrase.lower())}(?!\w)', low) is not None
     plain = lambda s: s.strip().lower().rstrip('.!')
@@ -661,8 +678,11 @@ def grade(checks, text):
     unknown = set(hard) - set(rules)
     if unknown or not hard:
         raise ValueError(f'unknown check {unknown}, known are {sorted(rules)}' if unknown else 'no checks')
-    met = [rules[k](v) for k, v in hard.items()]
-    return all(met), sum(met) / len(met) + 0.25 * any(map(has, checks.get('likes', [])))
+    try:
+        met = [rules[k](v) for k, v in hard.items()]
+        return all(met), sum(met) / len(met) + 0.25 * any(map(has, checks.get('likes', [])))
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f'a check has a value of the wrong kind ({e})') from e
 
 def simulated_ranking(scores, noise, rng):
     """

@@ -1,8 +1,9 @@
 """
 Stage 1: pretraining. Learn language, and what the documents say, by predicting the next token of each of them.
-99% of all compute of the recipe is spent here; what comes out is a base model: it continues documents, it does not answer.
+Most of the compute of the recipe is spent here; what comes out is a base model: it continues documents, it does not
+answer.
 
-Reads  data_dir/train_*.bin, val_*.bin, tokenizer.json      (tokenizer.py; published GPT-2 token shards work too)
+Reads  data_dir/train_*.bin, val_*.bin, tokenizer.json      (tokenizer.py writes them)
 Writes out_dir/base.pt, base.jsonl (the curve), base.resume.pt while it runs
 
 on a laptop        $ python pretrain.py config/tiny.py
@@ -11,8 +12,8 @@ on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 pretrain.py
 on two nodes       $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 pretrain.py
                    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 pretrain.py
 
-Left out: dropping padding tricks, curriculum, loss scaling for fp16. Every window is packed full, from one long stream of
-documents: attention crosses from one document into the next, and <|endoftext|> is what tells the model not to care.
+Left out: a curriculum, loss scaling for fp16. Every window is packed full, from one long stream of documents: attention
+crosses from one document into the next, and <|endoftext|> is what tells the model not to care.
 """
 import glob
 import math
@@ -40,9 +41,9 @@ n_head = 12                 # attention heads in a block
 n_kv_head = 0               # heads of keys and values, 0 = n_head
 n_embd = 768                # width
 block_size = 1024           # tokens of context
-vocab_size = 50257          # used only where data_dir has no tokenizer.json; else the tokenizer's
 tie_embeddings = True       # one matrix for the input and the output embedding
 qk_norm = False             # normalise queries and keys
+key_shift = False           # half of the heads know a key by the token before it: small models copy sooner
 dropout = 0.1               # share of activations dropped while training; 0 where no text is seen twice
 # training
 batch_size = 12             # windows in a micro-batch, on each process
@@ -72,28 +73,25 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device, data
-run = lib.start(device, dtype, seed)
-tok_path = os.path.join(data_dir, 'tokenizer.json')
-shards = {s: sorted(glob.glob(os.path.join(data_dir, f'{s}_*.bin')) + glob.glob(os.path.join(data_dir, f'*_{s}_*.bin')))
-          for s in ('train', 'val')}
+run = lib.start(config)
+shards = {s: sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{s}_*.bin'))) for s in ('train', 'val')}
 for split, found in shards.items():
     if not found:
         die(f'no token shards {data_dir}/{split}_*.bin: make them with `python tokenizer.py --data_dir={data_dir}`')
-if not os.path.exists(tok_path) and not all('fineweb' in s for s in shards['train']):
-    die(f'token shards, but no {tok_path}: make it with `python tokenizer.py --data_dir={data_dir}`')
-tok = Tokenizer.load(tok_path)
+tok = Tokenizer.load(os.path.join(data_dir, 'tokenizer.json'))
 vocab_size = tok.n_vocab
 shards = {s: [lib.read_shard(p, tok.hash) for p in found] for s, found in shards.items()}
 windows = {s: [(len(tokens) - 1) // block_size for tokens in found] for s, found in shards.items()}
 for split in windows:
     if not sum(windows[split]):
         n = sum(map(len, shards[split]))
-        die(f'{data_dir}: {n:,} {split} tokens, too few for one window of block_size {block_size} + 1: add text, or --block_size={n // 2}')
+        die(f'{data_dir}: {n:,} {split} tokens, too few for one window of block_size {block_size} + 1: '
+            f'add text, or --block_size={max(1, n // 2)}')
 token_bytes = torch.tensor([len(tok.bytes_of(i)) for i in range(tok.n_vocab)], device=run.device)
 tokens_per_step = gradient_accumulation_steps * run.world * batch_size * block_size
 n_train = sum(map(len, shards['train']))
 print0(f'data: {n_train:,} train and {sum(map(len, shards["val"])):,} val tokens; {tokens_per_step:,} tokens a step, '
-       f'{max_iters:,} steps = {max_iters * tokens_per_step:,} tokens = {max_iters * tokens_per_step / n_train:.1f} epochs')
+       f'{max_iters:,} steps = {max_iters * tokens_per_step / n_train:.1f} epochs')
 
 def get_windows(split, index):
     """Windows number `index` (list) of a split -> x, y (B, T) on the device; y is x one token later."""
@@ -126,13 +124,14 @@ def get_batch(step, micro):
 # -----------------------------------------------------------------------------
 # model, optimizer
 raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, 0, dropout,
-                          tie_embeddings, qk_norm)).to(run.device)
-optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
+                          tie_embeddings, qk_norm, key_shift)).to(run.device)
+optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), kind=optimizer)
 resume_path, out_path = os.path.join(out_dir, 'base.resume.pt'), os.path.join(out_dir, 'base.pt')
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 n_params, flops_per_token = raw_model.n_params(), raw_model.flops_per_token(block_size)
 print0(f'model: {arch}, {n_params:,} parameters ({raw_model.n_params(embedding=False):,} without embeddings), '
-       f'{max_iters * tokens_per_step / n_params:.1f} tokens a parameter, {flops_per_token * tokens_per_step:.2e} FLOPs a step')
+       f'{max_iters * tokens_per_step / n_params:.1f} tokens a parameter, '
+       f'{flops_per_token * tokens_per_step:.2e} FLOPs a step')
 model = torch.compile(raw_model) if compile else raw_model
 model = DDP(model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else model
 
@@ -147,7 +146,7 @@ def estimate_loss(split='val'):
     for i in range(run.rank * batch_size, n, run.world * batch_size): # the same windows for any number of processes
         x, y = get_windows(split, range(i, min(i + batch_size, n)))
         with run.autocast():
-            logits = raw_model(x)                                                             # (B, T, V)
+            logits = raw_model(x)                                                 # (B, T, V)
         nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum').item()
         tokens += y.numel()
         n_bytes += token_bytes[y].sum().item()
@@ -164,7 +163,7 @@ def get_lr(step):
 
 # -----------------------------------------------------------------------------
 # the loop
-log = lib.Log(os.path.join(out_dir, 'base.jsonl'), first_step)
+log = lib.open_log(os.path.join(out_dir, 'base.jsonl'), first_step)
 run.catch_signals()
 smooth, seconds, bad, t0 = more.get('smooth', 0.0), more.get('seconds', 0.0), 0, time.time()
 val_loss = val_bpb = float('nan')
@@ -180,7 +179,7 @@ for step in range(first_step, max_iters + 1):
         more = dict(seconds=seconds + time.time() - t0, smooth=smooth)
         if run.master and step < max_iters:
             lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
-    if leave:
+    if leave and step < max_iters:
         die(f'stopped at step {step} and saved: the same command goes on from there')
     if step == max_iters:
         break
@@ -193,7 +192,7 @@ for step in range(first_step, max_iters + 1):
         if run.ddp: # gradients travel only with the last micro-batch
             model.require_backward_grad_sync = micro == gradient_accumulation_steps - 1
         with run.autocast():
-            logits = model(x)                                                                 # (B, T, V)
+            logits = model(x)                                                     # (B, T, V)
         # every batch is full, so the mean of the means is the mean over all tokens
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten()) / gradient_accumulation_steps
         loss.backward()

@@ -2,7 +2,7 @@
 Stage 3: the reward model. Comparing answers is easier than writing them, so people rank the answers of the SFT model,
 and a model learns to score answers as they would (Christiano et al. 2017; Ouyang et al. 2022, step 2).
 
-Reads  out_dir/sft.pt, data_dir/preferences_{train,val}.jsonl; with sample_prompts also data_dir/prompts_{train,val}.jsonl
+Reads  out_dir/sft.pt, data_dir/preferences_{train,val}.jsonl; with sample_prompts data_dir/prompts_{train,val}.jsonl
 Writes out_dir/reward.pt, reward.jsonl, reward.resume.pt while it runs; with sample_prompts out_dir/preferences_*.jsonl
 
 on a laptop        $ python reward.py config/tiny.py
@@ -65,7 +65,7 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device, models
-run = lib.start(device, dtype, seed)
+run = lib.start(config)
 sft = lib.load_checkpoint(os.path.join(out_dir, 'sft.pt'), ['sft'], f'python sft.py --out_dir={out_dir}')
 tok = Tokenizer(sft['tokenizer'])
 sft['model_args']['dropout'] = 0.0
@@ -108,7 +108,8 @@ def sample_rankings(split, n):
         done = (i + len(batch)) / len(mine)
         if run.master and (sys.stdout.isatty() or done == 1):
             left = (time.time() - t0) * (1 / done - 1)
-            print(f'\r{split}: answered {done:.0%} of {len(prompts)} prompts, {left:.0f} s left ', end='\n' * (done == 1), flush=True)
+            print(f'\r{split}: answered {done:.0%} of {len(prompts)} prompts, {left:.0f} s left ',
+                  end='\n' if done == 1 else '', flush=True)
     if run.ddp:
         parts = [None] * run.world
         dist.all_gather_object(parts, answers)
@@ -148,7 +149,7 @@ def load_rankings(split):
             try:
                 texts, ranking = row['completions'], row['ranking']
                 if len(set(ranking)) != len(ranking) or len(ranking) < 2 or not set(ranking) <= set(range(len(texts))):
-                    raise ValueError(f'ranking {ranking} of {len(texts)} completions: two or more different indices are needed')
+                    raise ValueError(f'ranking {ranking} of {len(texts)} completions needs 2 or more different indices')
                 ids = [tok.render(row['messages'] + [dict(role='assistant', content=texts[i])])[0] for i in ranking]
                 gold = [lib.grade(row['checks'], texts[i])[1] for i in ranking] if row.get('checks') else None
             except (KeyError, TypeError, ValueError) as e:
@@ -183,7 +184,7 @@ def score(model, rankings):
     rows = [ids for answers, _ in rankings for ids in answers]
     last = torch.tensor([len(r) - 1 for r in rows], device=run.device)
     with run.autocast():
-        scores = model(lib.pad_right(rows, tok.pad, run.device))                              # (answers, T)
+        scores = model(lib.pad_right(rows, tok.pad, run.device))                  # (answers, T)
     return scores[torch.arange(len(rows)), last]
 
 def pair_margins(scores, rankings):
@@ -204,7 +205,9 @@ def evaluate():
         margins = pair_margins(score(raw_model, batch), batch).cpu()
         gold = [g for answers, scores in batch for g in scores or [0.0] * len(answers)]
         true = pair_margins(torch.tensor(gold), batch) # 0 where the gold order is unknown
-        loss, right, pairs = loss - F.logsigmoid(margins).sum().item(), right + (margins > 0).sum().item(), pairs + len(margins)
+        loss -= F.logsigmoid(margins).sum().item()
+        right += (margins > 0).sum().item()
+        pairs += len(margins)
         gold_right += ((margins > 0) == (true > 0))[true != 0].sum().item()
         gold_pairs += (true != 0).sum().item()
     loss, right, pairs, gold_right, gold_pairs = lib.all_sum(loss, right, pairs, gold_right, gold_pairs)
@@ -222,7 +225,7 @@ def get_lr(step):
 
 # -----------------------------------------------------------------------------
 # the loop
-log = lib.Log(os.path.join(out_dir, 'reward.jsonl'), first_step)
+log = lib.open_log(os.path.join(out_dir, 'reward.jsonl'), first_step)
 run.catch_signals()
 self_agreement, n_sampled = more.get('self_agreement', self_agreement), more.get('n_sampled', n_sampled)
 smooth, seconds, n_tokens, bad = *(more.get(k, 0.0) for k in ('smooth', 'seconds', 'n_tokens')), 0
@@ -240,7 +243,7 @@ for step in range(first_step, max_iters + 1):
                     self_agreement=self_agreement)
         if run.master and step < max_iters:
             lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
-    if leave:
+    if leave and step < max_iters:
         die(f'stopped at step {step} and saved: the same command goes on from there')
     if step == max_iters:
         break
@@ -248,7 +251,7 @@ for step in range(first_step, max_iters + 1):
     # forward and backward: the sum over all pairs of the step, divided by their number on all ranks
     lib.seed_step(seed, step, run.rank)
     lr, t1, batch = get_lr(step), time.time(), get_batch(step)
-    margins = pair_margins(score(model, batch), batch)                                        # (pairs,)
+    margins = pair_margins(score(model, batch), batch)                            # (pairs,)
     n_pairs, n_seen = lib.all_sum(len(margins), sum(len(ids) for answers, _ in batch for ids in answers))
     loss = -F.logsigmoid(margins).sum() / n_pairs
     (loss * run.world).backward() # DDP takes the mean over ranks, the sum is wanted
@@ -274,8 +277,9 @@ for step in range(first_step, max_iters + 1):
     # log
     if step % log_interval == 0 or step == max_iters - 1:
         left = (time.time() - t0) / (step - first_step + 1) * (max_iters - step - 1)
-        print0(f'step {step:6d} | loss {smooth / (1 - 0.9 ** (step + 1)):.4f} | {right / n_pairs:.0%} right | lr {lr:.2e} | '
-               f'norm {norm:.3f} | {n_seen / (time.time() - t1):,.0f} tok/s | {100 * (step + 1) / max_iters:.0f}%, {left:.0f} s left')
+        print0(f'step {step:6d} | loss {smooth / (1 - 0.9 ** (step + 1)):.4f} | {right / n_pairs:.0%} right '
+               f'| lr {lr:.2e} | norm {norm:.3f} | {n_seen / (time.time() - t1):,.0f} tok/s '
+               f'| {100 * (step + 1) / max_iters:.0f}%, {left:.0f} s left')
         log(step=step, loss=lossf, accuracy=right / n_pairs, lr=lr, norm=norm)
 
 # -----------------------------------------------------------------------------
@@ -286,7 +290,7 @@ with torch.no_grad():
     raw_model.mean.copy_(mean)
     raw_model.std.copy_(std)
     again = torch.cat([score(raw_model, train[i:i + batch_size]) for i in range(0, len(train), batch_size)])
-print0(f'scores of the ranked answers: mean {mean:.3f}, std {std:.3f}; normalised {again.mean():.3f}, {again.std():.3f}')
+print0(f'scores of the ranked answers: mean {mean:.3f}, std {std:.3f}; then {again.mean():.3f}, {again.std():.3f}')
 
 # -----------------------------------------------------------------------------
 # save

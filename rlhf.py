@@ -80,14 +80,16 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device, models. Dropout is off in all four: else the ratio would not be 1 at the first step
-run = lib.start(device, dtype, seed)
+run = lib.start(config)
+if temperature <= 0:
+    die(f'temperature is {temperature}: a policy that always takes the likeliest token explores nothing, take 1.0')
 if batch_size % minibatch_size or minibatch_size % micro_batch_size:
     die(f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size}, and that of micro_batch_size '
-        f'{micro_batch_size}: --batch_size={max(1, batch_size // minibatch_size) * minibatch_size} --micro_batch_size={minibatch_size}')
+        f'{micro_batch_size}: --minibatch_size={batch_size} --micro_batch_size={batch_size}')
 sft = lib.load_checkpoint(os.path.join(out_dir, 'sft.pt'), ['sft'], f'python sft.py --out_dir={out_dir}')
 rm = lib.load_checkpoint(os.path.join(out_dir, 'reward.pt'), ['reward'], f'python reward.py --out_dir={out_dir}')
 if sft['tokenizer'] != rm['tokenizer']:
-    die(f'sft.pt and reward.pt in {out_dir} have different tokenizers: run `python reward.py --out_dir={out_dir}` again')
+    die(f'sft.pt and reward.pt have different tokenizers: run `python reward.py --out_dir={out_dir}` again')
 sft['model_args']['dropout'] = rm['model_args']['dropout'] = 0.0
 tok = Tokenizer(sft['tokenizer'])
 block_size = min(sft['model_args']['block_size'], rm['model_args']['block_size'])
@@ -104,12 +106,12 @@ class ActorCritic(nn.Module):
 
 def get_logprobs(policy, ids, actions):
     """
-    ids (B, T) and actions (B, T-1), True where ids[:, 1:] is a token of the answer -> log-probabilities of those tokens and
-    entropies of their distributions, both (B, T-1), 0 elsewhere. Logits are made at the answers' positions only.
+    ids (B, T) and actions (B, T-1), True where ids[:, 1:] is a token of the answer -> log-probabilities of those tokens
+    and entropies of their distributions, both (B, T-1), 0 elsewhere. Logits are made at the answers' positions only.
     """
-    logits = policy.head(policy.hidden(ids)[:, :-1][actions]).float() / temperature           # (actions, V)
+    logits = policy.head(policy.hidden(ids)[:, :-1][actions]).float() / temperature  # (actions, V)
     logp = F.log_softmax(logits, dim=-1)
-    chosen = logp.gather(-1, ids[:, 1:][actions][:, None]).squeeze(-1)                        # (actions,)
+    chosen = logp.gather(-1, ids[:, 1:][actions][:, None]).squeeze(-1)            # (actions,)
     entropy = -(logp.exp() * logp).sum(-1)
     zeros = torch.zeros(actions.shape, device=ids.device)
     return zeros.masked_scatter(actions, chosen), zeros.masked_scatter(actions, entropy)
@@ -140,7 +142,7 @@ def load_prompts(split):
         else:
             prompts.append((row, ids))
     if too_long:
-        print0(f'{path}: {too_long} of {too_long + len(prompts)} prompts left out, no room for {max_new_tokens} new tokens')
+        print0(f'{path}: {too_long} of {too_long + len(prompts)} prompts leave no room for {max_new_tokens} new tokens')
     if not prompts:
         die(f'{path}: no prompt leaves room for {max_new_tokens} new tokens in {block_size}: lower --max_new_tokens')
     return prompts
@@ -162,8 +164,8 @@ def get_prompts(step):
 @torch.no_grad()
 def rollout(prompts):
     """
-    Answer the prompts. Returns ids (B, T): prompt + answer, padded right; actions (B, T-1): True where ids[:, 1:] is of the
-    answer; logprobs, ref_logprobs, entropy, values (B, T-1), 0 outside of actions; score, ended (B,); texts.
+    Answer the prompts. Returns ids (B, T): prompt + answer, padded right; actions (B, T-1): True where ids[:, 1:] is of
+    the answer; logprobs, ref_logprobs, entropy, values (B, T-1), 0 outside of actions; score, ended (B,); texts.
     """
     # 1. roll out: pure sampling (no top-k, no top-p), since the ratio assumes that answers come from the policy itself
     with run.autocast():
@@ -173,7 +175,7 @@ def rollout(prompts):
         first = torch.tensor([len(q) for q in queries], device=run.device)[:, None]
         last = torch.tensor([len(q) + len(r) for q, r in zip(queries, responses)], device=run.device)[:, None]
         at = torch.arange(1, ids.size(1), device=run.device)
-        actions = (at >= first) & (at < last)                                                 # (B, T-1)
+        actions = (at >= first) & (at < last)                                     # (B, T-1)
 
         # 2. look back
         logprobs, entropy, values = raw_model(ids, actions)
@@ -190,7 +192,7 @@ def rollout(prompts):
 # -----------------------------------------------------------------------------
 # phases 4 and 5: rewards, advantages
 def get_rewards(score, ended, logprobs, ref_logprobs, actions, kl_coef):
-    """(B, T-1): the KL penalty (the k1 estimator, its sum over an answer is unbiased) at each token, the score at the last."""
+    """(B, T-1): the KL penalty (the k1 estimator: unbiased) at each token, the score at the last."""
     rewards = -kl_coef * (logprobs - ref_logprobs) * actions
     last = actions.size(1) - 1 - actions.int().flip(1).argmax(1)                              # (B,)
     rewards[torch.arange(len(last)), last] += score - missing_end_penalty * ~ended
@@ -198,8 +200,8 @@ def get_rewards(score, ended, logprobs, ref_logprobs, actions, kl_coef):
 
 def gae(rewards, values, actions):
     """
-    Generalised advantage estimation (Schulman et al. 2016): sum over l of (gamma lam)^l delta_{t+l}, from the right, with
-    delta_t = r_t + gamma V_{t+1} - V_t and V = 0 after the answer. All (B, T-1) -> advantages, returns, 0 outside.
+    Generalised advantage estimation (Schulman et al. 2016): sum over l of (gamma lam)^l delta_{t+l}, from the right,
+    with delta_t = r_t + gamma V_{t+1} - V_t, V = 0 after the answer. All (B, T-1) -> advantages, returns, 0 outside.
     """
     advantages, last_gae, next_value = torch.zeros_like(rewards), 0.0, 0.0
     for t in reversed(range(rewards.size(1))):
@@ -241,7 +243,7 @@ def get_lr(step):
 
 # -----------------------------------------------------------------------------
 # the loop
-log = lib.Log(os.path.join(out_dir, 'rlhf.jsonl'), first_step)
+log = lib.open_log(os.path.join(out_dir, 'rlhf.jsonl'), first_step)
 run.catch_signals()
 kl_coef, seconds, n_tokens = more.get('kl_coef', kl_coef), more.get('seconds', 0.0), more.get('n_tokens', 0)
 bad, t0, held_out = 0, time.time(), {}
@@ -256,7 +258,7 @@ for step in range(first_step, max_iters + 1):
         more = dict(seconds=seconds + time.time() - t0, n_tokens=n_tokens, kl_coef=kl_coef)
         if run.master and step < max_iters:
             lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
-    if leave:
+    if leave and step < max_iters:
         die(f'stopped at step {step} and saved: the same command goes on from there')
     if step == max_iters:
         break
@@ -281,7 +283,7 @@ for step in range(first_step, max_iters + 1):
                 if run.ddp: # gradients travel only with the last micro-batch
                     model.require_backward_grad_sync = (micro + 1) * micro_batch_size >= minibatch_size
                 with run.autocast():
-                    mb_logprobs, _, mb_values = model(ids[mb], actions[mb])                   # (micro, T-1)
+                    mb_logprobs, _, mb_values = model(ids[mb], actions[mb])       # (micro, T-1)
                 log_ratio = (mb_logprobs - logprobs[mb]) * actions[mb]
                 ratio = log_ratio.exp()
                 pg_loss = torch.max(-advantages[mb] * ratio,
@@ -315,22 +317,24 @@ for step in range(first_step, max_iters + 1):
     if bad:
         print0(f'step {step}: gradient norm {norm}: skipped ({bad} in a row)')
     if bad == 5:
-        die('5 updates in a row without a finite gradient: lower --learning_rate or raise --kl_coef; the last good state, '
-            f'if one was saved, is {resume_path}')
+        die('5 updates in a row without a finite gradient: lower --learning_rate or raise --kl_coef; the last good '
+            f'state, if one was saved, is {resume_path}')
 
     # log: the curves to watch are score, kl and gold; the losses tell little
     grades = [(lib.grade(row['checks'], text)) for (row, _), text in zip(prompts, texts) if row.get('checks')]
-    row_kl = (logprobs - ref_logprobs).sum(1)                                                 # (B,) nats an answer
+    row_kl = (logprobs - ref_logprobs).sum(1)                                  # (B,) nats an answer
     n, s, s2, kl, length, stopped, graded, gold, met, seen = lib.all_sum(
         batch_size, score.sum().item(), (score ** 2).sum().item(), row_kl.sum().item(), actions.sum().item(),
-        ended.sum().item(), len(grades), sum(g for _, g in grades), sum(m for m, _ in grades), (ids != tok.pad).sum().item())
+        ended.sum().item(), len(grades), sum(g for _, g in grades), sum(m for m, _ in grades),
+        (ids != tok.pad).sum().item())
     left_over = masked_mean((returns - values) ** 2, actions)
     spread = masked_mean((returns - masked_mean(returns, actions)) ** 2, actions)
     k3 = masked_mean((ref_logprobs - logprobs).exp() - 1 - (ref_logprobs - logprobs), actions) * length / n
     line = dict(step=step, score=s / n, score_std=math.sqrt(max(0, s2 / n - (s / n) ** 2)), kl=kl / n, kl_k3=k3,
                 rlhf_reward=(s - kl_coef * kl) / n, entropy=masked_mean(entropy, actions), length=length / n,
                 ended=stopped / n, ratio_first=stats['ratio'][0], kl_coef=kl_coef, lr=lr,
-                explained_variance=1 - left_over / max(1e-8, spread), **{k: float(np.mean(v)) for k, v in stats.items()})
+                explained_variance=1 - left_over / max(1e-8, spread),
+                **{k: float(np.mean(v)) for k, v in stats.items()})
     if graded:
         line.update(gold=gold / graded, met=met / graded)
     log(**line)
@@ -349,11 +353,13 @@ for step in range(first_step, max_iters + 1):
 # -----------------------------------------------------------------------------
 # save
 if run.master:
-    # a token is sampled once, read by four models, and learned by two ppo_epochs times; reading costs a third of learning
+    # a token is sampled once, read by four models, learned by two ppo_epochs times; reading costs a third of learning
     per_token = raw_model.actor.flops_per_token(n_tokens / max(1, max_iters * batch_size * run.world))
-    metrics = dict(**held_out, seconds=more['seconds'], flops=per_token * n_tokens * (5 / 3 + 2 * ppo_epochs), tokens=n_tokens)
+    flops = per_token * n_tokens * (5 / 3 + 2 * ppo_epochs)
+    metrics = dict(**held_out, seconds=more['seconds'], flops=flops, tokens=n_tokens)
     lib.save_checkpoint(out_path, 'rlhf', raw_model.actor, tok, config, max_iters, metrics)
     if os.path.exists(resume_path):
         os.remove(resume_path)
-    print(f'saved {out_path}: score {held_out["val_score"]:+.3f}, KL {held_out["val_kl"]:.2f} nats, {more["seconds"]:.0f} s')
+    print(f'saved {out_path}: score {held_out["val_score"]:+.3f}, KL {held_out["val_kl"]:.2f} nats an answer, '
+          f'{more["seconds"]:.0f} s')
 lib.finish(run)

@@ -7,10 +7,12 @@ Writes out_dir/sft.pt, sft.jsonl (the curve), sft.resume.pt while it runs
 
 on a laptop        $ python sft.py config/tiny.py
 on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 sft.py
-on two nodes       $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 sft.py   (and node_rank=1)
+on two nodes       $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 sft.py
+                   $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 sft.py
 
-Left out: packing several conversations into a row (attention would have to be kept from crossing); instead conversations
-of like length share a batch. `diff pretrain.py sft.py` shows what is new: the mask, and dividing by what it leaves.
+Left out: packing several conversations into a row (attention would have to be kept from crossing); instead,
+conversations of like length share a batch. `diff pretrain.py sft.py` shows what is new: the mask, and dividing by the
+number of tokens that it leaves.
 """
 import math
 import os
@@ -58,7 +60,7 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device, model
-run = lib.start(device, dtype, seed)
+run = lib.start(config)
 base = lib.load_checkpoint(os.path.join(out_dir, 'base.pt'), ['base'], f'python pretrain.py --out_dir={out_dir}')
 tok = Tokenizer(base['tokenizer'])
 base['model_args']['dropout'] = dropout
@@ -90,26 +92,28 @@ train, val = load_chats('train'), load_chats('val')
 step_size = batch_size * gradient_accumulation_steps * run.world # conversations in a step
 if len(train) < step_size:
     die(f'{len(train)} conversations do not fill one step of {step_size} (batch_size {batch_size} x accumulation '
-        f'{gradient_accumulation_steps} x {run.world} processes): --batch_size={max(1, len(train) // step_size)}')
+        f'{gradient_accumulation_steps} x {run.world} processes): --gradient_accumulation_steps=1 '
+        f'--batch_size={max(1, len(train) // run.world)}')
 steps_per_epoch = len(train) // step_size
 max_iters = epochs * steps_per_epoch
 n_learn = sum(t != -1 for _, y in train for t in y)
-print0(f'data: {len(train):,} conversations, {n_learn:,} tokens to learn; {step_size} a step, {steps_per_epoch} steps an '
-       f'epoch, {max_iters} steps; {len(val)} conversations to validate')
+print0(f'data: {len(train):,} conversations, {n_learn:,} tokens to learn; {step_size} a step, '
+       f'{steps_per_epoch} steps an epoch, {max_iters} steps; {len(val)} conversations to validate')
 x0, y0 = train[0]
 print0('first one, [what is learned]:', ''.join(f'[{tok.decode([t])}]' if t != -1 else tok.decode([x])
                                                 for x, t in zip(x0[1:] + [tok.pad], y0)))
 
 def to_batch(chats):
     """Chats -> x, y (B, T), padded on the right, where causal attention keeps pads from being seen."""
-    x, y = lib.pad_right([c[0] for c in chats], tok.pad, run.device), lib.pad_right([c[1] for c in chats], -1, run.device)
-    return x, y
+    x, y = zip(*chats)
+    return lib.pad_right(x, tok.pad, run.device), lib.pad_right(y, -1, run.device)
 
 def get_order(epoch):
     """A seeded shuffle, the same on all ranks, in which the conversations of one step are of like length."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(train))[:steps_per_epoch * step_size]
-    pools = [sorted(order[i:i + 16 * step_size], key=lambda j: len(train[j][0])) for i in range(0, len(order), 16 * step_size)]
+    pools = np.split(order, range(16 * step_size, len(order), 16 * step_size)) # 16 steps in each
+    pools = [sorted(pool, key=lambda j: len(train[j][0])) for pool in pools]
     return rng.permutation(np.concatenate(pools).reshape(steps_per_epoch, step_size)) # shuffles whole steps
 
 order = (-1, None) # epoch, its order
@@ -124,7 +128,7 @@ def get_batches(step):
 
 # -----------------------------------------------------------------------------
 # optimizer
-optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), muon=optimizer == 'muon')
+optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), kind=optimizer)
 resume_path, out_path = os.path.join(out_dir, 'sft.resume.pt'), os.path.join(out_dir, 'sft.pt')
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 model = torch.compile(raw_model) if compile else raw_model
@@ -140,7 +144,7 @@ def estimate_loss():
     for i in range(run.rank * batch_size, len(val), run.world * batch_size):
         x, y = to_batch(val[i:i + batch_size])
         with run.autocast():
-            logits = raw_model(x)                                                             # (B, T, V)
+            logits = raw_model(x)                                                 # (B, T, V)
         nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-1, reduction='sum').item()
         tokens += (y != -1).sum().item()
     raw_model.train()
@@ -153,7 +157,7 @@ def get_lr(step):
 
 # -----------------------------------------------------------------------------
 # the loop
-log = lib.Log(os.path.join(out_dir, 'sft.jsonl'), first_step)
+log = lib.open_log(os.path.join(out_dir, 'sft.jsonl'), first_step)
 run.catch_signals()
 smooth, seconds, n_tokens, bad, t0 = *(more.get(k, 0.0) for k in ('smooth', 'seconds', 'n_tokens')), 0, time.time()
 val_loss = float('nan')
@@ -168,7 +172,7 @@ for step in range(first_step, max_iters + 1):
         more = dict(seconds=seconds + time.time() - t0, smooth=smooth, n_tokens=n_tokens)
         if run.master and step < max_iters:
             lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
-    if leave:
+    if leave and step < max_iters:
         die(f'stopped at step {step} and saved: the same command goes on from there')
     if step == max_iters:
         break
@@ -177,14 +181,14 @@ for step in range(first_step, max_iters + 1):
     lib.seed_step(seed, step, run.rank)
     lr, lossf, t1 = get_lr(step), 0.0, time.time()
     batches = get_batches(step)
-    # The loss is a sum over the tokens to learn, divided by their number in the whole step: all micro-batches, all ranks.
-    # A mean of the micro-batches' means would weigh tokens of short answers more, and be 0/0 where a mask is empty.
+    # The loss is a sum over the tokens to learn, divided by their number in the whole step: all micro-batches, all
+    # ranks. A mean of means would weigh the tokens of short answers more, and be 0/0 where a mask is empty.
     n_valid, n_seen = lib.all_sum(sum((y != -1).sum().item() for _, y in batches), sum(x.numel() for x, _ in batches))
     for micro, (x, y) in enumerate(batches):
         if run.ddp: # gradients travel only with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
         with run.autocast():
-            logits = model(x)                                                                 # (B, T, V)
+            logits = model(x)                                                     # (B, T, V)
         loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-1, reduction='sum')
         loss = loss / max(1, n_valid)
         (loss * run.world).backward() # DDP takes the mean over ranks, the sum is wanted

@@ -5,7 +5,7 @@ Turns text into numbers: trains a byte-level BPE tokenizer on our own documents,
 
 Byte pair encoding starts from the 256 bytes, so that no text is ever unknown. It looks for the pair of neighbours that
 is most frequent in the corpus, makes it a new token, and repeats. Encoding applies the same merges in the same order.
-Left out: several processes, and corpora whose tokens (2 bytes each) do not fit in memory.
+Left out: several processes; corpora whose tokens, 2 bytes each, do not fit in memory.
 
     python tokenizer.py config/tiny.py                         train and encode: seconds on a laptop
     python tokenizer.py config/tiny.py --show=understanding    watch the merges of a word, with the trained tokenizer
@@ -139,8 +139,7 @@ sys.stdout.reconfigure(errors='backslashreplace') # what a terminal cannot show 
 if show:
     tok = Tokenizer.load(tokenizer_json)
     ranks = {tok.bytes_of(i): i for i in range(tok.n_vocab - len(SPECIAL_TOKENS))}
-    # in a terminal the newest token is on yellow, the others on two blues in turn; in a file they stand between bars
-    colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+    colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ # the newest token on yellow, the others on two blues
     form = '\033[30;{}m{}\033[0m' if colour else '{1}'
     for chunk in regex.findall(tok.spec['pattern'], whole(show)):
         pieces, newest, choices = [bytes([b]) for b in chunk.encode()], -1, True
@@ -227,8 +226,7 @@ for split in files:
     if not docs:
         die(f'all documents in {data_dir}/{split} are empty: look at what `python prepare_data.py {again}` prints')
     if used @ [len(tok.bytes_of(i)) for i in range(tok.n_vocab)] != n_bytes:
-        die(f'pattern = {pattern!r} loses text of {split}: it must match every character, so let it end with |[\\s\\S] '
-            '(or is it a typo of gpt4 or gpt2?)')
+        die(f'pattern = {pattern!r} loses text: it must match every character. A typo of gpt4? Else add |[\\s\\S]')
 
     np.random.default_rng(seed).shuffle(docs)
     shards, room = [], 0 # whole documents, as many in a shard as fit

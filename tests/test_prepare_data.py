@@ -1,0 +1,502 @@
+"""prepare_data.py: the toy world, each step on hand-made pages, files of every form, bad input."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = str(ROOT / 'prepare_data.py')
+REAL = ROOT.parent / 'shared' / 'data'
+SMALL = dict(
+    n_people=20,
+    n_pages=400,
+    n_books=80,
+    n_lessons=60,
+    n_faults=60,
+    n_chat=150,
+    n_preferences=60,
+    n_prompts=150,
+    n_val=30,
+)
+sys.path.insert(0, str(ROOT))
+
+def run(folder, **settings):
+    """The real script in this process (torch is imported once) -> its globals, so that its functions can be called."""
+    argv, sys.argv = sys.argv, [SCRIPT] + [f'--{k}={v}' for k, v in dict(settings, data_dir=folder).items()]
+    try:
+        return runpy.run_path(SCRIPT)
+    finally:
+        sys.argv = argv
+
+def rows(path):
+    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rt', encoding='utf-8') as f:
+        return [json.loads(line) for line in f]
+
+def documents(folder, side='*'):
+    return [
+        row
+        for path in sorted(Path(folder).glob(f'{side}/*.jsonl.gz'))
+        if path.parent.name != 'raw'
+        for row in rows(path)
+    ]
+
+def contents(folder):
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob('*'))
+        if p.is_file() and p.name != 'funnel.json' and '.partial' not in str(p)
+    }
+
+def write(path, text):
+    path.write_text(
+        text if isinstance(text, str) else ''.join(json.dumps(row) + '\n' for row in text), encoding='utf-8'
+    )
+    return path
+
+FILLER = (
+    'The old house stood at the end of the road, and nobody had lived in it for many years. '
+    'One day a family came to look at it. '
+    'They liked the garden and the tall trees, but the roof had to be mended before they could move in with their {}. '
+)
+
+def story(*words):
+    return ' '.join(FILLER.format(word) for word in words)
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('world') / 'toytown'
+    return folder, run(folder, **SMALL)
+
+def test_every_output_is_there_and_a_second_run_is_the_same(world, tmp_path):
+    folder, _ = world
+    for name in (
+        'train',
+        'val',
+        'benchmarks',
+        'raw',
+        'funnel.json',
+        'chat_train.jsonl',
+        'chat_val.jsonl',
+        'preferences_train.jsonl',
+        'preferences_val.jsonl',
+        'prompts_train.jsonl',
+        'prompts_val.jsonl',
+        'raw/web_00000.warc.gz',
+        'raw/truth.jsonl',
+    ):
+        assert (folder / name).exists(), name
+    flags = [f'--{k}={v}' for k, v in SMALL.items()]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, '--data_dir=again', *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONHASHSEED='7'),
+    )
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / 'again') == contents(folder)
+    assert not (tmp_path / 'again' / '.partial').exists()
+
+def test_another_seed_is_another_world(world, tmp_path):
+    run(tmp_path, **dict(SMALL, seed=1))
+    assert contents(tmp_path)['chat_train.jsonl'] != contents(world[0])['chat_train.jsonl']
+
+def test_filters_find_what_was_planted(world):
+    funnel = json.loads((world[0] / 'funnel.json').read_text(encoding='utf-8'))['steps']
+    for name in ('url', 'text', 'language', 'quality', 'dedup', 'pii'):
+        assert funnel[name]['planted'] > 20, name
+        assert funnel[name]['precision'] >= 0.95 and funnel[name]['recall'] >= 0.95, (name, funnel[name])
+
+def test_the_steps_never_see_the_truth():
+    source = Path(SCRIPT).read_text(encoding='utf-8')
+    steps = source[source.index('\n# reading:') : source.index('\n# the funnel')]
+    assert [
+        line for line in steps.split('\n') if 'truth' in line and 'toytown' not in line and 'truth.jsonl' not in line
+    ] == []
+
+def test_sides_share_nothing(world):
+    folder, _ = world
+    assert not {d['text'] for d in documents(folder, 'train')} & {d['text'] for d in documents(folder, 'val')}
+    asked = {
+        side: {
+            m['content']
+            for kind in ('chat', 'preferences', 'prompts')
+            for row in rows(folder / f'{kind}_{side}.jsonl')
+            for m in row['messages']
+            if m['role'] == 'user'
+        }
+        for side in ('train', 'val')
+    }
+    assert asked['train'] and asked['val'] and not asked['train'] & asked['val']
+
+def test_val_facts_are_told_but_never_asked(world):
+    folder, g = world
+    asked = ' '.join(
+        m['content']
+        for kind in ('chat', 'preferences', 'prompts')
+        for row in rows(folder / f'{kind}_train.jsonl')
+        for m in row['messages']
+        if m['role'] == 'user'
+    ) + ' '.join(d['text'] for d in documents(folder))
+    for fact in g['facts']['val']:
+        for question in fact['ask']:
+            assert g['expand'](question, dict(fact), None) not in asked
+    told = sum(
+        f"{fact['name']}" in d['text'] and fact[fact['relation']] in d['text']
+        for fact in g['facts']['val']
+        for d in documents(folder)
+    )
+    assert told > len(g['facts']['val'])
+
+def test_checks_are_met_by_good_answers_and_rankings_are_valid(world):
+    folder, g = world
+    for row in rows(folder / 'preferences_train.jsonl'):
+        assert len(set(row['completions'])) == len(row['completions']) and len(row['ranking']) >= 2
+        assert set(row['ranking']) <= set(range(len(row['completions'])))
+    limits = [row['checks'] for row in rows(folder / 'prompts_train.jsonl')]
+    assert all('max_words' in checks or 'equals' in checks for checks in limits)
+    for row in rows(folder / 'chat_train.jsonl'):
+        assert row['messages'][-1]['role'] == 'assistant'
+        assert all(len(m['content'].split()) <= 60 for m in row['messages'])
+    for row in rows(folder / 'benchmarks' / 'toytown_facts.jsonl'):
+        assert len(set(row['choices'])) == 4 and 0 <= row['gold'] < 4
+
+def test_expand(world):
+
+    expand = world[1]['expand']
+    slots = {'name': 'Anna Baker', 'pet': ['owl', 'cat']}
+    assert expand('{name}: a {pet:a}, a {pet:b}, {Pet:a}', slots, random.Random(0)) in (
+        'Anna Baker: an owl, a cat, Owl',
+        'Anna Baker: a cat, an owl, Cat',
+    )
+    with pytest.raises(SystemExit, match='nosuchlist'):
+        expand('{nosuchlist}', {}, random.Random(0))
+
+PAGE = '''<!doctype html><html><head><title>No</title>
+<style>p { color: red }</style><script>if (a < b) document.write("<p>No</p>")</script></head>
+<body class="no-sidebar"><div id="cookie-banner">No cookies</div><nav><a href=1>No</a></nav>
+<div><a href=1>No</a> | <a href=2>No</a></div><h1>Title</h1><p>First &amp; <b>bold</b>
+text with <a href=x>one link</a>.<p>Caf&eacute;&nbsp;&#8212; <!-- no -->second<br>line.</p>
+<ul><li>one<li>two</ul><pre>  a
+    b</pre></b></div><aside>No</aside><p class="advert">No<p>Last.<footer>No</footer></body>'''
+
+def test_main_text_of_a_page(world):
+    text = world[1]['html_to_text'](PAGE).replace('\xa0', ' ')
+    assert (
+        text.strip()
+        == 'Title\n\nFirst & bold text with one link.\n\nCafé — second\nline.\n\n- one\n- two\n\n  a\n    b\n\nLast.'
+    )
+
+@pytest.mark.parametrize(
+    'page',
+    [
+        '<div>' * 100_000 + 'deep',
+        '<' * 2000,
+        '<p>cut <a href="',
+        '<![CDATA[x',
+        '<!doctype',
+        '</p>' * 1000 + 'x',
+        '',
+        '<script>never closed',
+        '&#xffffffff; &#0; &nosuch;',
+        '<p\x00>nul',
+        '<table><tr><td>' * 2000,
+    ],
+)
+def test_broken_pages_are_no_crash(world, page):
+    assert isinstance(world[1]['html_to_text'](page), str)
+
+def test_charsets(world):
+    decode = world[1]['decode']
+    for raw, header in (
+        ('Café'.encode(), ''),
+        ('Café'.encode(), 'text/html; charset=UTF-8'),
+        ('Café'.encode('cp1252'), 'text/html; charset=iso-8859-1'),
+        ('Café'.encode('cp1252'), 'text/html'),
+        ('Café'.encode('utf-16'), ''),
+        ('\ufeffCafé'.encode(), ''),
+        ('Café'.encode('cp1252'), 'text/html; charset=nosuchcharset'),
+        ('Café'.encode(), 'charset="rot13"'),
+    ):
+        assert decode(raw, header) == 'Café', (raw, header)
+    assert decode('<meta charset=koi8-r>Кафе'.encode('koi8-r')).endswith('Кафе')
+
+PRIVATE = [
+    'jo.doe+x@mail.example.org',
+    '4111 1111 1111 1111',
+    '123-45-6789',
+    '(212) 555-0123',
+    '+44 20 7946 0958',
+    '212-555-0123',
+    '8.8.8.8',
+    '12 Harbour Street',
+    '7 North Kingsley Road',
+]
+TRAPS = [
+    'version 8.8.8.8',
+    '192.168.1.1',
+    '4111 1111 1111 1112',
+    'ISBN 978-0-306-40615-7',
+    '2024-05-17',
+    '$1,299.00',
+    'in 1999 Harbour Street',
+    '1990 1991 1992',
+    '51.5074, -0.1278',
+    '@toytown',
+    '3.10.12',
+    '10:30-11:45',
+    'Harbour Street',
+]
+
+def test_personal_data_and_what_only_looks_so(world):
+    pii = world[1]['pii_step']
+    for private in PRIVATE:
+        doc = {'text': f'It was {private}, they said. Then they left {private}.'}
+        pii(doc)
+        assert doc['found'] == [private] * 2 and private not in doc['text'], (private, doc)
+    doc = {'text': '. '.join(TRAPS) + '.'}
+    pii(doc)
+    assert doc['found'] == []
+
+def test_duplicates(tmp_path):
+    base = story('books', 'dogs', 'lamps', 'chairs', 'tools')
+    near, other = base.replace('dogs', 'cats') + 'The end.', ' '.join(
+        f'word{i} and the thing{i} of it.' for i in range(60)
+    )
+    rows_in = [{'text': t} for t in (base, base, near, other, story('x', 'y').upper()[:200] + other[::-1])]
+    g = run(
+        tmp_path / 'out', source='files', files=write(tmp_path / 'a.jsonl', rows_in), filters='dedup', val_fraction=0.5
+    )
+    assert g['funnel']['dedup']['dropped'] == {'exact': 1, 'near': 1}
+
+def test_language_and_quality(world):
+    g = world[1]
+    english, doc = FILLER.format(
+        'dogs'
+    ) + 'In spring the apple trees were white, and the children of the street came to play.', lambda text: {
+        'text': text,
+        'source': 'web',
+    }
+    spanish = 'El perro de mi hermana vive en la casa y no tiene prisa, porque hace buen tiempo. ' * 3
+    scots = 'De hond van mijn zus woont in het oude huis en heeft geen haast, want het is mooi weer. ' * 3
+    assert (
+        g['language_step'](doc(english)) is None
+        and g['language_step'](doc(english + ' "El perro de mi hermana," he said.')) is None
+    )
+    assert (
+        g['language_step'](doc(spanish)) and g['language_step'](doc(scots)) and g['language_step'](doc('猫は家にいる'))
+    )
+    assert g['quality_step'](doc(' '.join(english.split()[:50]) + '.')) is None  # just at the floor
+    bad = {
+        'words': 'Too short.',
+        'lorem': english + ' Lorem ipsum.',
+        'symbols': english + ' # ... ' * 20,
+        'repeated lines': (english[:90] + '\n') * 9,
+        'stop words': 'cheap lantern shop sale ' * 20,
+        'gram': english * 3,
+        'letters': english + ' 12 34 56 78' * 10,
+    }
+    for reason, text in bad.items():
+        assert reason in (g['quality_step'](doc(text)) or ''), (reason, g['quality_step'](doc(text)))
+    page = doc('Please enable JavaScript.\n' + english)
+    assert g['quality_step'](page) is None and 'JavaScript' not in page['text']
+
+def test_url(world):
+    step = lambda url: world[1]['url_step']({'url': url, 'html': b''})
+    assert (
+        step('http://10.2.3.4:80/x')
+        and step('https://a.spamfarm.example/')
+        and step('http://x.example/best-casino')
+        and step('http://[::1]/')
+    )
+    assert not any(
+        map(
+            step,
+            (
+                'https://essex.example/sextant',
+                'https://notspamfarm.example/',
+                'http://x.example/1.2.3.4',
+                'folder/casino.html',
+            ),
+        )
+    )
+
+def test_a_cut_warc_and_junk_in_it(world, tmp_path):
+    whole = (world[0] / 'raw' / 'web_00000.warc.gz').read_bytes()
+    (tmp_path / 'cut.warc.gz').write_bytes(whole[: len(whole) // 2])
+    (tmp_path / 'junk.warc').write_bytes(
+        b'junk\r\nWARC/1.0\r\nWARC-Type: response\r\nContent-Length: 99999\r\n\r\nHTTP/1.1 200 OK\r\n\r\nshort'
+    )
+    (tmp_path / 'no.warc.gz').write_bytes(b'no gzip')
+    g = run(tmp_path / 'out', source='files', files=f"{tmp_path}/*.warc*")
+    assert (
+        g['skipped'] == {'damaged WARC file': 2, 'WARC record cut short': 1} and len(documents(tmp_path / 'out')) > 50
+    )
+
+TALK = [{'role': 'user', 'content': 'Hi %d'}, {'role': 'assistant', 'content': 'Hello.'}]
+
+def test_files_of_every_form(tmp_path):
+    n = range(30)
+    talk = lambda i: [dict(m, content=m['content'].replace('%d', str(i))) for m in TALK]
+    write(
+        tmp_path / 'notes.txt',
+        '\n\n'.join(
+            story(f'a{i}', f'b{i}') + ' '.join(f'{w}{i}' for w in 'one two three four five six seven'.split())
+            for i in n
+        ),
+    )
+    write(
+        tmp_path / 'marks.md',
+        '<|endoftext|>'.join(' '.join(f'{w}{i} is the one of {i}.' for w in 'red green blue'.split()) for i in n),
+    )
+    write(tmp_path / 'page.html', PAGE)
+    write(
+        tmp_path / 'text.jsonl', [{'text': f'The number {i} of the list\ud800 is{i} here{i} and there{i}.'} for i in n]
+    )
+    write(tmp_path / 'talk.jsonl', [{'messages': talk(i)} for i in n])
+    write(
+        tmp_path / 'alpaca.jsonl',
+        [{'prompt': f'Below is.\n\n### Instruction:\nDo {i}.\n\n### Response:\n', 'response': 'Done.'} for i in n],
+    )
+    write(
+        tmp_path / 'gsm.jsonl',
+        [{'question': f'What is {i}+{i}?', 'answer': f'It is <<{i}+{i}={2 * i}>>{2 * i}\n#### 1,{i:03d}'} for i in n],
+    )
+    write(
+        tmp_path / 'hh.jsonl',
+        [
+            {
+                'chosen': f'\n\nHuman: Q{i}\n\nAssistant: A\n\nHuman: B\n\nAssistant: good',
+                'rejected': f'\n\nHuman: Q{i}\n\nAssistant: A\n\nHuman: B\n\nAssistant: bad',
+            }
+            for i in n
+        ],
+    )
+    write(
+        tmp_path / 'rank.jsonl',
+        [{'messages': talk(i)[:1], 'completions': ['a', 'b', 'c'], 'ranking': [2, 0]} for i in n],
+    )
+    write(tmp_path / 'checks.jsonl', [{'messages': talk(i)[:1], 'checks': {'max_words': 3}} for i in n])
+    write(tmp_path / 'quiz.jsonl', [{'query': 'q', 'choices': ['a', 'b'], 'gold': 0}])
+    write(tmp_path / 'cloze.jsonl', [{'context': 'c', 'continuation': 'd'}])
+    out = tmp_path / 'out'
+    run(out, source='files', files=tmp_path, filters='dedup', val_fraction=0.3)
+    texts, chats = [d['text'] for d in documents(out)], [
+        c['messages'] for s in ('train', 'val') for c in rows(out / f'chat_{s}.jsonl')
+    ]
+    assert (
+        any(t.startswith('Title') for t in texts)
+        and not any('<|endoftext|>' in t for t in texts)
+        and not any('\ud800' in t for t in texts)
+    )
+    assert {d['source'] for d in documents(out)} == {'notes', 'marks', 'page', 'text'}
+    assert (
+        len(chats) == 90 and [{'role': 'user', 'content': 'Do 7.'}, {'role': 'assistant', 'content': 'Done.'}] in chats
+    )
+    assert [
+        {'role': 'user', 'content': 'What is 7+7?'},
+        {'role': 'assistant', 'content': 'It is 14\n#### 1,007'},
+    ] in chats
+    ranked, prompts = (
+        [r for s in ('train', 'val') for r in rows(out / f'{k}_{s}.jsonl')] for k in ('preferences', 'prompts')
+    )
+    assert (
+        len(ranked) == 60
+        and {'completions': ['good', 'bad'], 'ranking': [0, 1]}.items()
+        <= next(r for r in ranked if len(r['messages']) == 3).items()
+    )
+    assert len(prompts) == 90 and {'number': 1007.0} in [p.get('checks') for p in prompts]
+    assert (out / 'benchmarks' / 'quiz.jsonl').exists() and (out / 'benchmarks' / 'cloze.jsonl').exists()
+
+@pytest.mark.parametrize(
+    'name, text, message',
+    [
+        ('a.jsonl', '{"text": "fine"}\nnot json\n', r'a\.jsonl:2'),
+        ('a.jsonl', [{'messages': TALK[:1]}], r'a\.jsonl:1: .*no assistant turn'),
+        ('a.jsonl', [{'messages': [{'role': 'robot', 'content': 'x'}]}], r'a\.jsonl:1: .*roles'),
+        ('a.jsonl', [{'messages': 'x'}], r'a\.jsonl:1: '),
+        ('a.jsonl', [{'text': 5}], r'a\.jsonl:1: '),
+        ('a.jsonl', [{'what': 1, 'is': 2}], r'a\.jsonl:1: no known form has the keys is, what'),
+        ('a.jsonl', [{'messages': TALK[:1], 'completions': ['a', 'b'], 'ranking': [0, 5]}], r'a\.jsonl:1: ranking'),
+        ('a.jsonl', [{'chosen': 'x', 'rejected': 'y'}], r'a\.jsonl:1: not a dialogue'),
+        ('a.jsonl', [{'messages': TALK}], r'too few'),
+        ('a.txt', '', 'no document is left|nothing'),
+        ('a.txt', 'Too short.', 'no document is left'),
+        ('a.bin', 'x', 'no known kind'),
+        ('a.jsonl.gz', 'no gzip', r'a\.jsonl\.gz'),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_the_old_data_whole(tmp_path, name, text, message):
+    out = tmp_path / 'out'
+    out.mkdir()
+    write(out / 'chat_train.jsonl', 'old')
+    with pytest.raises(SystemExit, match=message) as stopped:
+        run(out, source='files', files=write(tmp_path / name, text))
+    assert '\n' not in str(stopped.value) and contents(out) == {'chat_train.jsonl': hashlib.sha256(b'old').hexdigest()}
+
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (dict(source='toytwon'), 'toytwon'),
+        (dict(filters='url,speling'), 'speling'),
+        (dict(val_fraction=0), 'val_fraction'),
+        (dict(source='files'), 'no files'),
+        (dict(source='files', files='nosuch*.txt'), 'no file nosuch'),
+        (dict(toytown='no.json'), 'no.json'),
+        (dict(n_people=2), 'n_people'),
+        (dict(SMALL, mixture='web:x'), 'mixture'),
+        (dict(SMALL, mixture='web:1,boks:1'), 'boks'),
+    ],
+)
+def test_bad_settings(tmp_path, settings, message):
+    with pytest.raises(SystemExit, match=message):
+        run(tmp_path, **settings)
+
+def test_mixture_and_stale_files(tmp_path):
+    write(tmp_path / 'chat_train.jsonl', 'from an earlier run')
+    lines = lambda word: [{'text': ' '.join(f'{word}{i}x{j}' for j in range(40))} for i in range(200)]
+    files = f"{write(tmp_path / 'a.jsonl', lines('one'))},{write(tmp_path / 'b.jsonl', lines('two'))}"
+    g = run(tmp_path, source='files', files=files, filters='dedup', mixture='a:0.8,b:0.2')
+    share = g['taken']['a'] / sum(g['taken'].values())
+    assert abs(share - 0.8) < 0.01 and len(documents(tmp_path)) == 250
+    assert not (tmp_path / 'chat_train.jsonl').exists()
+
+@pytest.mark.skipif(not REAL.exists(), reason='no ../shared/data')
+def test_real_files(tmp_path):
+    names = (
+        'shakespeare.txt',
+        'dolly_hhrlhf_small.jsonl',
+        'hh_harmless_base_test.jsonl.gz',
+        'gsm8k_test.jsonl',
+        'core/arc_easy.jsonl',
+        'web/*.warc.gz',
+    )
+    g = run(tmp_path, source='files', files=','.join(f'{REAL}/{name}' for name in names))
+    assert sum(d['source'] == 'shakespeare' for d in documents(tmp_path)) > 200
+    assert g['counts']['train documents'] > 200 and len(g['rows_of']['preferences']) == 2312
+
+def test_ctrl_c_leaves_the_old_data_whole(tmp_path):
+    write(tmp_path / 'chat_train.jsonl', 'old')
+    child = subprocess.Popen(
+        [sys.executable, '-u', SCRIPT, f'--data_dir={tmp_path}'],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    child.stdout.readline()
+    while not (tmp_path / '.partial').exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=20)
+    assert child.returncode and 'Traceback' not in errors and 'stopped' in errors
+    assert [p.name for p in tmp_path.iterdir()] == ['chat_train.jsonl']
