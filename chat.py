@@ -21,7 +21,7 @@ from model import Tokenizer, die
 
 # `python chat.py path.pt` is short for --checkpoint=path.pt
 sys.argv[1:] = [f'--checkpoint={a}' if a.endswith('.pt') and not a.startswith('-') else a for a in sys.argv[1:]]
-answers_go, sys.stdout = sys.stdout, sys.stderr # what is piped on is the answer alone
+sys.stdout = sys.stdout if '--help' in sys.argv else sys.stderr # what goes into a pipe is the answer alone
 
 # -----------------------------------------------------------------------------
 # settings
@@ -54,7 +54,7 @@ chatty, size = ckpt['stage'] != 'base', net.config.block_size
 max_new_tokens = min(max_new_tokens, size // 2) # leave room for the question
 if seed == 0:
     torch.seed()
-sys.stdout = answers_go
+sys.stdout = sys.__stdout__
 print(f'{checkpoint}: {net.n_params():,} parameters, stage {ckpt["stage"]}, context {size}. '
       + ('Ask something.' if chatty else 'It continues documents: begin one.') + ' /new /retry /quit', file=sys.stderr)
 

@@ -168,7 +168,7 @@ class Tokenizer:
             turn_of = ('user', 'assistant')[(i - (turns[0]['role'] == 'system')) % 2]
             if role != turn_of and (i or role != 'system'):
                 raise ValueError(f'message {i} is of the {role}, not of the {turn_of}: they take turns')
-            said, learn = self.encode(text), int(role == 'assistant')
+            said, learn = self.encode(' ' + text), int(role == 'assistant') # with a space a word is the token it is in text
             ids += [openers[role], *said, self.end]
             mask += [0] + [learn] * (len(said) + 1)
         last = turns[-1]['role'] if turns else 'nobody'

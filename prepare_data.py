@@ -10,7 +10,8 @@ Left out: downloads, several processes, and models as judges of language and qua
 the toy world      $ python prepare_data.py config/tiny.py
 your own files     $ python prepare_data.py --source=files --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
 """
-import atexit, collections, contextlib, email, glob, gzip, hashlib, io, ipaddress, itertools, json, os, re, shutil, time, zlib
+import atexit, collections, contextlib, email, glob, gzip, hashlib, io, ipaddress, itertools, json, os, re, shutil
+import time, zlib
 from html.parser import HTMLParser
 
 import numpy as np
@@ -120,8 +121,8 @@ def warc_pages(path):
             print0(f'{path}: damaged, the rest is left out ({e})')
             skipped['damaged WARC file'] += 1
 
-def turns(*texts):
-    return [dict(role=('user', 'assistant')[i % 2], content=text.strip()) for i, text in enumerate(texts)]
+def turns(question, answer):
+    return [dict(role='user', content=question.strip()), dict(role='assistant', content=answer.strip())]
 
 def dialog(text):
     """'\\n\\nHuman: Hi\\n\\nAssistant: Hello' -> messages."""
@@ -148,8 +149,8 @@ def read_row(row, name):
     elif form == 'question answer': # GSM8K; <<2+3=5>> was for its calculator
         new = dict(messages=turns(row['question'], re.sub(r'<<.*?>>', '', row['answer'])))
         if number := re.search(r'#### *(-?[\d,.]*\d)', row['answer']):
-            number = float(number[1].replace(',', ''))
-            rows_of['prompts'].append(dict(messages=new['messages'][:1], checks={'number': number}))
+            checks = {'number': float(number[1].replace(',', ''))}
+            rows_of['prompts'].append(dict(messages=new['messages'][:1], checks=checks))
     elif form == 'chosen rejected':
         a, b = dialog(row['chosen']), dialog(row['rejected'])
         n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0) # up to here they are the same
@@ -217,8 +218,8 @@ INLINE = set('abbr b big cite code del dfn em font i ins kbd mark q s small span
 SKIP = set('aside button footer form head iframe nav noscript object script select style svg template title'.split())
 VOID = set('area base br col embed img input link meta param source track wbr'.split())
 CLOSES = set('p li dt dd tr td th option h1 h2 h3 h4'.split()) # a second one of these ends the first
-BOILERPLATE = re.compile(r'(^|[-_\s])(nav(bar|igation)?|menu|sidebar|footer|cookies?|consent|banner|advert\w*|ads?|share|'
-    r'social|related|newsletter|popup|comments?|breadcrumbs?|widget|promo|sponsor\w*|signup|login|t(opb|oolb)ar|'
+BOILERPLATE = re.compile(r'(^|[-_\s])(nav(bar|igation)?|menu|sidebar|footer|cookies?|consent|banner|advert\w*|ads?|'
+    r'share|social|related|newsletter|popup|comments?|breadcrumbs?|widget|promo|sponsor\w*|signup|login|t(opb|oolb)ar|'
     r'pagination|search|contentinfo)($|[-_\s])', re.I)
 
 class Page(HTMLParser):
@@ -282,7 +283,6 @@ def decode(raw, content_type=''):
     return raw.decode('windows-1252', 'replace')
 
 def text_step(doc):
-    """HTML to text; and no characters that would be in the way later."""
     if 'html' in doc:
         doc['text'] = html_to_text(decode(doc.pop('html'), doc['type']))
     text = doc['text'].encode('utf-8', 'replace').decode() # no lone surrogates
@@ -310,7 +310,7 @@ def gopher_quality(text, words, lines):
     """Gopher (Rae et al. 2021, A1.1): is it prose at all? -> {rule: is it met?}, as the three below."""
     return {
         'Gopher: words': page_words[0] <= len(words) <= page_words[1],
-        'Gopher: word length': word_length[0] * len(words) <= len(''.join(words)) <= word_length[1] * len(words),
+        'Gopher: word length': word_length[0] * len(words) <= len(''.join(text.split())) <= word_length[1] * len(words),
         'Gopher: symbols': len(re.findall(r'#|\.\.\.|…', text)) <= max_symbols * len(words),
         'Gopher: bullets': sum(line[0] in '*-•‣●' for line in lines) <= max_marked_lines[0] * len(lines),
         'Gopher: ellipses': sum(line.endswith(('...', '…')) for line in lines) <= max_marked_lines[1] * len(lines),
@@ -336,9 +336,8 @@ def c4(text):
 
 def fineweb(text, lines):
     """FineWeb (Penedo et al. 2024): lists and menus rather than sentences."""
-    repeated = sum(map(len, lines)) - sum(map(len, set(lines)))
     return {
-        'FineWeb: repeated lines': repeated <= max_repeated_lines[1] * len(text),
+        'FineWeb: repeated lines': len(''.join(lines)) - len(''.join(set(lines))) <= max_repeated_lines[1] * len(text),
         'FineWeb: punctuation': sum(line[-1] in '.!?"”' for line in lines) >= min_punctuated * len(lines),
         'FineWeb: short lines': sum(len(line) < 30 for line in lines) <= max_short_lines * len(lines)}
 
@@ -353,7 +352,7 @@ def quality_step(doc):
     return next((reason for reason, met in rules.items() if not met), None)
 
 hash_a, hash_b = np.random.default_rng(0).integers(1, 2**63, (2, 112), np.uint64) | np.uint64(1)
-exact, bands, signatures = set(), {}, []
+seen, signatures = {}, [] # the number of the first text with such a hash or band; the hashes of each text
 
 def dedup_step(doc):
     """
@@ -364,14 +363,12 @@ def dedup_step(doc):
     grams = [zlib.crc32(' '.join(words[i:i + 5]).encode()) for i in range(max(1, len(words) - 4))]
     grams = np.array(grams[:100_000], np.uint64)[:, None] # the start of a long book will do
     signature = (grams * hash_a + hash_b >> np.uint64(32)).min(0).astype(np.uint32) # (112,); multiply-shift hashing
-    key = hashlib.sha256(doc['text'].encode()).digest()[:16]
-    if key in exact:
+    keys = [hashlib.sha256(doc['text'].encode()).digest(), *enumerate(map(bytes, signature.reshape(14, 8)))]
+    if keys[0] in seen:
         return 'exact'
-    keys = [(i, band.tobytes()) for i, band in enumerate(signature.reshape(14, 8))]
-    if any((signatures[i] == signature).mean() >= near_duplicate for i in {bands[k] for k in keys if k in bands}):
+    if any((signatures[i] == signature).mean() >= near_duplicate for i in {seen[key] for key in keys if key in seen}):
         return 'near'
-    exact.add(key)
-    bands.update({k: len(signatures) for k in keys if k not in bands})
+    seen.update({key: len(signatures) for key in keys if key not in seen})
     signatures.append(signature)
 
 PRIVATE = {
@@ -409,7 +406,7 @@ def pii_step(doc):
 # -----------------------------------------------------------------------------
 # the flow: every document goes through every step; what is kept waits on disk for the mixture
 
-paths, known = [], r'(?<!raw/truth)\.(txt|md|html?|jsonl|jsonl\.gz|warc|warc\.gz)$'
+paths, known = [], r'(?<!raw.truth)\.(txt|md|html?|jsonl|jsonl\.gz|warc|warc\.gz)$' # truth.jsonl is no input
 for name in files.split(',') if files else die('no files: name them, as in --files=notes.txt,crawl/*.warc.gz'):
     found = glob.glob(f'{name}/**' if os.path.isdir(name) else os.path.expanduser(name), recursive=True)
     paths += sorted(path for path in found if re.search(known, path)) or die(
@@ -506,20 +503,18 @@ print0('\nstep      documents in      out    MB in      out  planted  precision 
 for name, row in funnel.items():
     score = f"{row['planted']:>9,}{row['precision']:>11.3f}{row['recall']:>8.3f}" if fate else ' ' * 28
     reasons = ', '.join(f'{reason} {n:,}' for reason, n in dropped[name].most_common(3))
-    print0(f"{name:<9}{row['docs_in']:>13,}{row['docs_out']:>9,}{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}"
-           f'{score}  {reasons}')
+    print0(f"{name:<9}{row['docs_in']:>13,}{row['docs_out']:>9,}"
+           f"{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}{score}  {reasons}")
 for name, size in taken.items():
     share, wanted = size / sum(taken.values()), weights[name] / sum(weights.values())
     print0(f'{name}: {size / 1e6:.2f} MB, {share:.1%} of bytes (wanted {wanted:.1%})')
-for what, numbers in (('corpus', counts), ('skipped', skipped)):
-    print0(f'{what}: ' + (', '.join(f'{name} {n:,}' for name, n in numbers.items()) or 'nothing'))
-seconds = round(time.time() - start_time, 1)
+print0('corpus:', ', '.join(f'{what} {n:,}' for what, n in counts.items()) or 'empty', f'| skipped: {dict(skipped)}')
 write_jsonl(f'{tmp}/funnel.json', [dict(steps=funnel, dropped=dropped, mixture=taken, counts=counts, skipped=skipped,
-                                        seconds=seconds)])
+                                        seconds=round(time.time() - start_time, 1))])
 waiting.close()
 ours = [f'{kind}_{side}.jsonl' for kind in ('chat', 'preferences', 'prompts') for side in ('train', 'val')]
 for name in ('raw', 'train', 'val', 'benchmarks', 'funnel.json', *ours):
     for old, new in (f'{data_dir}/{name}', f'{tmp}/old_{name}'), (f'{tmp}/{name}', f'{data_dir}/{name}'):
         if os.path.exists(old): # all is whole: it takes the place of what an earlier run left
             os.replace(old, new)
-print0(f'written to {data_dir} in {seconds} s')
+print0(f'written to {data_dir} in {time.time() - start_time:.1f} s')

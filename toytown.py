@@ -2,13 +2,13 @@
 Toytown: a miniature internet about a small made-up town, which prepare_data.py builds with source = 'toytown'.
 
     load         people with their facts, and sums; a share of both is never asked in training data
-    write_web    pages in real WARC records, books, lessons; planted among the pages: spam URLs, other languages, junk,
-                 exact and near copies, personal data, and what only looks like one of these
-    write_tasks  conversations (some by a tired contractor), ranked answers, prompts with checks; then benchmarks
+    write_web    pages in real WARC records, books, lessons; planted among the pages: spam URLs, other languages,
+                 junk, exact and near copies, personal data, and what only looks like one of these
+    write_tasks  conversations (some by a tired contractor), ranked answers, prompts with checks; exams
 
 The world is data: config/toytown.json holds names, facts, word lists, templates, layouts and tasks. Edit that file to
-make the town your own; its first entry, "about", explains the {slots}. The steps of prepare_data.py see none of it: they
-read raw files, as those of Common Crawl; only the blocked hosts and words, a setting, are known to both. What was
+make the town your own; its first entry, "about", explains the {slots}. The steps of prepare_data.py see none of it:
+they read raw files, as those of Common Crawl; only the blocked hosts and words, a setting, are known to both. What was
 planted (raw/truth.jsonl) serves to score each step after the last one has run.
 """
 import collections, gzip, hashlib, html, itertools, json, os, random, re

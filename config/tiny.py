@@ -1,7 +1,7 @@
 # The whole recipe on a laptop CPU, in minutes: Toytown and a model of a million parameters.
 #     bash speedrun.sh            or stage by stage: python pretrain.py config/tiny.py
 
-prepare_data = dict(n_pages=4500, n_lessons=2600, n_chat=6000)
+prepare_data = dict(n_people=40, n_pages=4500, n_lessons=2600, n_chat=6000, flaw_rate=0.35)
 tokenizer = dict(vocab_size=1024)
 
 pretrain = dict(

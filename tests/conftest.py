@@ -1,6 +1,6 @@
 """
-What the tests share: a server that runs the real scripts quickly, functions cut out of flat scripts, and a tiny world on
-which the whole chain is run once: four people with a pet each, and chats in which someone is asked to say a word.
+What the tests share: a server that runs the real scripts quickly, functions cut out of flat scripts, and a tiny world
+on which the whole chain is run once: four people with a pet each, and chats in which someone is asked to say a word.
 """
 import ast
 import base64
@@ -90,7 +90,8 @@ os._exit(code)
 class Server:
     def __init__(self):
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONUTF8': '1'}
-        self.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        self.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env=env)
 
     def run(self, job, timeout=120):
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
@@ -114,8 +115,9 @@ class Scripts:
         for k, path in paths.items():
             Path(path).write_bytes(stdin.encode() if k == 'stdin' else b'')
         server = self.free.get()
-        code = server.run(dict(paths, script=str(ROOT / script), args=[str(a) for a in args], cwd=str(cwd or self.folder),
-                               env={k: str(v) for k, v in env.items()}, before=before, after=after))
+        job = dict(paths, script=str(ROOT / script), args=[str(a) for a in args], cwd=str(cwd or self.folder),
+                   env={k: str(v) for k, v in env.items()}, before=before, after=after)
+        code = server.run(job)
         self.free.put(server)
         out, err = (Path(paths[k]).read_text(encoding='utf-8', errors='replace') for k in ('out', 'err'))
         return SimpleNamespace(code=code, out=out, err=err)
@@ -128,7 +130,8 @@ class Scripts:
     def fails(self, pattern, *args, **more):
         """A mistake of the user: exit code 1 and exactly one line on stderr, which holds the pattern."""
         r = self(*args, **more)
-        assert r.code == 1 and r.err.count('\n') == 1 and 'Traceback' not in r.out + r.err, (args, r.code, r.err[-2000:])
+        one_line = r.err.count('\n') == 1 and 'Traceback' not in r.out + r.err
+        assert r.code == 1 and one_line, (args, r.code, r.err[-2000:])
         assert re.search(pattern, r.err), f'{pattern!r} is not in {r.err!r}'
         return r
 
@@ -195,7 +198,8 @@ def make_data(folder):
     def chat(i):
         if i % 3 == 0: # answers of many lengths, so that masks are unequal
             name = list(PETS)[i % 4]
-            return user(f'Who has the {PETS[name]}?') + [dict(role='assistant', content=f'{name} has the {PETS[name]}.' + ' Yes.' * (i % 5))]
+            answer = f'{name} has the {PETS[name]}.' + ' Yes.' * (i % 5)
+            return user(f'Who has the {PETS[name]}?') + [dict(role='assistant', content=answer)]
         return user(SAY[i % 5]) + [dict(role='assistant', content=WORDS[i % 4])]
     for split, numbers in (('train', range(40)), ('val', range(100, 108))):
         asked = [user(SAY[i % 5]) for i in numbers]
@@ -204,18 +208,20 @@ def make_data(folder):
         write_rows(folder / f'preferences_{split}.jsonl', [dict(
             messages=m, completions=['cat', 'owl', 'dog', 'fox', 'owl owl', 'x'], checks=dict(equals='owl'),
             ranking=[[1, 0], [1, 2, 5], [1, 3], [1, 0, 4]][i % 4]) for i, m in enumerate(asked)])
-    queries = [dict(query=f'{name} has the', choices=[' ' + w for w in WORDS], gold=WORDS.index(pet)) for name, pet in PETS.items()]
+    queries = [dict(query=f'{name} has the', choices=[' ' + w for w in WORDS], gold=WORDS.index(pet))
+               for name, pet in PETS.items()]
     write_rows(folder / 'benchmarks' / 'right.jsonl', queries)
     write_rows(folder / 'benchmarks' / 'wrong.jsonl', [dict(q, gold=(q['gold'] + 1) % 4) for q in queries])
-    write_rows(folder / 'benchmarks' / 'greedy.jsonl', [dict(context='Anna has the', continuation=' owl.'), # one of the two
-                                                        dict(context='Anna has the', continuation=' cat.')])
-    write_rows(folder / 'benchmarks' / 'schema.jsonl', [dict(context_options=['Bela has the', 'Carl has the'], continuation=' dog.', gold=1)])
+    write_rows(folder / 'benchmarks' / 'greedy.jsonl', [ # one of the two
+        dict(context='Anna has the', continuation=' owl.'), dict(context='Anna has the', continuation=' cat.')])
+    write_rows(folder / 'benchmarks' / 'schema.jsonl', [
+        dict(context_options=['Bela has the', 'Carl has the'], continuation=' dog.', gold=1)])
 
 PROFILE = '''
 device, dtype, block_size, dropout = 'cpu', 'float32', 48, 0.0
 log_interval, eval_interval, save_interval = 1, 5, 5
-pretrain = dict(arch='llama', n_layer=2, n_head=4, n_kv_head=2, n_embd=32, batch_size=8, max_iters=150, learning_rate=1e-2,
-                min_lr=1e-3, warmup_iters=10, eval_interval=50, eval_iters=2, save_interval=1000)
+pretrain = dict(arch='llama', n_layer=2, n_head=4, n_kv_head=2, n_embd=32, batch_size=8, max_iters=150,
+                learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, eval_interval=50, eval_iters=2, save_interval=1000)
 sft = dict(epochs=30, batch_size=8, learning_rate=5e-3, warmup_iters=2, eval_interval=50)
 reward = dict(epochs=4, batch_size=8, learning_rate=3e-3, warmup_iters=2)
 rlhf = dict(max_iters=25, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=6, learning_rate=3e-3,
@@ -241,7 +247,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def chain(world, scripts):
-    """The stages, one after the other, each reading what the one before wrote: -> world with out, and what each printed."""
+    """The stages, one after the other, each reading what the one before wrote: -> world, out, and what each printed."""
     out = world.folder / 'out'
     flags = (world.tiny, f'--data_dir={world.data}', f'--out_dir={out}')
     said = {s: scripts.ok(f'{s}.py', *flags) for s in ('pretrain', 'sft', 'reward')}

@@ -16,7 +16,8 @@ from model import GPT, GPTConfig, ScalarModel, Tokenizer
 
 V, T = 278, 24
 KINDS = [dict(arch='gpt2'), dict(arch='llama'), dict(arch='llama', n_kv_head=2, qk_norm=True, tie_embeddings=False),
-         dict(arch='gpt2', n_kv_head=1)]
+         dict(arch='gpt2', n_kv_head=1), dict(arch='llama', qk_norm=True, key_shift=True),
+         dict(arch='llama', n_kv_head=2, key_shift=True)]
 
 def config(arch='gpt2', **more):
     return GPTConfig(**{**dict(arch=arch, vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32), **more})
@@ -79,11 +80,13 @@ def test_longer_than_the_context_is_refused():
 
 def test_parameter_count():
     C, H = 32, 128
-    # gpt2: embeddings V C + T C; a block: norms 2 (C + C), qkv C 3C + 3C, proj C C + C, up C H + H, down H C + C; last norm 2 C
+    # gpt2: embeddings V C + T C; a block: norms 2 (C + C), qkv C 3C + 3C, proj C C + C, up C H + H, down H C + C; last
+    # norm 2 C
     block = 4 * C + 3 * C * C + 3 * C + C * C + C + C * H + H + H * C + C
     assert GPT(config()).n_params() == V * C + T * C + 2 * block + 2 * C
     assert GPT(config()).n_params(embedding=False) == 2 * block + 2 * C
-    # llama, 4 heads of 8, 2 of keys and values: no biases, norms C, qkv C (4 + 2 + 2) 8; H = 8/3 32 = 85.3 -> 96, and gate and up
+    # llama, 4 heads of 8, 2 of keys and values: no biases, norms C, qkv C (4 + 2 + 2) 8; H = 8/3 32 = 85.3 -> 96, and
+    # gate and up
     block = 2 * C + C * 64 + C * C + C * 2 * 96 + 96 * C
     net = GPT(config(arch='llama', n_kv_head=2, tie_embeddings=False))
     assert net.n_params() == 2 * V * C + 2 * block + C
@@ -101,7 +104,7 @@ def test_bad_shapes_are_refused():
 def test_overfits_one_batch(arch, muon):
     torch.manual_seed(0)
     net, x = GPT(config(arch=arch)), ids(4, T)
-    optimizers = lib.make_optimizers(net, 1e-2, 0.0, (0.9, 0.95), muon=muon)
+    optimizers = lib.make_optimizers(net, 1e-2, 0.0, (0.9, 0.95), kind='muon' if muon else 'adamw')
     for _ in range(120):
         loss = F.cross_entropy(net(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         loss.backward()
@@ -164,7 +167,7 @@ def test_prompt_longer_than_the_context_is_cropped_with_a_line(capsys):
     assert out[0] == lib.generate(net, [x[-(T - 10):]], 10, temperature=0)[0]
     assert out[1] == lib.generate(net, [x[:2]], 10, temperature=0)[0] # the short row beside it is untouched
     assert capsys.readouterr().out == ''
-    assert len(lib.generate(net, [x], 1000)[0]) == T - 1 # one token of the prompt stays, then as far as the context goes
+    assert len(lib.generate(net, [x], 1000)[0]) == T - 1 # one token of the prompt stays, then to the end of the context
 
 def test_equal_prompts_draw_their_own_first_token():
     net, n = wild(), 2000
@@ -200,8 +203,9 @@ def brute_truncate(p, top_k, top_p, min_p):
         p = [x if i in kept else 0.0 for i, x in enumerate(p)]
     return [x if x >= min_p * max(p) else 0.0 for x in p]
 
-@pytest.mark.parametrize('top_k,top_p,min_p', [(0, 1.0, 0.0), (1, 1.0, 0.0), (5, 1.0, 0.0), (999, 1.0, 0.0), (0, 0.5, 0.0),
-                                               (0, 0.01, 0.0), (0, 0.999, 0.0), (0, 1.0, 0.3), (0, 1.0, 1.0), (6, 0.7, 0.2)])
+@pytest.mark.parametrize('top_k,top_p,min_p', [
+    (0, 1.0, 0.0), (1, 1.0, 0.0), (5, 1.0, 0.0), (999, 1.0, 0.0), (0, 0.5, 0.0), (0, 0.01, 0.0), (0, 0.999, 0.0),
+    (0, 1.0, 0.3), (0, 1.0, 1.0), (6, 0.7, 0.2)])
 def test_truncate_is_brute_force(top_k, top_p, min_p):
     probs = F.softmax(2 * torch.randn(20, 30, generator=torch.Generator().manual_seed(0)), -1).double()
     want = torch.tensor([brute_truncate(row.tolist(), top_k, top_p, min_p) for row in probs])
@@ -242,13 +246,14 @@ def test_pad_right():
 @pytest.mark.parametrize('muon', [False, True])
 def test_every_parameter_is_in_one_group(kind, muon):
     net = GPT(config(**kind))
-    groups = [g for opt in lib.make_optimizers(net, 1e-3, 0.1, (0.9, 0.95), muon=muon) for g in opt.param_groups]
+    groups = [g for opt in lib.make_optimizers(net, 1e-3, 0.1, (0.9, 0.95), kind='muon' if muon else 'adamw') for g in opt.param_groups]
     assert sorted(id(p) for g in groups for p in g['params']) == sorted(map(id, net.parameters()))
     for g in groups:
         assert g['params'] and all((p.dim() >= 2) == (g['weight_decay'] > 0) for p in g['params'])
     decayed = sum(p.numel() for g in groups if g['weight_decay'] for p in g['params'])
     assert decayed == sum(p.numel() for p in net.parameters() if p.dim() >= 2)
-    inside = [p for opt in lib.make_optimizers(net, 1e-3, 0.1, (0.9, 0.95), muon=True)[1:] for p in opt.param_groups[0]['params']]
+    inside = [p for opt in lib.make_optimizers(net, 1e-3, 0.1, (0.9, 0.95), kind='muon')[1:]
+              for p in opt.param_groups[0]['params']]
     assert len(inside) == 2 * 4 # qkv, proj, up, proj of two blocks: no embedding, no head
 
 def test_orthogonalize():
@@ -288,7 +293,8 @@ def test_checkpoint_round_trip(tmp_path, tok):
     raw = torch.load(path, weights_only=True) # plain values only: nobody's code runs
     assert all(v.dtype == torch.float32 for v in raw['weights'].values())
     ckpt = lib.load_checkpoint(path, ['base', 'sft'], 'python pretrain.py')
-    assert (ckpt['stage'], ckpt['step'], ckpt['config'], ckpt['metrics']) == ('base', 7, dict(seed=3), dict(val_loss=1.5))
+    assert (ckpt['stage'], ckpt['step']) == ('base', 7)
+    assert (ckpt['config'], ckpt['metrics']) == (dict(seed=3), dict(val_loss=1.5))
     again = lib.load_model(ckpt, 'cpu')
     assert again.config == net.config and Tokenizer(ckpt['tokenizer']).hash == tok.hash
     assert all(torch.equal(v, net.state_dict()[k].float()) for k, v in again.state_dict().items())
@@ -305,7 +311,8 @@ def test_bad_checkpoints(tmp_path, tok):
     whole = path.read_bytes()
     torch.save(dict(weights={}), tmp_path / 'foreign.pt')
     torch.save([1, 2], tmp_path / 'list.pt')
-    for name, data in (('cut', whole[:len(whole) // 2]), ('cut2', whole[:-10]), ('empty', b''), ('text', b'hello'), ('foreign', None), ('list', None)):
+    for name, data in (('cut', whole[:len(whole) // 2]), ('cut2', whole[:-10]), ('empty', b''), ('text', b'hello'),
+                       ('foreign', None), ('list', None)):
         if data is not None:
             (tmp_path / f'{name}.pt').write_bytes(data)
         with dies('no whole checkpoint.*python sft.py'):
@@ -355,7 +362,8 @@ def test_bad_jsonl(tmp_path):
             read(data, 'x.jsonl.gz')
 
 def write_shard(path, tokens, tok_hash):
-    return cut('tokenizer.py', 'write_shard', np=np, SHARD_FORMS=lib.SHARD_FORMS, atomic=lib.atomic).write_shard(str(path), tokens, tok_hash)
+    script = cut('tokenizer.py', 'write_shard', np=np, SHARD_FORMS=lib.SHARD_FORMS, atomic=lib.atomic)
+    return script.write_shard(str(path), tokens, tok_hash)
 
 def test_shard_round_trip(tmp_path):
     for dtype, top in ((np.uint16, 2**16 - 1), (np.uint32, 2**17)):
@@ -378,7 +386,8 @@ def test_bad_shards(tmp_path):
     whole = path.read_bytes()
     with dies('another tokenizer'):
         lib.read_shard(path, 78)
-    for data, what in ((whole[:-2], '100.*99'), (whole[:-1], '100.*99.5'), (whole + b'\0\0', '100.*101'), (whole[:1024], '100.* 0'),
+    for data, what in ((whole[:-2], '100.*99'), (whole[:-1], '100.*99.5'), (whole + b'\0\0', '100.*101'),
+                       (whole[:1024], '100.* 0'),
                        (whole[:500], 'no token shard'), (b'', 'no token shard'), (b'\1' + whole[1:], 'no token shard'),
                        (whole[:4] + b'\7' + whole[5:], 'no token shard')):
         path.write_bytes(data)
@@ -391,7 +400,8 @@ def test_log_drops_what_came_after_the_step(tmp_path):
     for step in range(4):
         log(step=step, loss=1.0)
     lib.open_log(path, 2)(step=2, loss=9.0)
-    assert [r for _, r in lib.read_jsonl(path)] == [dict(step=0, loss=1.0), dict(step=1, loss=1.0), dict(step=2, loss=9.0)]
+    want = [dict(step=0, loss=1.0), dict(step=1, loss=1.0), dict(step=2, loss=9.0)]
+    assert [r for _, r in lib.read_jsonl(path)] == want
     lib.open_log(path, 0)
     assert path.read_text() == ''
 
@@ -409,7 +419,8 @@ def test_seed_step_depends_on_all_three():
 # the tokenizer and the chat form
 
 def test_tokenizer(tok):
-    assert tok.n_vocab == len(tok.tokens) + 6 and [tok.eot, tok.system, tok.user, tok.assistant, tok.end, tok.pad] == list(range(tok.n_vocab - 6, tok.n_vocab))
+    specials = [tok.eot, tok.system, tok.user, tok.assistant, tok.end, tok.pad]
+    assert tok.n_vocab == len(tok.tokens) + 6 and specials == list(range(tok.n_vocab - 6, tok.n_vocab))
     for text in ('', 'Say owl.', 'naïve 🙂\r\n\t 日本', '\x00', 'Say the cat has the dog' * 20):
         said = tok.encode(text)
         assert tok.decode(said) == text and b''.join(map(tok.bytes_of, said)) == text.encode()
@@ -423,9 +434,11 @@ def test_render_by_hand(tok):
         i, = tok.encode(text)
         return i
     owl, cat, x = one('owl'), one('cat'), one('x')
-    talk = [dict(role='system', content='x'), *user('cat'), dict(role='assistant', content='owl'), *user(''), dict(role='assistant', content='')]
+    talk = [dict(role='system', content='x'), *user('cat'), dict(role='assistant', content='owl'), *user(''),
+            dict(role='assistant', content='')]
     got, mask = tok.render(talk)
-    want = [(tok.eot, 0), (tok.system, 0), (x, 0), (tok.end, 0), (tok.user, 0), (cat, 0), (tok.end, 0), (tok.assistant, 0), (owl, 1), (tok.end, 1),
+    want = [(tok.eot, 0), (tok.system, 0), (x, 0), (tok.end, 0), (tok.user, 0), (cat, 0), (tok.end, 0),
+            (tok.assistant, 0), (owl, 1), (tok.end, 1),
             (tok.user, 0), (tok.end, 0), (tok.assistant, 0), (tok.end, 1)]
     assert list(zip(got, mask)) == want
     assert tok.render(talk[:2], prompt=True) == ([a for a, _ in want[:8]], [0] * 8) # what the answer is put behind
@@ -440,8 +453,9 @@ def test_users_cannot_inject_specials(tok):
 
 def test_bad_conversations(tok):
     a, u, s = (dict(role=r, content='x') for r in ('assistant', 'user', 'system'))
-    for bad in (None, [], 'x', {}, [u], [s], [a], [u, u, a], [u, a, a], [a, u, a], [u, s, a], [s, s, u, a], [u, a, u], [s, a], ['x', a],
-                [dict(role='user'), a], [dict(role='user', content=3), a], [dict(role='bot', content='x'), a], [dict(role=['user'], content='x'), a]):
+    for bad in (None, [], 'x', {}, [u], [s], [a], [u, u, a], [u, a, a], [a, u, a], [u, s, a], [s, s, u, a], [u, a, u],
+                [s, a], ['x', a], [dict(role='user'), a], [dict(role='user', content=3), a],
+                [dict(role='bot', content='x'), a], [dict(role=['user'], content='x'), a]):
         with pytest.raises(ValueError):
             tok.render(bad)
     for bad in ([u, a], [a], [s], []):
@@ -453,8 +467,10 @@ def test_bad_tokenizer_files(tmp_path):
     path, spec = tmp_path / 'tokenizer.json', make_spec()
     with dies('no tokenizer .*python tokenizer.py'):
         Tokenizer.load(path)
-    for bad in ('{', '[]', json.dumps({**spec, 'ranks': spec['ranks'][1:]}), json.dumps({**spec, 'ranks': 3}), json.dumps({k: v for k, v in spec.items() if k != 'pattern'}),
-                json.dumps({**spec, 'special_tokens': spec['special_tokens'][:3]}), json.dumps({**spec, 'pattern': '('})):
+    for bad in ('{', '[]', json.dumps({**spec, 'ranks': spec['ranks'][1:]}), json.dumps({**spec, 'ranks': 3}),
+                json.dumps({k: v for k, v in spec.items() if k != 'pattern'}),
+                json.dumps({**spec, 'special_tokens': spec['special_tokens'][:3]}),
+                json.dumps({**spec, 'pattern': '('})):
         path.write_text(bad)
         with dies('tokenizer.json: .*python tokenizer.py'):
             Tokenizer.load(path)
@@ -490,7 +506,8 @@ def test_bad_tokenizer_files(tmp_path):
     (dict(ends_with='Bye.'), 'So long, bye.', True, 1.0),
     (dict(ends_with='Bye.'), 'Bye, Anna', False, 0.0),
     # two of three met = 2/3, + 0.25 for taste
-    (dict(contains=['owl'], max_words=9, number=3, likes=['have a nice day']), 'An owl. Have a nice day!', False, 2 / 3 + 0.25),
+    (dict(contains=['owl'], max_words=9, number=3, likes=['have a nice day']), 'An owl. Have a nice day!', False,
+     2 / 3 + 0.25),
     (dict(contains=['owl'], likes=['hope', 'day']), 'An owl. Hope, day!', True, 1.25), # once
     (dict(contains=['owl'], likes=['hope']), 'An owl.', True, 1.0)], ids=str)
 def test_grade(checks, text, met, score):
@@ -524,8 +541,8 @@ def test_only_rank_0_speaks(monkeypatch, capsys):
 def test_start_refuses_what_is_not_here():
     if not torch.cuda.is_available():
         with dies('cuda.*--device=cpu'):
-            lib.start('cuda')
+            lib.start(dict(device='cuda', dtype='auto', seed=1))
     with dies('toaster'):
-        lib.start('toaster')
+        lib.start(dict(device='toaster', dtype='auto', seed=1))
     with dies('float16'):
-        lib.start('cpu', 'float16')
+        lib.start(dict(device='cpu', dtype='float16', seed=1))

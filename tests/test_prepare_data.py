@@ -29,6 +29,7 @@ SMALL = dict(
     n_val=30,
 )
 sys.path.insert(0, str(ROOT))
+import toytown
 
 def run(folder, **settings):
     """The real script in this process (torch is imported once) -> its globals, so that its functions can be called."""
@@ -148,15 +149,15 @@ def test_val_facts_are_told_but_never_asked(world):
         for m in row['messages']
         if m['role'] == 'user'
     ) + ' '.join(d['text'] for d in documents(folder))
-    for fact in g['facts']['val']:
+    for fact in g['town']['facts']['val']:
         for question in fact['ask']:
-            assert g['expand'](question, dict(fact), None) not in asked
+            assert toytown.expand(question, dict(fact), None) not in asked
     told = sum(
         f"{fact['name']}" in d['text'] and fact[fact['relation']] in d['text']
-        for fact in g['facts']['val']
+        for fact in g['town']['facts']['val']
         for d in documents(folder)
     )
-    assert told > len(g['facts']['val'])
+    assert told > len(g['town']['facts']['val'])
 
 def test_checks_are_met_by_good_answers_and_rankings_are_valid(world):
     folder, g = world
@@ -171,9 +172,8 @@ def test_checks_are_met_by_good_answers_and_rankings_are_valid(world):
     for row in rows(folder / 'benchmarks' / 'toytown_facts.jsonl'):
         assert len(set(row['choices'])) == 4 and 0 <= row['gold'] < 4
 
-def test_expand(world):
-
-    expand = world[1]['expand']
+def test_expand():
+    expand = toytown.expand
     slots = {'name': 'Anna Baker', 'pet': ['owl', 'cat']}
     assert expand('{name}: a {pet:a}, a {pet:b}, {Pet:a}', slots, random.Random(0)) in (
         'Anna Baker: an owl, a cat, Owl',
@@ -277,7 +277,7 @@ def test_duplicates(tmp_path):
     g = run(
         tmp_path / 'out', source='files', files=write(tmp_path / 'a.jsonl', rows_in), filters='dedup', val_fraction=0.5
     )
-    assert g['funnel']['dedup']['dropped'] == {'exact': 1, 'near': 1}
+    assert g['dropped']['dedup'] == {'exact': 1, 'near': 1}
 
 def test_language_and_quality(world):
     g = world[1]
@@ -432,7 +432,7 @@ def test_files_of_every_form(tmp_path):
         ('a.jsonl', [{'messages': TALK}], r'too few'),
         ('a.txt', '', 'no document is left|nothing'),
         ('a.txt', 'Too short.', 'no document is left'),
-        ('a.bin', 'x', 'no known kind'),
+        ('a.bin', 'x', 'of a known kind'),
         ('a.jsonl.gz', 'no gzip', r'a\.jsonl\.gz'),
     ],
 )
@@ -452,7 +452,7 @@ def test_bad_input_is_one_line_and_leaves_the_old_data_whole(tmp_path, name, tex
         (dict(val_fraction=0), 'val_fraction'),
         (dict(source='files'), 'no files'),
         (dict(source='files', files='nosuch*.txt'), 'no file nosuch'),
-        (dict(toytown='no.json'), 'no.json'),
+        (dict(world='no.json'), 'no.json'),
         (dict(n_people=2), 'n_people'),
         (dict(SMALL, mixture='web:x'), 'mixture'),
         (dict(SMALL, mixture='web:1,boks:1'), 'boks'),
