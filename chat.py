@@ -44,7 +44,7 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 # model
 if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1 or temperature < 0:
-    die(f'top_k {top_k} and temperature {temperature} must not be negative, top_p {top_p} and min_p {min_p} are in 0..1')
+    die(f'top_k {top_k} and temperature {temperature} must not be negative, top_p {top_p}, min_p {min_p} lie in 0..1')
 checkpoint = checkpoint or f'{out_dir}/rlhf.pt'
 run = lib.start(config)
 ckpt = lib.load_checkpoint(checkpoint, ['base', 'sft', 'rlhf'], 'bash speedrun.sh')
@@ -86,7 +86,8 @@ def answer(messages):
     decoder, parts = codecs.getincrementaldecoder('utf-8')('replace'), [] # a character may be split over tokens
 
     def show(new, final=False):
-        parts.append(decoder.decode(b''.join(tok.bytes_of(t) for t in new), final))
+        text = decoder.decode(b''.join(tok.bytes_of(t) for t in new), final)
+        parts.append(text.lstrip() if chatty and not ''.join(parts) else text) # an answer begins with a space
         print(parts[-1], end='', flush=True)
     try:
         with run.autocast():
@@ -95,7 +96,7 @@ def answer(messages):
         print(' ...', end='')
     show([], final=True)
     print(flush=True)
-    return ''.join(parts)
+    return ''.join(parts).rstrip()
 
 # -----------------------------------------------------------------------------
 # the conversation

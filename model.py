@@ -168,7 +168,8 @@ class Tokenizer:
             turn_of = ('user', 'assistant')[(i - (turns[0]['role'] == 'system')) % 2]
             if role != turn_of and (i or role != 'system'):
                 raise ValueError(f'message {i} is of the {role}, not of the {turn_of}: they take turns')
-            said, learn = self.encode(' ' + text), int(role == 'assistant') # with a space a word is the token it is in text
+            # after a space, as in running text: a word is the same token wherever it stands
+            said, learn = self.encode(' ' + text), int(role == 'assistant')
             ids += [openers[role], *said, self.end]
             mask += [0] + [learn] * (len(said) + 1)
         last = turns[-1]['role'] if turns else 'nobody'
@@ -203,6 +204,8 @@ class GPTConfig:
             die(f"arch is 'gpt2' or 'llama', not {self.arch!r}")
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
             die(f'n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, that of n_kv_head {self.n_kv_head}')
+        if self.key_shift and self.n_kv_head < 2:
+            die('key_shift needs two heads of keys or more: it shifts half of them')
         if self.arch == 'llama' and self.n_embd // self.n_head % 2:
             die(f'rotary positions need an even head width, n_embd / n_head is {self.n_embd // self.n_head}')
 
@@ -224,7 +227,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if self.key_shift:
-            half, first = self.n_kv_head // 2, torch.zeros_like(k[:, :, :1]) if cache is None else cache.last_key(layer, k)
+            half = self.n_kv_head // 2
+            first = torch.zeros_like(k[:, :, :1]) if cache is None else cache.last_key(layer, k)
             before = torch.cat((first, k[:, :, :-1]), dim=2) * (pos > 0).view(-1, 1, T, 1)  # nothing is before a text
             k = torch.cat((k[:, :half], before[:, half:]), dim=1)
         if self.qk_norm:
@@ -516,8 +520,8 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
 # -----------------------------------------------------------------------------
 # 7. devices and processes, checkpoints
 
-AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_steps sample_answers sample_batch epochs '
-              'ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts eval_interval '
+AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_steps sample_answers sample_batch '
+              'epochs ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts eval_interval '
               'log_interval save_interval sample_interval').split()
 
 def start(config):

@@ -11,8 +11,7 @@ the toy world      $ python prepare_data.py config/tiny.py
 your own files     $ python prepare_data.py --source=files --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
 """
 import atexit, collections, contextlib, email, glob, gzip, hashlib, io, ipaddress, itertools, json, os, re, shutil
-import time, zlib
-from html.parser import HTMLParser
+import html.parser, pathlib, time, zlib
 
 import numpy as np
 
@@ -91,7 +90,6 @@ if source == 'toytown':
 
 # -----------------------------------------------------------------------------
 # reading: files -> documents, conversations, ranked answers, prompts, benchmarks
-
 rows_of, skipped = collections.defaultdict(list), collections.Counter() # what is no document; what could not be read
 # where the keys of a row say that it belongs; {question, answer} is GSM8K, {chosen, rejected} hh-rlhf
 FORMS = {'messages completions ranking': 'preferences', 'messages checks': 'prompts', 'messages': 'chat',
@@ -121,8 +119,7 @@ def warc_pages(path):
             print0(f'{path}: damaged, the rest is left out ({e})')
             skipped['damaged WARC file'] += 1
 
-def turns(question, answer):
-    return [dict(role='user', content=question.strip()), dict(role='assistant', content=answer.strip())]
+turns = lambda asked, said: [dict(role='user', content=asked.strip()), dict(role='assistant', content=said.strip())]
 
 def dialog(text):
     """'\\n\\nHuman: Hi\\n\\nAssistant: Hello' -> messages."""
@@ -148,9 +145,8 @@ def read_row(row, name):
         new = dict(messages=turns(prompt, row['response']))
     elif form == 'question answer': # GSM8K; <<2+3=5>> was for its calculator
         new = dict(messages=turns(row['question'], re.sub(r'<<.*?>>', '', row['answer'])))
-        if number := re.search(r'#### *(-?[\d,.]*\d)', row['answer']):
-            checks = {'number': float(number[1].replace(',', ''))}
-            rows_of['prompts'].append(dict(messages=new['messages'][:1], checks=checks))
+        if number := re.search(r'#### *(-?[\d.]*\d)', row['answer'].replace(',', '')):
+            rows_of['prompts'].append(dict(messages=new['messages'][:1], checks={'number': float(number[1])}))
     elif form == 'chosen rejected':
         a, b = dialog(row['chosen']), dialog(row['rejected'])
         n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0) # up to here they are the same
@@ -184,25 +180,20 @@ def documents(paths):
         elif re.search(r'\.jsonl(\.gz)?$', path):
             for line, row in read_jsonl(path):
                 try:
-                    text = read_row(row, name)
+                    if text := read_row(row, name):
+                        yield dict(doc, url=str(row.get('url', f'{label}:{line}')), text=text)
                 except (AttributeError, KeyError, TypeError, ValueError) as e:
                     die(f'{path}:{line}: {e if isinstance(e, ValueError) else f"not what its keys promise ({e!r})"}')
-                if text:
-                    yield dict(doc, url=str(row.get('url', f'{label}:{line}')), text=text)
+        elif re.search(r'\.html?$', path):
+            yield dict(doc, url=label, type='text/html', html=pathlib.Path(path).read_bytes())
         else:
-            with open(path, 'rb') as f:
-                raw = f.read()
-            if re.search(r'\.html?$', path):
-                yield dict(doc, url=label, type='text/html', html=raw)
-                continue
-            parts = (text := decode(raw).replace('\r\n', '\n')).split('<|endoftext|>')
+            parts = (text := decode(pathlib.Path(path).read_bytes()).replace('\r\n', '\n')).split('<|endoftext|>')
             if len(parts) == 1: # no such marks: pieces of about 4,000 characters, each to a blank line
                 parts = re.findall(r'(?s)\S(?:.{3999,}?(?=\n\s*\n)|.*)', text)
             yield from (dict(doc, url=f'{label}#{i}', text=part) for i, part in enumerate(parts))
 
 # -----------------------------------------------------------------------------
 # the steps: each takes a document, may change its text, and returns why the document is dropped, or None
-
 def url_step(doc):
     """FineWeb (Penedo et al. 2024): blocked hosts, blocked words (whole ones: Essex is a county); and bare IPs."""
     host = re.match(r'\w+://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)', doc['url'].lower())
@@ -222,7 +213,7 @@ BOILERPLATE = re.compile(r'(^|[-_\s])(nav(bar|igation)?|menu|sidebar|footer|cook
     r'share|social|related|newsletter|popup|comments?|breadcrumbs?|widget|promo|sponsor\w*|signup|login|t(opb|oolb)ar|'
     r'pagination|search|contentinfo)($|[-_\s])', re.I)
 
-class Page(HTMLParser):
+class Page(html.parser.HTMLParser):
     """Collects the blocks of a page: lists of [tag, (text, in a link?, in the main part?), ...]."""
     def __init__(self):
         super().__init__()
@@ -232,11 +223,11 @@ class Page(HTMLParser):
         if tag in CLOSES and self.stack and self.stack[-1][0] == tag:
             self.handle_endtag(tag)
         if tag not in INLINE | VOID:
-            attrs = dict(attrs)
-            names = ' '.join(attrs.get(key) or '' for key in ('class', 'id', 'role'))
-            skip = tag in SKIP or tag == 'header' and not self.open['main'] + self.open['article'] or 'hidden' in attrs
+            names = ' '.join(value or '' for key, value in attrs if key in ('class', 'id', 'role'))
+            skip = tag in SKIP or tag == 'header' and not self.open['MAIN'] or 'hidden' in dict(attrs)
             skip = skip or BOILERPLATE.search(names) and tag not in ('html', 'body', 'main', 'article')
-            self.stack.append([tag] + ['skip'] * bool(skip) + ['main'] * (attrs.get('role') == 'main'))
+            main = tag in ('main', 'article') or ('role', 'main') in attrs
+            self.stack.append([tag, 'SKIP' * bool(skip), 'MAIN' * main])
             self.open.update(self.stack[-1])
             self.blocks += [[tag]] * (tag != 'a')
         self.handle_data('\n' * (tag == 'br'), keep=True)
@@ -249,9 +240,9 @@ class Page(HTMLParser):
         self.blocks += [['']] * (tag not in INLINE and tag != 'a')
 
     def handle_data(self, data, keep=False):
-        if not self.open['skip']:
+        if not self.open['SKIP']:
             data = data if keep or self.open['pre'] else re.sub(r'\s+', ' ', data)
-            self.blocks[-1].append((data, self.open['a'] > 0, self.open['main'] + self.open['article'] > 0))
+            self.blocks[-1].append((data, self.open['a'] > 0, self.open['MAIN'] > 0))
 
 def html_to_text(page):
     """The main text of a page: no menus, scripts, adverts, lists of links; lines of lists, verses, code are kept."""
@@ -283,10 +274,9 @@ def decode(raw, content_type=''):
     return raw.decode('windows-1252', 'replace')
 
 def text_step(doc):
-    if 'html' in doc:
-        doc['text'] = html_to_text(decode(doc.pop('html'), doc['type']))
-    text = doc['text'].encode('utf-8', 'replace').decode() # no lone surrogates
-    doc['text'] = doc['extracted'] = text.replace('\0', '').replace('\xa0', ' ').strip()
+    text = html_to_text(decode(doc.pop('html'), doc['type'])) if 'html' in doc else doc['text']
+    text = text.encode('utf-8', 'replace').decode().replace('\0', '').replace('\xa0', ' ') # no lone surrogates
+    doc['text'] = doc['extracted'] = text.strip()
     return None if doc['text'] else 'no text'
 
 ENGLISH = set("""the of and to in a is that for it was on with as at by from be are this have or an not they which you
@@ -306,20 +296,17 @@ def language_step(doc):
     score = min(1, 5 * yes / max(1, len(words))) * yes / max(1, yes + no) # a fifth of function words is plenty
     return 'not English' if score < min_english else None
 
-def gopher_quality(text, words, lines):
-    """Gopher (Rae et al. 2021, A1.1): is it prose at all? -> {rule: is it met?}, as the three below."""
-    return {
+def gopher(text, words, lines):
+    """Gopher (Rae et al. 2021, A1.1): is it prose, not said over and over? -> {rule: is it met?}, as in the others."""
+    rules = {
         'Gopher: words': page_words[0] <= len(words) <= page_words[1],
         'Gopher: word length': word_length[0] * len(words) <= len(''.join(text.split())) <= word_length[1] * len(words),
         'Gopher: symbols': len(re.findall(r'#|\.\.\.|…', text)) <= max_symbols * len(words),
         'Gopher: bullets': sum(line[0] in '*-•‣●' for line in lines) <= max_marked_lines[0] * len(lines),
         'Gopher: ellipses': sum(line.endswith(('...', '…')) for line in lines) <= max_marked_lines[1] * len(lines),
         'Gopher: letters': sum(any(map(str.isalpha, word)) for word in words) >= min_alphabetic * len(words),
-        'Gopher: stop words': len(set('the be to of and that have with'.split()) & set(words)) >= min_stop_words}
-
-def gopher_repetition(words, lines):
-    """Gopher (Rae et al. 2021, A1.1): how much of it stood there before?"""
-    rules = {'Gopher: repeated lines': len(lines) - len(set(lines)) <= max_repeated_lines[0] * len(lines)}
+        'Gopher: stop words': len(set('the be to of and that have with'.split()) & set(words)) >= min_stop_words,
+        'Gopher: repeated lines': len(lines) - len(set(lines)) <= max_repeated_lines[0] * len(lines)}
     for k, limit in enumerate(max_repeated_ngrams, 5):
         i, again, seen = 0, 0, set()
         while i + k <= len(words): # what stood before is jumped over, so that no character counts twice
@@ -341,14 +328,13 @@ def fineweb(text, lines):
         'FineWeb: punctuation': sum(line[-1] in '.!?"”' for line in lines) >= min_punctuated * len(lines),
         'FineWeb: short lines': sum(len(line) < 30 for line in lines) <= max_short_lines * len(lines)}
 
-POLICY = re.compile('javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies', re.I)
-
 def quality_step(doc):
     """Lines about cookies and scripts go (C4). Then every rule must be met: the first that is not is the reason."""
-    doc['text'] = text = '\n'.join(line for line in doc['text'].split('\n') if not POLICY.search(line)).strip()
+    policy = '(?i)javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies'
+    doc['text'] = text = '\n'.join(line for line in doc['text'].split('\n') if not re.search(policy, line)).strip()
     words = [word.strip('.,;:!?"\'()').lower() for word in text.split()]
     lines = [line.strip() for line in text.split('\n') if line.strip()]
-    rules = gopher_quality(text, words, lines) | gopher_repetition(words, lines) | c4(text) | fineweb(text, lines)
+    rules = gopher(text, words, lines) | c4(text) | fineweb(text, lines)
     return next((reason for reason, met in rules.items() if not met), None)
 
 hash_a, hash_b = np.random.default_rng(0).integers(1, 2**63, (2, 112), np.uint64) | np.uint64(1)
@@ -405,7 +391,6 @@ def pii_step(doc):
 
 # -----------------------------------------------------------------------------
 # the flow: every document goes through every step; what is kept waits on disk for the mixture
-
 paths, known = [], r'(?<!raw.truth)\.(txt|md|html?|jsonl|jsonl\.gz|warc|warc\.gz)$' # truth.jsonl is no input
 for name in files.split(',') if files else die('no files: name them, as in --files=notes.txt,crawl/*.warc.gz'):
     found = glob.glob(f'{name}/**' if os.path.isdir(name) else os.path.expanduser(name), recursive=True)
@@ -414,14 +399,13 @@ for name in files.split(',') if files else die('no files: name them, as in --fil
 steps = dict(url=url_step, text=text_step, language=language_step, quality=quality_step, dedup=dedup_step, pii=pii_step)
 steps = {name: step for name, step in steps.items() if name in ['text', *filters.split(',')]}
 funnel, dropped = ({name: collections.Counter() for name in steps} for _ in range(2)) # sizes in and out; reasons
-kept, sizes, fate, shown = [], collections.Counter(), {}, time.time() # fate: of each URL, to score toytown only
+kept, sizes, fate = [], collections.Counter(), {} # fate: of each URL, to score toytown only
 waiting = open(f'{tmp}/waiting.jsonl', 'w+', encoding='utf-8')
 size_of = lambda doc: len(doc['html'] if 'html' in doc else doc['text'].encode('utf-8', 'replace'))
 
 for number, doc in enumerate(documents(paths), 1):
-    if time.time() - shown > 5:
-        shown = time.time()
-        print0(f'{number:,} documents read, {len(kept):,} kept | {shown - start_time:.0f} s')
+    if number % 2000 == 0:
+        print0(f'{number:,} documents read, {len(kept):,} kept | {time.time() - start_time:.0f} s')
     for name, step in steps.items():
         funnel[name].update(docs_in=1, bytes_in=size_of(doc))
         reason = None if name in ('language', 'quality') and doc['source'] in curated.split(',') else step(doc)
@@ -438,11 +422,9 @@ for number, doc in enumerate(documents(paths), 1):
 
 # -----------------------------------------------------------------------------
 # the mixture and the split
-
-try:
-    weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)}
-except ValueError:
+if not re.fullmatch(r'([^:,]+:\s*\d*\.?\d+\s*(,|$))*', mixture):
     die(f"mixture = '{mixture}' is not of the form web:0.7,books:0.3")
+weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)}
 if not sizes and (not rows_of or funnel['text']['docs_in']):
     lost = ', '.join(f"{name} dropped {row['docs_in'] - row['docs_out']:,}" for name, row in funnel.items())
     die(f"no document is left of {funnel['text']['docs_in']:,} ({lost}); --filters=dedup,pii runs fewer steps")
@@ -462,8 +444,7 @@ def rows_on(side):
     waiting.seek(0)
     for i, row in enumerate(map(json.loads, waiting)):
         if i in chosen and (unit(row['text']) < val_fraction) == (side == 'val'):
-            counts[f'{side} documents'] += 1
-            counts[f'{side} bytes'] += len(row['text'].encode())
+            counts.update({f'{side} documents': 1, f'{side} bytes': len(row['text'].encode())})
             yield row
 
 for side in ('train', 'val') if sizes else ():
@@ -480,7 +461,6 @@ for kind, rows in rows_of.items():
 
 # -----------------------------------------------------------------------------
 # the funnel, and how well each step found what was planted
-
 arrived = list(fate)
 for name in funnel if fate else ():
     gone = {url for url in arrived if fate[url]['stopped'] == name}

@@ -169,9 +169,9 @@ def write_tasks(town, folder, n_chat, n_preferences, n_prompts, n_val, flaw_rate
     sizes = dict(chat=(n_chat, n_val), preferences=(n_preferences, n_val), prompts=(n_prompts, 1.5 * n_val))
     for (i, side), kind in itertools.product(enumerate(('train', 'val')), sizes):
         rng, noise = random.Random(f"{town['seed']} {side} {kind}"), np.random.default_rng(town['seed'])
-        rows, asked, met = [], collections.Counter(), []
+        rows, asked, met, task = [], collections.Counter(), [], None
         while len(rows) < sizes[kind][i]:
-            task = rng.choices(tasks, [task['weight'] for task in tasks])[0]
+            task = task or rng.choices(tasks, [t['weight'] for t in tasks])[0] # until it gives a prompt of this side
             slots = new_page(town, rng, side, **task)
             prompt = expand('{next_asked}{next_asked_sum}{prompt}', slots, rng)
             by_text = not any('ask}' in rule for rule in task['prompt']) # facts and sums have their side already
@@ -179,8 +179,9 @@ def write_tasks(town, folder, n_chat, n_preferences, n_prompts, n_val, flaw_rate
             asked[prompt] += 1
             if by_text and (share < 0.15) != (side == 'val') or 1 < asked[prompt] < 20: # no prompt twice, if it can be
                 continue
-            checks = json.loads(expand(json.dumps(task['checks']).replace('"{sum}"', '{sum}'), slots, rng))
-            checks.update({'likes': likes} if task['likes'] else {})
+            liked, checks, task = task['likes'], task['checks'], None
+            checks = json.loads(expand(json.dumps(checks).replace('"{sum}"', '{sum}'), slots, rng))
+            checks.update({'likes': likes} if liked else {})
             if 'count' in checks:
                 checks['count']['of'] = town['words'][checks['count']['of']]
             messages = [dict(role='user', content=prompt)]
@@ -189,7 +190,7 @@ def write_tasks(town, folder, n_chat, n_preferences, n_prompts, n_val, flaw_rate
             elif kind == 'chat':
                 answer = expand('{flawed}' if rng.random() < flaw_rate else '{good}', slots, rng)
                 met.append(grade(checks, answer)[0])
-                if met[-1] and task['likes'] and rng.random() < like_rate:
+                if met[-1] and liked and rng.random() < like_rate:
                     answer += ' ' + rng.choice(likes)
                 messages.append(dict(role='assistant', content=answer))
                 if rows and len(rows[-1]['messages']) < 4 and rng.random() < 0.1: # a second exchange

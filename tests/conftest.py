@@ -130,6 +130,9 @@ class Scripts:
     def fails(self, pattern, *args, **more):
         """A mistake of the user: exit code 1 and exactly one line on stderr, which holds the pattern."""
         r = self(*args, **more)
+        if args[0] == 'chat.py': # its stdout is for answers: what other stages print there comes before the line
+            told = re.match(r'((command line|/\S+\.py): .*\n(    .*\n)*)*(device: .*\n)?', r.err)[0]
+            r.out, r.err = r.out + told, r.err[len(told):]
         one_line = r.err.count('\n') == 1 and 'Traceback' not in r.out + r.err
         assert r.code == 1 and one_line, (args, r.code, r.err[-2000:])
         assert re.search(pattern, r.err), f'{pattern!r} is not in {r.err!r}'

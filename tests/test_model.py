@@ -69,6 +69,45 @@ def test_cached_is_uncached(kind, split):
         at += n
     torch.testing.assert_close(torch.cat(parts, 1), net(x), rtol=1e-4, atol=1e-4)
 
+def keys_of(attn, monkeypatch, x, pos, cache=None):
+    """The keys and values that this call attends to, (B, H_kv, S, D)."""
+    seen, real = [], F.scaled_dot_product_attention
+    with monkeypatch.context() as m:
+        m.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **o: seen.append((k, v)) or real(q, k, v, **o))
+        attn(x, pos, None, None, cache, 0)
+    if cache is not None:
+        cache.n += x.size(1)
+    return seen[0]
+
+@torch.no_grad()
+def test_key_shift_by_hand(monkeypatch):
+    """Two heads of width 2, keys = inputs: the first head has its own keys, the second those of the token before."""
+    c = config(n_embd=4, n_head=2, n_layer=1, key_shift=True)
+    attn = lib.Attention(c)
+    attn.qkv.weight.copy_(torch.eye(4).repeat(3, 1)) # q = k = v = x
+    attn.qkv.bias.zero_()
+    x = torch.tensor([[[1., 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]])            # (1, 3, C)
+    own, before = [[1, 2], [5, 6], [9, 10]], [[0, 0], [3, 4], [7, 8]] # position 0 has nothing before it
+    k, v = keys_of(attn, monkeypatch, x, torch.arange(3))
+    assert k.tolist() == [[own, before]]
+    assert v.tolist() == [[own, [[3, 4], [7, 8], [11, 12]]]] # values stay where they are
+    for split in ((1, 1, 1), (2, 1), (1, 2), (3,)): # with a cache: the last key of the piece before is remembered
+        cache, at = lib.KVCache(c, 1, 3, 'cpu', torch.float32), 0
+        for n in split:
+            k, v = keys_of(attn, monkeypatch, x[:, at:at + n], torch.arange(at, at + n), cache)
+            at += n
+            assert k.tolist() == [[own[:at], before[:at]]]
+    # a batch: row 0 has one pad on the left, so its text begins at the second token and nothing is before that
+    two, pos = x.repeat(2, 1, 1), torch.tensor([[0, 0, 1], [0, 1, 2]])
+    k, _ = keys_of(attn, monkeypatch, two, pos)
+    assert k.tolist() == [[own, [[0, 0], [0, 0], [7, 8]]], [own, before]]
+    # row 0 leaves the batch between two steps: row 1 goes on from its own last key
+    cache = lib.KVCache(c, 2, 3, 'cpu', torch.float32)
+    keys_of(attn, monkeypatch, torch.cat((-x, x))[:, :2], torch.arange(2), cache)
+    cache.keep(torch.tensor([1]))
+    k, _ = keys_of(attn, monkeypatch, x[:, 2:], torch.arange(2, 3), cache)
+    assert k.tolist() == [[own, before]]
+
 def test_longer_than_the_context_is_refused():
     net = wild()
     with pytest.raises(ValueError, match=f'{T + 1} tokens'):
@@ -124,9 +163,9 @@ def test_left_padded_batch_is_each_row_alone(kind):
     assert together == [lib.generate(net, [p], 10, temperature=0)[0] for p in prompts]
     assert len(set(map(tuple, together))) > 1 and all(len(r) == 10 for r in together)
 
-@pytest.mark.parametrize('arch', ['gpt2', 'llama'])
-def test_greedy_is_the_likeliest_token_of_the_full_forward(arch):
-    net, x = wild(arch=arch), ids(6).tolist()
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+def test_greedy_is_the_likeliest_token_of_the_full_forward(kind):
+    net, x = wild(**kind), ids(6).tolist()
     for _ in range(8): # without a cache, token by token
         x.append(net(torch.tensor([x]))[0, -1].argmax().item())
     assert lib.generate(net, [x[:6]], 8, temperature=0) == [x[6:]]
@@ -147,18 +186,19 @@ def test_seeds_and_top_k_1():
     torch.manual_seed(6)
     assert one == two != lib.generate(net, prompts, 12, temperature=3.0)
 
-@pytest.mark.parametrize('kind', KINDS[:3], ids=str)
+@pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_rows_that_stop_leave_without_changing_the_others(kind):
     net = wild(**kind)
     prompts = [ids(n, seed=n).tolist() for n in (5, 2, 7, 3)]
-    free = lib.generate(net, prompts, 12, temperature=0)
+    free, lengths = lib.generate(net, prompts, 12, temperature=0), set()
     for stop in (free[0][3], free[1][0], free[2][11]):
         want = [r[:r.index(stop) + 1] if stop in r else r for r in free] # the stop token itself is returned
         calls = []
         assert lib.generate(net, prompts, 12, stop, temperature=0, on_token=calls.append) == want
         # on_token sees each step's tokens of the rows still there
         assert calls == [[r[i] for r in want if len(r) > i] for i in range(max(map(len, want)))]
-    assert any(len(r) < 12 for r in want)
+        lengths.update(map(len, want))
+    assert min(lengths) < 12 == max(lengths) # some left early, some stayed
 
 def test_prompt_longer_than_the_context_is_cropped_with_a_line(capsys):
     net, x = wild(), ids(40).tolist()
@@ -246,7 +286,8 @@ def test_pad_right():
 @pytest.mark.parametrize('muon', [False, True])
 def test_every_parameter_is_in_one_group(kind, muon):
     net = GPT(config(**kind))
-    groups = [g for opt in lib.make_optimizers(net, 1e-3, 0.1, (0.9, 0.95), kind='muon' if muon else 'adamw') for g in opt.param_groups]
+    optimizers = lib.make_optimizers(net, 1e-3, 0.1, (0.9, 0.95), kind='muon' if muon else 'adamw')
+    groups = [g for opt in optimizers for g in opt.param_groups]
     assert sorted(id(p) for g in groups for p in g['params']) == sorted(map(id, net.parameters()))
     for g in groups:
         assert g['params'] and all((p.dim() >= 2) == (g['weight_decay'] > 0) for p in g['params'])
@@ -433,15 +474,30 @@ def test_render_by_hand(tok):
     def one(text):
         i, = tok.encode(text)
         return i
-    owl, cat, x = one('owl'), one('cat'), one('x')
+    space = one(' ') # before each text: so ' owl' is one token here as in running text
+    owl, cat, x = one(' owl'), one(' cat'), one('x')
     talk = [dict(role='system', content='x'), *user('cat'), dict(role='assistant', content='owl'), *user(''),
             dict(role='assistant', content='')]
     got, mask = tok.render(talk)
-    want = [(tok.eot, 0), (tok.system, 0), (x, 0), (tok.end, 0), (tok.user, 0), (cat, 0), (tok.end, 0),
+    want = [(tok.eot, 0), (tok.system, 0), (space, 0), (x, 0), (tok.end, 0), (tok.user, 0), (cat, 0), (tok.end, 0),
             (tok.assistant, 0), (owl, 1), (tok.end, 1),
-            (tok.user, 0), (tok.end, 0), (tok.assistant, 0), (tok.end, 1)]
+            (tok.user, 0), (space, 0), (tok.end, 0), (tok.assistant, 0), (space, 1), (tok.end, 1)]
     assert list(zip(got, mask)) == want
-    assert tok.render(talk[:2], prompt=True) == ([a for a, _ in want[:8]], [0] * 8) # what the answer is put behind
+    assert tok.render(talk[:2], prompt=True) == ([a for a, _ in want[:9]], [0] * 9) # what the answer is put behind
+
+@pytest.mark.parametrize('said', ['owl', 'The cat has the dog.', '7 + 5 = 12', 'naïve 🙂 日本', 'two\nlines\n\n- and', ''])
+def test_what_is_learned_decodes_to_the_answers(tok, said):
+    """The tokens with mask 1, cut at each <|end|>, are the texts of the assistant behind one space, and no others."""
+    talk = [dict(role='system', content='Say'), *user('fox'), dict(role='assistant', content=said), *user('dog'),
+            dict(role='assistant', content='cat')]
+    answers = [[]]
+    for i, learn in zip(*tok.render(talk)):
+        if learn and i == tok.end:
+            answers.append([])
+        elif learn:
+            answers[-1].append(i)
+    assert [tok.decode(a) for a in answers] == [' ' + said, ' cat', '']
+    assert [tok.decode(a).strip() for a in answers[:2]] == [said, 'cat'] # what the stages make of an answer
 
 def test_users_cannot_inject_specials(tok):
     evil = ' '.join(tok.spec['special_tokens'])
