@@ -144,6 +144,8 @@ if sample_prompts and not (resume and os.path.exists(resume_path)):
 def load_rankings(split):
     name, rankings, too_long = f'preferences_{split}.jsonl', [], 0
     paths = [os.path.join(out_dir, name)] * bool(sample_prompts) + [os.path.join(data_dir, name)]
+    if sample_prompts and split == 'val':
+        paths.pop() # held out are the SFT model's own answers: the labeller's agreement with itself is known on those
     for path in filter(os.path.exists, paths):
         for line, row in lib.read_jsonl(path):
             try:
