@@ -169,7 +169,7 @@ class Tokenizer:
             if role != turn_of and (i or role != 'system'):
                 raise ValueError(f'message {i} is of the {role}, not of the {turn_of}: they take turns')
             # after a space, as in running text: a word is the same token wherever it stands
-            said, learn = self.encode(' ' + text), int(role == 'assistant')
+            said, learn = self.encode(' ' + text) if text else [], int(role == 'assistant')
             ids += [openers[role], *said, self.end]
             mask += [0] + [learn] * (len(said) + 1)
         last = turns[-1]['role'] if turns else 'nobody'

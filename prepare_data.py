@@ -40,7 +40,7 @@ n_prompts = 4000            # prompts to train on
 n_val = 200                 # of each to validate on (of prompts half as many again)
 flaw_rate = 0.4             # share of demonstrations by a tired contractor
 like_rate = 0.3             # share of the others that end with a friendly phrase
-labeller_noise = 0.22       # of the simulated labeller: standard deviation, in units of the gold score
+labeller_noise = 0.2        # of the simulated labeller: standard deviation, in units of the gold score
 # the steps, with the source of each threshold
 filters = 'url,language,quality,dedup,pii' # those to run
 curated = 'books,lessons'   # sources that somebody chose: no language and quality filter (as LLaMA does with books)

@@ -116,7 +116,7 @@ def sample_rankings(split, n):
         answers = {j: texts for part in parts for j, texts in part.items()}
     rows, same, agree, pairs = [], 0, 0, 0
     for j, (row, _) in enumerate(prompts):
-        texts = [t for t in dict.fromkeys(answers[j]) if t]
+        texts = list(dict.fromkeys(answers[j])) # an empty answer too: else PPO finds that nobody ever scored one
         gold = [lib.grade(row['checks'], t)[1] for t in texts]
         ranking, again = (lib.simulated_ranking(gold, labeller_noise, rng) for _ in range(2))
         if len(ranking) < 2:

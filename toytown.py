@@ -67,11 +67,12 @@ def load(path, seed, n_people, val_facts):
     facts = [{**who, **rules} for who in people for rules in relations]
     rng.shuffle(facts)
     pairs = [(x, y) for x in range(1, 10) for y in range(x, 10)] # 3 + 4 and 4 + 3 are on the same side
-    sums = [dict(x=a, y=b, sum=x + y, less=x + y - 1, more=x + y + 1)
-            for x, y in rng.sample(pairs, len(pairs)) for a, b in ((x, y), (y, x))]
-    n, m = round(len(facts) * val_facts), 2 * round(len(pairs) * val_facts)
-    return dict(town, seed=seed, people=people, relations=relations, facts=dict(val=facts[:n], train=facts[n:]),
-                sums=dict(val=sums[:m], train=sums[m:], all=sums[m:] + sums[:m]),
+    rng.shuffle(pairs)
+    both = lambda pairs: [dict(x=a, y=b, sum=x + y, less=x + y - 1, more=x + y + 1)
+                          for x, y in pairs for a, b in dict.fromkeys(((x, y), (y, x)))]
+    n, m = round(len(facts) * val_facts), round(len(pairs) * val_facts)
+    sums = dict(val=both(pairs[:m]), train=both(pairs[m:]), all=both(pairs[m:] + pairs[:m]))
+    return dict(town, seed=seed, people=people, relations=relations, facts=dict(val=facts[:n], train=facts[n:]), sums=sums,
                 scopes=[dict(scope=i) for i in range(99)]) # {new}: labels start anew
 
 def new_page(town, rng, side='train', **known):
