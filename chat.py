@@ -77,7 +77,7 @@ def answer(messages):
     if chatty:
         ids = tok.render(messages, prompt=True)[0]
         while len(ids) > size - max_new_tokens and len(messages) - len(first) > 2:
-            messages = messages[:len(first)] + messages[len(first) + 2:] # the oldest question and its answer
+            del messages[len(first):len(first) + 2] # the oldest question and its answer
             print('(the conversation is longer than the context: its oldest turn is forgotten)', file=sys.stderr)
             ids = tok.render(messages, prompt=True)[0]
     else:

@@ -46,7 +46,7 @@ n_prompts = 300             # held-out prompts that are answered
 max_new_tokens = 64         # longest answer
 temperature = 1.0           # 1 samples what the model believes
 # system
-batch_size = 64             # sequences in a forward pass
+batch_size = 16             # sequences in a forward pass
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16
 seed = 1337                 # of the answers and the bootstrap

@@ -397,7 +397,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=No
     max_new_tokens = min(max_new_tokens, size - 1)
     room, longest = size - max_new_tokens, max(map(len, prompts))
     if longest > room:
-        print0(f'prompt of {longest} tokens: only its last {room} fit beside {max_new_tokens} new ones')
+        print0(f'prompt of {longest} tokens: the last {room} fit beside {max_new_tokens} new ones', file=sys.stderr)
     rows, P = [p[-room:] for p in prompts], min(longest, room)
     idx = torch.tensor([[0] * (P - len(r)) + r for r in rows], device=device)     # (B, P)
     start = torch.tensor([P - len(r) for r in rows], device=device)      # (B,) padding before a row
@@ -521,24 +521,26 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
 # 7. devices and processes, checkpoints
 
 AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_steps sample_answers sample_batch '
-              'epochs ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts eval_interval '
-              'log_interval save_interval sample_interval').split()
+              'epochs max_iters ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts '
+              'eval_interval log_interval save_interval sample_interval').split()
 
 def start(config):
     """
-    Find device, precision and process group (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE); seed torch; refuse settings
-    that no stage can work with.
+    Find device, precision, process group (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE); seed torch; refuse bad settings.
     Returns device, type, dtype, rank, world, ddp, master, autocast (use as `with run.autocast():`), stop (see below).
     """
     for name in AT_LEAST_1:
         if config.get(name, 1) < 1:
             die(f'{name} must be at least 1, not {config[name]}')
+    if config['seed'] < 0 or not 0 <= config.get('dropout', 0) < 1:
+        die(f"seed {config['seed']} must not be negative, dropout {config.get('dropout', 0)} lies in 0..1")
     device, dtype = config['device'], config['dtype']
     rank, local, world = RANK, int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     kind = device.split(':')[0]
-    if kind not in ('cpu', 'cuda', 'mps') or kind == 'cuda' and not torch.cuda.is_available():
+    here = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not here.get(kind) or kind == 'cuda' and device[5:].isdigit() and int(device[5:]) >= torch.cuda.device_count():
         die(f"device {device!r} is not here: use --device=cpu, or leave it at 'auto'")
     if world > 1:
         device = f'cuda:{local}' if kind == 'cuda' else device
@@ -560,7 +562,7 @@ def start(config):
 
     def on_signal(number, frame): # finish the step, save, leave; a second signal ends at once
         run.stop = True
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     run.catch_signals = lambda: [signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)]
     print0(f'device: {device}, {dtype}, {world} process{"es" if world > 1 else ""}, {torch.get_num_threads()} threads')
     return run
@@ -635,7 +637,7 @@ def save_resume(path, step, modules, optimizers, config, **more):
         torch.save(dict(step=step, modules=[m.state_dict() for m in modules], config=config, more=more,
                         optimizers=[o.state_dict() for o in optimizers]), tmp)
 
-RESUMABLE = set('device dtype compile resume out_dir data_dir log_interval eval_interval save_interval'.split())
+RESUMABLE = set('device dtype compile resume out_dir log_interval eval_interval save_interval'.split())
 
 def load_resume(path, modules, optimizers, config, wanted=True):
     """Put a killed run's state back; returns (step, more), or (0, {}) for a fresh start. Other settings: refused."""

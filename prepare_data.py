@@ -5,7 +5,7 @@ The steps are those of FineWeb, in its order (Penedo et al. 2024), fit for files
     url filter -> html to text -> language -> quality -> duplicates -> personal data -> mixture -> train and val
 By default they run on Toytown, a miniature internet with planted faults that toytown.py builds in data_dir/raw, with
 conversations about the same little town. No step sees the list of what was planted; only its score, at the end, does.
-Left out: downloads, several processes, and models as judges of language and quality (counting words goes a long way).
+Left out: downloads, several processes, models as judges of language and quality, the removal of benchmark questions.
 
 the toy world      $ python prepare_data.py config/tiny.py
 your own files     $ python prepare_data.py --source=files --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
@@ -68,8 +68,8 @@ start_time = time.time()
 for name, given, known in (('source', source, 'toytown,files'), ('filters', filters, 'url,language,quality,dedup,pii')):
     if set(filter(None, given.split(','))) - set(known.split(',')):
         die(f"{name} = '{given}'; known are {known}")
-if not 0 < val_fraction < 1:
-    die(f'val_fraction = {val_fraction} is not between 0 and 1')
+if not 0 < val_fraction < 1 or not 0 < val_facts < 1 or min(n_people, n_pages, n_books, n_lessons, n_chat) < 1:
+    die(f'val_fraction {val_fraction} and val_facts {val_facts} lie between 0 and 1, the n_... are at least 1')
 # everything is made in a folder of its own, which is gone at the end: what an earlier run left stays whole until then
 tmp = os.path.join(data_dir, '.partial')
 atexit.register(shutil.rmtree, tmp, ignore_errors=True)
@@ -120,7 +120,6 @@ def warc_pages(path):
             skipped['damaged WARC file'] += 1
 
 turns = lambda asked, said: [dict(role='user', content=asked.strip()), dict(role='assistant', content=said.strip())]
-
 def dialog(text):
     """'\\n\\nHuman: Hi\\n\\nAssistant: Hello' -> messages."""
     first, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ?', text.lstrip())
@@ -159,6 +158,8 @@ def read_row(row, name):
         raise ValueError(f'messages need a user turn and no roles but system, user, assistant; not {sorted(roles)}')
     if kind == 'chat' and 'assistant' not in roles:
         raise ValueError('a conversation with no assistant turn, or an empty one')
+    if not re.fullmatch('s?(ua)+' if kind == 'chat' else 's?(ua)*u', ''.join(m['role'][0] for m in new['messages'])):
+        return skipped.update(['turns in another order than user, assistant'])
     ranked = new.get('ranking', [])
     if kind == 'preferences' and not 1 < len(ranked) == len({*ranked} & {*range(len(new['completions']))}):
         raise ValueError(f"ranking {ranked} must name two or more of the completions, each once")
@@ -486,8 +487,8 @@ for name, row in funnel.items():
     print0(f"{name:<9}{row['docs_in']:>13,}{row['docs_out']:>9,}"
            f"{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}{score}  {reasons}")
 for name, size in taken.items():
-    share, wanted = size / sum(taken.values()), weights[name] / sum(weights.values())
-    print0(f'{name}: {size / 1e6:.2f} MB, {share:.1%} of bytes (wanted {wanted:.1%})')
+    print0(f'{name}: {size / 1e6:.2f} MB, {size / sum(taken.values()):.1%} of bytes (wanted '
+           f'{weights[name] / sum(weights.values()):.1%})')
 print0('corpus:', ', '.join(f'{what} {n:,}' for what, n in counts.items()) or 'empty', f'| skipped: {dict(skipped)}')
 write_jsonl(f'{tmp}/funnel.json', [dict(steps=funnel, dropped=dropped, mixture=taken, counts=counts, skipped=skipped,
                                         seconds=round(time.time() - start_time, 1))])

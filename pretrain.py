@@ -30,7 +30,7 @@ from configurator import configure
 from model import GPT, GPTConfig, Tokenizer, die, print0
 
 # -----------------------------------------------------------------------------
-# settings: the seed's example, a GPT-2 of 124M parameters; config/tiny.py has those of a laptop
+# settings: those of a GPT-2 of 124M parameters; config/tiny.py has those of a laptop
 # data
 data_dir = 'data/toytown'   # where the token shards are
 out_dir = 'out/toytown'     # where the checkpoint goes
@@ -127,6 +127,7 @@ raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_he
                           tie_embeddings, qk_norm, key_shift)).to(run.device)
 optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), kind=optimizer)
 resume_path, out_path = os.path.join(out_dir, 'base.resume.pt'), os.path.join(out_dir, 'base.pt')
+config['tokenizer'] = tok.hash # a run does not go on with other tokens
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 n_params, flops_per_token = raw_model.n_params(), raw_model.flops_per_token(block_size)
 print0(f'model: {arch}, {n_params:,} parameters ({raw_model.n_params(embedding=False):,} without embeddings), '

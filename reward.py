@@ -138,6 +138,7 @@ self_agreement = None
 if sample_prompts and not (resume and os.path.exists(resume_path)):
     sample_rankings('train', sample_prompts)
     self_agreement = sample_rankings('val', sample_prompts)
+    n_sampled = lib.all_sum(n_sampled)[0]
 
 # -----------------------------------------------------------------------------
 # data: a ranking -> its answers as tokens, best first, and their gold scores where checks are known
@@ -218,6 +219,7 @@ def evaluate():
 # -----------------------------------------------------------------------------
 # optimizer, schedule
 optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2))
+config['starts_from'] = round(sft['metrics']['seconds'], 3) # tells one sft.pt from another
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 model = DDP(raw_model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else raw_model
 

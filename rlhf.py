@@ -16,8 +16,8 @@ scored, at each of its tokens; the reference (the SFT model) and the reward mode
     4. rewards: at every token -kl_coef * (logprob - ref_logprob), at the last one the score on top
     5. advantages by GAE, whitened
     6. learn: several passes of minibatches over the clipped PPO losses
-Left out: an entropy bonus (the KL penalty keeps the answers spread), the mix-in of pretraining gradients (PPO-ptx),
-discounting (gamma is 1: answers are short), the reuse of old answers.
+Left out: an entropy bonus (the KL penalty keeps the answers spread), the mix-in of pretraining gradients (PPO-ptx), the
+reuse of old answers.
 """
 import math
 import os
@@ -121,6 +121,7 @@ reference = lib.load_model(sft, run.device).requires_grad_(False)
 reward_model = lib.load_model(rm, run.device, ScalarModel).requires_grad_(False)
 optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), adam_eps)
 resume_path, out_path = os.path.join(out_dir, 'rlhf.resume.pt'), os.path.join(out_dir, 'rlhf.pt')
+config['starts_from'] = round(rm['metrics']['seconds'], 3) # tells one reward.pt from another
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 model = DDP(raw_model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else raw_model
 
@@ -223,7 +224,7 @@ def whiten(x, mask):
 
 @torch.no_grad()
 def evaluate():
-    """Held-out prompts, always the same seed: mean proxy score, gold score, share with all checks met, KL, length."""
+    """Held-out prompts, always the same seed: mean proxy score, KL, share that stops; gold score and checks met."""
     rows = val[:eval_prompts][run.rank::run.world]
     lib.seed_step(seed, 0, run.rank)
     total = np.zeros(7)

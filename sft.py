@@ -130,6 +130,7 @@ def get_batches(step):
 # optimizer
 optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), kind=optimizer)
 resume_path, out_path = os.path.join(out_dir, 'sft.resume.pt'), os.path.join(out_dir, 'sft.pt')
+config['starts_from'] = round(base['metrics']['seconds'], 3) # tells one base.pt from another
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 model = torch.compile(raw_model) if compile else raw_model
 model = DDP(model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else model

@@ -123,7 +123,8 @@ for path in (script, "model.py") + ("toytown.py",) * (script == "prepare_data.py
     digest.update(open(path, "rb").read())
 if script == "prepare_data.py":
     words = [w for v in json.loads(settings).values() if isinstance(v, str) for w in v.split(",") if w]
-    for path in sorted(p for w in words for p in glob.glob(w) if os.path.isfile(p)):
+    words += [w + "/**" for w in json.loads(settings).get("files", "").split(",") if w]
+    for path in sorted({p for w in words for p in glob.glob(w, recursive=True) if os.path.isfile(p)}):
         small = os.path.getsize(path) < 2**24
         digest.update(open(path, "rb").read() if small else str(os.stat(path)[6:9:2]).encode())
 print(digest.hexdigest())'

@@ -72,7 +72,8 @@ def load(path, seed, n_people, val_facts):
                           for x, y in pairs for a, b in dict.fromkeys(((x, y), (y, x)))]
     n, m = round(len(facts) * val_facts), round(len(pairs) * val_facts)
     sums = dict(val=both(pairs[:m]), train=both(pairs[m:]), all=both(pairs[m:] + pairs[:m]))
-    return dict(town, seed=seed, people=people, relations=relations, facts=dict(val=facts[:n], train=facts[n:]), sums=sums,
+    facts = dict(val=facts[:n], train=facts[n:])
+    return dict(town, seed=seed, people=people, relations=relations, sums=sums, facts=facts,
                 scopes=[dict(scope=i) for i in range(99)]) # {new}: labels start anew
 
 def new_page(town, rng, side='train', **known):

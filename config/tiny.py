@@ -18,4 +18,4 @@ reward = dict(sample_prompts=3000, sample_answers=6, max_new_tokens=48, batch_si
 rlhf = dict(max_iters=32, batch_size=128, minibatch_size=128, micro_batch_size=64, max_new_tokens=48, ppo_epochs=2,
             learning_rate=3e-4, kl_coef=0.05, eval_interval=8, sample_interval=8)
 
-eval = dict(max_new_tokens=80) # room enough to run on: a model that does not stop should be seen not to
+eval = dict(batch_size=64, max_new_tokens=80) # room enough to run on: a model that does not stop should be seen not to

@@ -471,7 +471,7 @@ def test_mixture_and_stale_files(tmp_path):
     assert abs(share - 0.8) < 0.01 and len(documents(tmp_path)) == 250
     assert not (tmp_path / 'chat_train.jsonl').exists()
 
-@pytest.mark.skipif(not REAL.exists(), reason='no ../shared/data')
+@pytest.mark.skipif(not REAL.exists(), reason='no real files at hand')
 def test_real_files(tmp_path):
     names = (
         'shakespeare.txt',
