@@ -63,7 +63,6 @@ mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = toy
 val_fraction = 0.05         # share of documents, and of prompts from files, to validate on
 shard_bytes = 50_000_000    # of text in one file of documents
 config = configure(globals())
-
 start_time = time.time()
 for name, given, known in (('source', source, 'toytown,files'), ('filters', filters, 'url,language,quality,dedup,pii')):
     if set(filter(None, given.split(','))) - set(known.split(',')):
