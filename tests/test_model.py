@@ -203,7 +203,7 @@ def test_rows_that_stop_leave_without_changing_the_others(kind):
 def test_prompt_longer_than_the_context_is_cropped_with_a_line(capsys):
     net, x = wild(), ids(40).tolist()
     out = lib.generate(net, [x, x[:2]], 10, temperature=0)
-    assert f'only its last {T - 10} fit' in capsys.readouterr().out
+    assert f'the last {T - 10} fit' in capsys.readouterr().err # not where an answer may be piped on
     assert out[0] == lib.generate(net, [x[-(T - 10):]], 10, temperature=0)[0]
     assert out[1] == lib.generate(net, [x[:2]], 10, temperature=0)[0] # the short row beside it is untouched
     assert capsys.readouterr().out == ''
@@ -481,7 +481,7 @@ def test_render_by_hand(tok):
     got, mask = tok.render(talk)
     want = [(tok.eot, 0), (tok.system, 0), (space, 0), (x, 0), (tok.end, 0), (tok.user, 0), (cat, 0), (tok.end, 0),
             (tok.assistant, 0), (owl, 1), (tok.end, 1),
-            (tok.user, 0), (space, 0), (tok.end, 0), (tok.assistant, 0), (space, 1), (tok.end, 1)]
+            (tok.user, 0), (tok.end, 0), (tok.assistant, 0), (tok.end, 1)] # nothing said is no token, no space either
     assert list(zip(got, mask)) == want
     assert tok.render(talk[:2], prompt=True) == ([a for a, _ in want[:9]], [0] * 9) # what the answer is put behind
 
@@ -496,7 +496,7 @@ def test_what_is_learned_decodes_to_the_answers(tok, said):
             answers.append([])
         elif learn:
             answers[-1].append(i)
-    assert [tok.decode(a) for a in answers] == [' ' + said, ' cat', '']
+    assert [tok.decode(a) for a in answers] == [' ' + said if said else '', ' cat', '']
     assert [tok.decode(a).strip() for a in answers[:2]] == [said, 'cat'] # what the stages make of an answer
 
 def test_users_cannot_inject_specials(tok):

@@ -281,9 +281,9 @@ def test_sft_targets(chain, tmp_path):
         whole = ids + [tok.end]
         assert [t != -1 for t in row_y[:n]] == learned(whole, tok)[1:]
         assert all(t in (-1, whole[i + 1]) for i, t in enumerate(row_y[:n])) # y is x one token later
-    owl, cat, fox, space = (i for w in (' owl', ' cat', ' fox', ' ') for i in tok.encode(w)) # one token each
-    # two answers, the second empty: a turn's text stands behind a space
-    assert [t for t in y[0].tolist() if t != -1] == [owl, cat, tok.end, space, tok.end]
+    owl, cat, fox = (i for w in (' owl', ' cat', ' fox') for i in tok.encode(w)) # one token each, behind a space
+    # two answers, the second empty
+    assert [t for t in y[0].tolist() if t != -1] == [owl, cat, tok.end, tok.end]
     assert [t for t in y[1].tolist() if t != -1] == [fox, tok.end]
 
 def test_masked_tokens_get_exactly_zero_gradient(chain, scripts, tmp_path):
@@ -685,7 +685,7 @@ def test_chat_longer_than_the_context(chain, scripts):
     r = scripts.ok('chat.py', chain.out / 'rlhf.pt', '--max_new_tokens=8', stdin='Say a word.\n' * 8)
     assert 'oldest turn is forgotten' in r.err
     r = scripts.ok('chat.py', chain.out / 'rlhf.pt', '--max_new_tokens=8', stdin='Say a word. ' * 40 + '\nSay it.\n')
-    assert 'only its last 40 fit' in r.out + r.err
+    assert 'the last 40 fit' in r.err
 
 def test_chat_seed(chain, scripts):
     """A base model at this temperature rambles: two seeds say the same 24 tokens with a chance of about nil."""
