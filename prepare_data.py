@@ -151,7 +151,6 @@ def read_row(row, name):
         if not n or not a[n]['role'] == b[n]['role'] == 'assistant':
             return skipped.update(['pair that does not differ in an answer'])
         new = dict(messages=a[:n], completions=[a[n]['content'], b[n]['content']], ranking=[0, 1])
-        rows_of['prompts'].append(dict(messages=a[:n]))
     roles = {message['role'] for message in new['messages'] if message['content'].strip()}
     if 'user' not in roles or not roles <= {'system', 'user', 'assistant'}:
         raise ValueError(f'messages need a user turn and no roles but system, user, assistant; not {sorted(roles)}')
@@ -159,10 +158,11 @@ def read_row(row, name):
         raise ValueError('a conversation with no assistant turn, or an empty one')
     if not re.fullmatch('s?(ua)+' if kind == 'chat' else 's?(ua)*u', ''.join(m['role'][0] for m in new['messages'])):
         return skipped.update(['turns in another order than user, assistant'])
-    ranked = new.get('ranking', [])
-    if kind == 'preferences' and not 1 < len(ranked) == len({*ranked} & {*range(len(new['completions']))}):
-        raise ValueError(f"ranking {ranked} must name two or more of the completions, each once")
+    if kind == 'preferences' and not 1 < len(r := new['ranking']) == len({*r} & {*range(len(new['completions']))}):
+        raise ValueError(f'ranking {r} must name two or more of the completions, each once')
     rows_of[kind].append(new)
+    if form == 'chosen rejected': # a ranking's prompt is also one to practise on
+        rows_of['prompts'].append(dict(messages=new['messages']))
     if kind == 'chat' and chat_as_text and side_of(new) == 'train':
         return '\n\n'.join(message['content'] for message in new['messages'])
 
