@@ -10,15 +10,15 @@ tokenizer = dict(vocab_size=2048)
 
 pretrain = dict(
     arch='llama', n_layer=4, n_head=4, n_embd=128, block_size=256, qk_norm=True, key_shift=True, dropout=0.0,
-    batch_size=8, max_iters=1500,
+    batch_size=8, max_iters=900,
     optimizer='muon', learning_rate=1.2e-2, min_lr=0.0, warmup_iters=20,
     eval_interval=500, eval_iters=20, log_interval=50, save_interval=200)
 
-sft = dict(epochs=2, batch_size=16, learning_rate=1e-3, eval_interval=100, log_interval=20, save_interval=100)
+sft = dict(epochs=1, batch_size=16, learning_rate=1e-3, eval_interval=100, log_interval=20, save_interval=100)
 
 reward = dict(batch_size=16, learning_rate=3e-4, eval_interval=50, log_interval=20, save_interval=50)
 
-rlhf = dict(max_iters=30, batch_size=32, minibatch_size=32, micro_batch_size=32, max_new_tokens=48, ppo_epochs=2,
+rlhf = dict(max_iters=16, batch_size=32, minibatch_size=32, micro_batch_size=32, max_new_tokens=48, ppo_epochs=2,
             learning_rate=1e-4, eval_interval=10, eval_prompts=64, 
             sample_interval=1_000_000) # hh-rlhf holds texts that nobody wants on a screen
 
