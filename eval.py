@@ -205,7 +205,8 @@ for line, row in lib.read_jsonl(path) if os.path.exists(path) and n_prompts else
     try:
         any_tok.render(row.get('messages'), prompt=True)
         row['score'] = (lambda text, c=row['checks']: lib.grade(c, text)) if row.get('checks') else None
-        row['score'] and row['score']('')
+        if row['score']:
+            row['score']('')
     except ValueError as e:
         die(f'{path}:{line}: {e}')
     prompts.append(row)

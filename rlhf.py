@@ -19,6 +19,7 @@ scored, at each of its tokens; the reference (the SFT model) and the reward mode
 Left out: an entropy bonus (the KL penalty keeps the answers spread), the mix-in of pretraining gradients (PPO-ptx), the
 reuse of old answers.
 """
+import functools
 import math
 import os
 import time
@@ -135,7 +136,8 @@ def load_prompts(split):
     for line, row in lib.read_jsonl(path):
         try:
             ids = tok.render(row.get('messages'), prompt=True)[0]
-            row['checks'] and lib.grade(row['checks'], '') if 'checks' in row else None
+            if row.get('checks'):
+                lib.grade(row['checks'], '')
         except ValueError as e:
             die(f'{path}:{line}: {e}')
         if len(ids) + max_new_tokens + 1 > block_size: # + 1 for the <|end|> that scoring may add
@@ -152,12 +154,16 @@ train, val = load_prompts('train'), load_prompts('val')
 print0(f'data: {len(train):,} prompts, {batch_size * run.world} an update, {max_iters} updates = '
        f'{max_iters * batch_size * run.world / len(train):.1f} passes; {len(val)} prompts to validate')
 
+@functools.lru_cache(maxsize=2) # an update may lie across two passes
+def get_order(epoch):
+    """A seeded shuffle of the prompts, the same on all ranks."""
+    return np.random.default_rng((seed, epoch)).permutation(len(train))
+
 def get_prompts(step):
     """The prompts of this process in this update; they depend on (seed, step, rank) only."""
     rows = []
     for g in range((step * run.world + run.rank) * batch_size, (step * run.world + run.rank + 1) * batch_size):
-        order = np.random.default_rng((seed, g // len(train))).permutation(len(train))
-        rows.append(train[order[g % len(train)]])
+        rows.append(train[get_order(g // len(train))[g % len(train)]])
     return rows
 
 # -----------------------------------------------------------------------------
