@@ -1,4 +1,5 @@
 """pretrain, sft, reward, rlhf, eval, chat: the formulas inside the scripts, and the real scripts on a tiny world."""
+import functools
 import json
 import math
 import shutil
@@ -462,8 +463,8 @@ def test_kl_estimators_are_exact_in_expectation():
 
 def test_every_prompt_once_a_pass_whatever_the_ranks():
     for world, size in ((1, 6), (2, 3), (3, 2)):
-        ranks = [ppo('get_prompts', np=np, seed=1, batch_size=size, train=list('abcdefghi'),
-                     run=SimpleNamespace(rank=r, world=world)) for r in range(world)]
+        ranks = [ppo('get_prompts', 'get_order', functools=functools, np=np, seed=1, batch_size=size,
+                     train=list('abcdefghi'), run=SimpleNamespace(rank=r, world=world)) for r in range(world)]
         drawn = [x for step in range(3) for rank in ranks for x in rank.get_prompts(step)] # 18 = two passes over 9
         assert sorted(drawn[:9]) == sorted(drawn[9:]) == list('abcdefghi') and drawn[:9] != drawn[9:]
 
