@@ -389,7 +389,7 @@ class KVCache:
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=None, on_token=None):
     """
     Continue each prompt (a list of ids) by up to max_new_tokens ids; returns the new ids, with `stop` where it came.
-    Rows of unequal length are padded on the left, so that all grow at the right edge; finished rows leave the batch.
+    Rows of unequal length are padded on the left, so that all grow at the right edge; ended rows leave the batch.
     temperature 0 is greedy; warp (B, V) -> (B, V) may change the probabilities, on_token gets each step's new ids.
     A prompt that leaves no room in the context loses its oldest tokens, and a line says so.
     """
@@ -406,6 +406,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=No
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.wte.weight.dtype
     cache = KVCache(model.config, len(rows), P + max_new_tokens, device, dtype)
     out, alive = [[] for _ in rows], torch.arange(len(rows), device=device)
+    done = torch.zeros(len(rows), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
         S = cache.n + idx.size(1)
         pos = (torch.arange(cache.n, S, device=device) - start[:, None]).clamp(min=0) if padded else None
@@ -416,17 +417,17 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=No
         else:
             probs = F.softmax(logits / temperature, dim=-1)
             idx = torch.multinomial(warp(probs) if warp else probs, 1)            # (B, 1)
-        new = idx[:, 0].tolist()
-        for row, token in zip(alive.tolist(), new):
+        new = idx[~done, 0].tolist()
+        for row, token in zip(alive[~done].tolist(), new):
             out[row].append(token)
         if on_token is not None:
             on_token(new)
-        if stop is not None and stop in new:
-            keep = (idx[:, 0] != stop).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            idx, alive, start, mask = idx[keep], alive[keep], start[keep], mask[keep]
-            cache.keep(keep)
+        done |= idx[:, 0] == (-1 if stop is None else stop)
+        if done.all():
+            break
+        if 4 * done.sum() >= len(done): # enough rows have ended to be worth a copy of the cache without them
+            cache.keep(~done)
+            idx, alive, start, mask, done = (t[~done] for t in (idx, alive, start, mask, done))
     return out
 
 # -----------------------------------------------------------------------------
