@@ -21,7 +21,7 @@ from model import Tokenizer, die
 
 # `python chat.py path.pt` is short for --checkpoint=path.pt
 sys.argv[1:] = [f'--checkpoint={a}' if a.endswith('.pt') and not a.startswith('-') else a for a in sys.argv[1:]]
-sys.stdout = sys.stdout if '--help' in sys.argv else sys.stderr # what goes into a pipe is the answer alone
+sys.stdout = sys.stdout if {'-h', '--help'} & set(sys.argv) else sys.stderr # what goes into a pipe is the answer alone
 
 # -----------------------------------------------------------------------------
 # settings

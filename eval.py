@@ -18,6 +18,7 @@ on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 eval.py
 A base model knows no turns: it gets the words of the prompt as the start of a document and continues.
 """
 import glob
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 import model as lib
@@ -64,14 +64,6 @@ for name in models.split(','):
         print0(f'no {path}: left out of the report')
 if not checkpoints:
     die(f'none of {models} in {out_dir}: make them, beginning with `python pretrain.py --out_dir={out_dir}`')
-
-def gather(mine):
-    """Lists of all ranks, each holding every world-th item, woven back together."""
-    if not run.ddp:
-        return mine
-    parts = [None] * run.world
-    dist.all_gather_object(parts, mine)
-    return [parts[i % run.world][i // run.world] for i in range(sum(map(len, parts)))]
 
 # -----------------------------------------------------------------------------
 # measures of one model
@@ -176,11 +168,10 @@ def answer(net, tok, chatty, prompts):
     for i in range(0, len(mine), batch_size):
         with run.autocast():
             new = lib.generate(net, queries[i:i + batch_size], new_tokens, stop, temperature)
-        texts = [tok.decode(r[:-1] if r[-1] == stop else r).strip() for r in new]
-        out += [dict(text=t, ids=r, ended=r[-1] == stop) for t, r in zip(texts, new)]
+        out += [dict(text=tok.said(r), ids=r, ended=r[-1] == stop) for r in new]
     for o, query, (logp, entropy) in zip(out, queries, logprobs_of(net, queries, [o['ids'] for o in out], tok.pad)):
         o.update(query=query, logp=logp, entropy=entropy)
-    return gather(out)
+    return lib.gather(out, run)
 
 def distinct(texts, n, budget):
     """Share of different n-grams among the n-grams of the first `budget` words of all texts together."""
@@ -201,17 +192,8 @@ def win_rate(ours, theirs):
 # the measuring, model by model
 path, prompts = os.path.join(data_dir, 'prompts_val.jsonl'), []
 any_tok = Tokenizer(next(iter(checkpoints.values()))['tokenizer'])
-for line, row in lib.read_jsonl(path) if os.path.exists(path) and n_prompts else ():
-    try:
-        any_tok.render(row.get('messages'), prompt=True)
-        row['score'] = (lambda text, c=row['checks']: lib.grade(c, text)) if row.get('checks') else None
-        if row['score']:
-            row['score']('')
-    except ValueError as e:
-        die(f'{path}:{line}: {e}')
-    prompts.append(row)
-    if len(prompts) == n_prompts:
-        break
+if os.path.exists(path):
+    prompts = [row for row, _ in itertools.islice(lib.read_prompts(path, any_tok, data_dir), n_prompts)]
 files = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl')))
 if benchmarks:
     have = {os.path.basename(f)[:-6]: f for f in files}
@@ -231,7 +213,7 @@ for name, ckpt in checkpoints.items():
             column[f'{exam} (chance {chance:.0%})'] = right
     if prompts:
         said = answers[name] = answer(net, tok, ckpt['stage'] != 'base', prompts)
-        graded = [p['score'](a['text']) for p, a in zip(prompts, said) if p['score']]
+        graded = [lib.grade(p['checks'], a['text']) for p, a in zip(prompts, said) if p.get('checks')]
         if graded:
             column['all checks met'] = float(np.mean([met for met, _ in graded]))
             column['gold score'] = float(np.mean([score for _, score in graded]))
@@ -245,14 +227,15 @@ for name, said in answers.items():
     for n in (1, 2):
         column[f'distinct-{n} of {budget} words'] = distinct([a['text'] for a in said], n, budget)
     if 'sft' in answers and checkpoints[name]['stage'] == 'rlhf':
-        scored = [i for i, p in enumerate(prompts) if p['score']]
+        scored = [i for i, p in enumerate(prompts) if p.get('checks')]
         if scored:
-            ours, theirs = ([prompts[i]['score'](answers[m][i]['text'])[1] for i in scored] for m in (name, 'sft'))
+            ours, theirs = ([lib.grade(prompts[i]['checks'], answers[m][i]['text'])[1] for i in scored]
+                            for m in (name, 'sft'))
             column['win rate against SFT'], *interval = win_rate(ours, theirs)
             column['win rate, 95% interval'] = interval
         mine = range(run.rank, len(said), run.world)
         query, new = ([said[i][k] for i in mine] for k in ('query', 'ids'))
-        ref = gather(logprobs_of(nets['sft'], query, new, tok.pad))
+        ref = lib.gather(logprobs_of(nets['sft'], query, new, tok.pad), run)
         column['KL from SFT, nats an answer'] = float(np.mean([a['logp'] - r for a, (r, _) in zip(said, ref)]))
 
 # -----------------------------------------------------------------------------
@@ -297,8 +280,8 @@ if answers:
     for i in np.random.default_rng(seed).permutation(len(prompts))[:6]:
         lines = [f'**{prompts[i]["messages"][-1]["content"]}**'.replace('\n', ' ')]
         for name, said in answers.items():
-            text, score = said[i]['text'], prompts[i]['score']
-            mark = '' if not score else ' (all checks met)' if score(text)[0] else ' (not met)'
+            text, checks = said[i]['text'], prompts[i].get('checks')
+            mark = '' if not checks else ' (all checks met)' if lib.grade(checks, text)[0] else ' (not met)'
             lines.append(f'- {name}{mark}: ' + ' '.join(text.split()))
         parts.append('\n'.join(lines))
 

@@ -1,23 +1,13 @@
 """
 What the stages share, and nothing else. Sections, in order; a reader can skip between them:
 
-  1 words to the user, files      4 generation with a KV cache     7 devices and processes
+  1 words to the user, files      4 generation with a KV cache     7 devices, processes, checkpoints
   2 the tokenizer and chat form   5 the scalar head                8 the gold reward
   3 the GPT                       6 optimizers
 
 Letters in shape comments: B batch, T tokens, S keys seen so far (cache + T), C n_embd, H heads, D = C/H, V vocabulary.
 """
-import base64
-import contextlib
-import gzip
-import hashlib
-import json
-import math
-import os
-import re
-import signal
-import sys
-import zlib
+import base64, contextlib, gzip, hashlib, json, math, os, re, signal, sys, zlib
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
@@ -127,6 +117,7 @@ class Tokenizer:
         except (KeyError, TypeError, ValueError) as e: # binascii.Error is a ValueError
             raise ValueError(f'damaged tokenizer ({type(e).__name__}: {e})') from e
         self.spec, self.n_vocab = spec, len(self.tokens) + len(specials)
+        self.decode = self.enc.decode # ids -> text; bytes that are no valid UTF-8 become U+FFFD
         self.hash = int(hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8], 16) & 0x7fffffff
 
     @classmethod
@@ -144,13 +135,13 @@ class Tokenizer:
         """Text -> ids. Text that spells a special token gives ordinary tokens: users cannot inject turns."""
         return self.enc.encode_ordinary(text)
 
-    def decode(self, ids):
-        """ids -> text; bytes that are no valid UTF-8 become U+FFFD."""
-        return self.enc.decode(ids)
-
     def bytes_of(self, i):
         """The bytes of one token; a special token has none (it is no text)."""
         return self.tokens[i] if i < len(self.tokens) else b''
+
+    def said(self, ids):
+        """The text of an answer: special tokens are no text, and the space before its first word is no part of it."""
+        return b''.join(map(self.bytes_of, ids)).decode('utf-8', 'replace').strip()
 
     def render(self, messages, prompt=False):
         """
@@ -159,23 +150,35 @@ class Tokenizer:
                   0          0    0   0         0          1     1
         With prompt=True it ends after <|assistant|>, ready to be answered. Raises ValueError on a bad conversation.
         """
-        ids, mask, turns = [self.eot], [0], list(messages) if isinstance(messages, list) else []
-        openers = {'system': self.system, 'user': self.user, 'assistant': self.assistant}
-        for i, turn in enumerate(turns):
-            role, text = (turn.get('role'), turn.get('content')) if isinstance(turn, dict) else (None, None)
-            if not isinstance(role, str) or role not in openers or not isinstance(text, str):
-                raise ValueError(f'message {i} is not {{"role": system|user|assistant, "content": text}}')
-            turn_of = ('user', 'assistant')[(i - (turns[0]['role'] == 'system')) % 2]
-            if role != turn_of and (i or role != 'system'):
-                raise ValueError(f'message {i} is of the {role}, not of the {turn_of}: they take turns')
-            # after a space, as in running text: a word is the same token wherever it stands
-            said, learn = self.encode(' ' + text) if text else [], int(role == 'assistant')
-            ids += [openers[role], *said, self.end]
+        openers = dict(system=self.system, user=self.user, assistant=self.assistant)
+        try:
+            turns = [(turn['role'], openers[turn['role']], turn['content'] + '') for turn in messages]
+        except (KeyError, TypeError):
+            raise ValueError('messages are not a list of {"role": system|user|assistant, "content": text}') from None
+        order = ' '.join(role for role, _, _ in turns)
+        if not re.fullmatch('(system )?user( assistant user)*' + ' assistant' * (not prompt), order):
+            raise ValueError(f'turns are of {order or "nobody"}: user and assistant take turns, the last one is of the '
+                             + ('user' if prompt else 'assistant'))
+        ids, mask = [self.eot], [0]
+        for role, opener, text in turns:
+            said = self.encode(' ' + text) if text else [] # a space, as in running text: a word is one token everywhere
+            learn = int(role == 'assistant')
+            ids += [opener, *said, self.end]
             mask += [0] + [learn] * (len(said) + 1)
-        last = turns[-1]['role'] if turns else 'nobody'
-        if last != ('user' if prompt else 'assistant'):
-            raise ValueError(f'the last turn is of {last}, not of the ' + ('user' if prompt else 'assistant'))
         return (ids + [self.assistant], mask + [0]) if prompt else (ids, mask)
+
+def read_prompts(path, tok, data_dir, ranked=False):
+    """Yield (row, ids) of each prompt in a file; a bad row, or with ranked one without checks, ends the program."""
+    if not os.path.exists(path):
+        die(f'no prompts {path}: make them with `python prepare_data.py --data_dir={data_dir}`')
+    for line, row in read_jsonl(path):
+        try:
+            ids = tok.render(row.get('messages'), prompt=True)[0]
+            if ranked or row.get('checks'):
+                grade(row.get('checks') or {}, '')
+        except ValueError as e:
+            die(f'{path}:{line}: {e}' + '; without checks no program can rank answers: --sample_prompts=0' * ranked)
+        yield row, ids
 
 # -----------------------------------------------------------------------------
 # 3. the GPT
@@ -261,12 +264,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(c.n_hidden, c.n_embd, bias=c.arch == 'gpt2')
 
     def forward(self, x):
-        h = self.up(x)
-        if self.gated:
-            gate, h = h.chunk(2, dim=-1)
-            h = F.silu(gate) * h
-        else:
-            h = F.gelu(h, approximate='tanh')
+        gate, h = self.up(x).chunk(2, dim=-1) if self.gated else (None, self.up(x))
+        h = F.silu(gate) * h if self.gated else F.gelu(h, approximate='tanh')
         return F.dropout(self.proj(h), self.dropout, self.training)
 
 class Block(nn.Module):
@@ -326,13 +325,9 @@ class GPT(nn.Module):
         if S > self.config.block_size:
             raise ValueError(f'{S} tokens do not fit in a block_size of {self.config.block_size}')
         pos = torch.arange(start, S, device=idx.device) if pos is None else pos   # (T,) or (B, T)
-        x = self.wte(idx)                                                         # (B, T, C)
-        if self.wpe is not None:
-            x = x + self.wpe(pos)
+        x = self.wte(idx) + (0 if self.wpe is None else self.wpe(pos))            # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        rope = None
-        if self.wpe is None:
-            rope = tuple(t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin))  # (1 or B, 1, T, D/2)
+        rope = None if self.wpe else [t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin)] # (.., 1, T, D/2)
         if mask is not None or 0 < start < S - 1: # else plain causal attention, or one query that may see all keys
             seen = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(start)  # (T, S)
             if mask is not None:
@@ -357,27 +352,27 @@ class GPT(nn.Module):
 
     def flops_per_token(self, T):
         """Forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022), N with the output matrix, without lookups."""
-        c = self.config
-        return 6 * (self.n_params(embedding=False) + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * T
+        output = 0 if self.head is None else self.head.weight.numel()
+        return 6 * (self.n_params(embedding=False) + output) + 12 * self.config.n_layer * self.config.n_embd * T
 
 # -----------------------------------------------------------------------------
 # 4. generation with a KV cache
 
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once."""
+    """Keys and values of the tokens seen so far; room for all that are to come is taken at the start."""
 
     def __init__(self, config, batch, length, device, dtype):
         heads = config.n_kv_head, length, config.n_embd // config.n_head
         self.kv, self.n = torch.zeros(config.n_layer, 2, batch, *heads, device=device, dtype=dtype), 0
-        self.last = [None] * config.n_layer # of key_shift: keys of the last token, before shift and rotation
+        self.last = torch.zeros_like(self.kv[:, 0, :, :, :1]) # of key_shift: each layer's last key, not yet shifted
 
     def last_key(self, layer, k):
-        before = torch.zeros_like(k[:, :, :1]) if self.last[layer] is None else self.last[layer]
+        before = self.last[layer].clone()
         self.last[layer] = k[:, :, -1:]
         return before
 
     def keep(self, rows):
-        self.kv, self.last = self.kv[:, :, rows], [k if k is None else k[rows] for k in self.last]
+        self.kv, self.last = self.kv[:, :, rows], self.last[:, rows]
 
     def append(self, layer, k, v):
         S = self.n + k.size(2)
@@ -389,7 +384,7 @@ class KVCache:
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=None, on_token=None):
     """
     Continue each prompt (a list of ids) by up to max_new_tokens ids; returns the new ids, with `stop` where it came.
-    Rows of unequal length are padded on the left, so that all grow at the right edge; ended rows leave the batch.
+    Rows of unequal length are padded on the left, so that all grow at the right edge; ended rows leave by quarters.
     temperature 0 is greedy; warp (B, V) -> (B, V) may change the probabilities, on_token gets each step's new ids.
     A prompt that leaves no room in the context loses its oldest tokens, and a line says so.
     """
@@ -448,20 +443,25 @@ class ScalarModel(nn.Module):
 
     def forward(self, idx):
         """idx (B, T) -> (B, T). Pads stand on the right, where causal attention keeps them from being seen."""
-        return (self.head(self.body.hidden(idx)).squeeze(-1).float() - self.mean) / self.std
+        h = self.body.hidden(idx).float() # in fp32 also under autocast: bf16 would round scores to three digits
+        return ((h * self.head.weight).sum(-1) + self.head.bias - self.mean) / self.std
 
 def pad_right(rows, pad, device=None):
     """List of lists of ids -> (B, T) tensor."""
     T = max(map(len, rows))
     return torch.tensor([r + [pad] * (T - len(r)) for r in rows], device=device)
 
+def at_end(values, rows):
+    """values (B, T) of rows (lists of ids) that were padded on the right -> (B,), each row's at its last real token."""
+    return values[torch.arange(len(rows)), torch.tensor([len(r) - 1 for r in rows])]
+
 # -----------------------------------------------------------------------------
 # 6. optimizers
 
 class Muon(torch.optim.Optimizer):
     """
-    torch.optim.Muon (Jordan et al. 2024) for CPUs: the same update in fp32, matrices of one shape in one batch.
-    (torch's Newton-Schulz runs in bf16, which a CPU without bf16 units does slower than all the rest of the step.)
+    torch.optim.Muon (Jordan et al. 2024) for CPUs: the same update, matrices of one shape in one batch, in fp32, since
+    bf16, which torch has, takes a CPU without bf16 units longer than all the rest of the step.
     """
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -469,22 +469,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = {}
-            for p in group['params']:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for (n, m), params in shapes.items():
-                for p in params:
-                    if 'momentum_buffer' not in self.state[p]:
-                        self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-                g = torch.stack([p.grad for p in params])                         # (matrices, n, m)
-                buf = torch.stack([self.state[p]['momentum_buffer'] for p in params])
-                buf.lerp_(g, 1 - group['momentum'])
-                update = orthogonalize(g.lerp_(buf, group['momentum'])) # Nesterov
-                for p, b, u in zip(params, buf, update):
-                    self.state[p]['momentum_buffer'].copy_(b)
-                    p.mul_(1 - group['lr'] * group['weight_decay'])
-                    p.add_(u, alpha=-group['lr'] * 0.2 * math.sqrt(max(n, m))) # the size of an AdamW update
+            lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
+            for shape in dict.fromkeys(p.shape for p in group['params']):
+                params = [p for p in group['params'] if p.shape == shape]
+                grad = torch.stack([p.grad for p in params])                      # (matrices, n, m)
+                buf = self.state[params[0]].setdefault('momentum_buffer', torch.zeros_like(grad)) # of all of them
+                buf.lerp_(grad, 1 - momentum)
+                for p, update in zip(params, orthogonalize(grad.lerp(buf, momentum))): # Nesterov
+                    p.mul_(1 - lr * decay).add_(update, alpha=-lr * 0.2 * math.sqrt(max(shape))) # sized as AdamW's
 
 def orthogonalize(x):
     """Newton-Schulz: U S V' -> about U V', all singular values near 1, by products alone. x (matrices, n, m)."""
@@ -502,17 +494,16 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
     Matrices decay, vectors (norms, biases) do not (Brown et al. 2020). With kind 'muon' the matrices inside the blocks
     go to Muon, at the same learning rate, since its update is scaled to the size of AdamW's.
     """
-    params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if kind not in ('adamw', 'muon'):
         die(f"optimizer is 'adamw' or 'muon', not {kind!r}")
-    inner = [p for n, p in params if kind == 'muon' and p.dim() == 2 and 'blocks.' in n]
-    taken = set(map(id, inner))
-    rest = [p for _, p in params if id(p) not in taken]
-    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=weight_decay),
-              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
-    fused = next(model.parameters()).device.type in ('cuda', 'cpu')
-    optimizers = [torch.optim.AdamW([g for g in groups if g['params']], learning_rate, betas, eps, fused=fused)]
-    if inner and inner[0].device.type == 'cuda':
+    matrices, vectors, inner = [], [], []
+    for name, p in model.named_parameters():
+        where = vectors if p.dim() < 2 else inner if kind == 'muon' and 'blocks.' in name else matrices
+        where.append(p)
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    device = matrices[0].device.type
+    optimizers = [torch.optim.AdamW(groups, learning_rate, betas, eps, fused=device in ('cuda', 'cpu'))]
+    if inner and device == 'cuda':
         optimizers.append(torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn='match_rms_adamw'))
     elif inner:
         optimizers.append(Muon(inner, learning_rate, weight_decay))
@@ -537,11 +528,10 @@ def start(config):
         die(f"seed {config['seed']} must not be negative, dropout {config.get('dropout', 0)} lies in 0..1")
     device, dtype = config['device'], config['dtype']
     rank, local, world = RANK, int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind = device.split(':')[0]
-    here = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if not here.get(kind) or kind == 'cuda' and device[5:].isdigit() and int(device[5:]) >= torch.cuda.device_count():
+    here = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu'] # best first
+    device = here[0] if device == 'auto' else device
+    kind, _, number = device.partition(':')
+    if kind not in here or kind == 'cuda' and number.isdigit() and int(number) >= torch.cuda.device_count():
         die(f"device {device!r} is not here: use --device=cpu, or leave it at 'auto'")
     if world > 1:
         device = f'cuda:{local}' if kind == 'cuda' else device
@@ -550,13 +540,14 @@ def start(config):
     if kind == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high') # TF32
-    elif world == 1 and torch.get_num_threads() < (os.cpu_count() or 1) and 'OMP_NUM_THREADS' not in os.environ:
-        torch.set_num_threads(os.cpu_count())
+    elif world == 1 and 'OMP_NUM_THREADS' not in os.environ: # all that this process may use (taskset, Slurm)
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
     if dtype == 'auto': # fp32 except on GPUs with bf16 units; fp16 would need loss scaling
         dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
     if dtype not in ('float32', 'bfloat16'):
         die(f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}")
     torch.manual_seed(config['seed'])
+    config['processes'] = world # a killed run goes on with as many as it had: the batches depend on it
     run = SimpleNamespace(device=torch.device(device), type=kind, dtype=getattr(torch, dtype), rank=rank, world=world,
                           ddp=world > 1, master=rank == 0, stop=False)
     run.autocast = lambda: torch.autocast(kind, run.dtype, enabled=dtype != 'float32')
@@ -576,6 +567,14 @@ def all_sum(*values):
     total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+def gather(mine, run):
+    """Lists of all ranks, each with every world-th item, woven back together."""
+    if not run.ddp:
+        return mine
+    parts = [None] * run.world
+    dist.all_gather_object(parts, mine)
+    return [parts[i % run.world][i // run.world] for i in range(sum(map(len, parts)))]
 
 def seed_step(seed, step, rank):
     """All that is random in a step depends on (seed, step, rank) alone, so a resumed run needs no saved generator."""
@@ -604,11 +603,12 @@ def open_log(path, first_step):
     return log
 
 def save_checkpoint(path, stage, model, tokenizer, config, step, metrics):
-    """STAGE.pt: fp32 weights on the CPU and plain values; one file is enough to chat; loads with weights_only."""
-    weights = {k: v.detach().float().cpu() for k, v in model.state_dict().items()}
+    """STAGE.pt: fp32 weights and plain values, enough to chat; loads with weights_only. STAGE.resume.pt has served."""
     with atomic(path) as tmp:
-        torch.save(dict(version=1, stage=stage, model_args=asdict(model.config), weights=weights, config=config,
-                        tokenizer=tokenizer.spec, step=step, metrics=metrics), tmp)
+        torch.save(dict(stage=stage, weights={k: v.float().cpu() for k, v in model.state_dict().items()}, config=config,
+                        model_args=asdict(model.config), tokenizer=tokenizer.spec, step=step, metrics=metrics), tmp)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path.removesuffix('.pt') + '.resume.pt')
 
 def load_checkpoint(path, stages, command):
     """Read STAGE.pt and check that it is one of `stages`; `command` is what would make it."""
@@ -638,7 +638,7 @@ def save_resume(path, step, modules, optimizers, config, **more):
         torch.save(dict(step=step, modules=[m.state_dict() for m in modules], config=config, more=more,
                         optimizers=[o.state_dict() for o in optimizers]), tmp)
 
-RESUMABLE = set('device dtype compile resume out_dir log_interval eval_interval save_interval'.split())
+RESUMABLE = set('device dtype compile resume out_dir log_interval eval_interval save_interval sample_interval'.split())
 
 def load_resume(path, modules, optimizers, config, wanted=True):
     """Put a killed run's state back; returns (step, more), or (0, {}) for a fresh start. Other settings: refused."""
@@ -653,10 +653,8 @@ def load_resume(path, modules, optimizers, config, wanted=True):
     if changed:
         what = ', '.join(f'{k} {old.get(k)!r} -> {config[k]!r}' for k in changed[:3])
         die(f'{path} is of an unfinished run with other settings ({what}): start over with --resume=false')
-    for m, state in zip(modules, saved['modules']):
-        m.load_state_dict(state)
-    for o, state in zip(optimizers, saved['optimizers']):
-        o.load_state_dict(state)
+    for part, state in zip([*modules, *optimizers], saved['modules'] + saved['optimizers']):
+        part.load_state_dict(state)
     print0(f'resuming from {path} at step {saved["step"]}')
     return saved['step'], saved['more']
 

@@ -132,7 +132,7 @@ def read_row(row, name):
     form = next((form for form in FORMS if set(form.split()) <= set(row)), None)
     if not form:
         raise ValueError(f"no known form has the keys {', '.join(sorted(row))}; FORMS in prepare_data.py lists them")
-    kind, new = FORMS[form], {key: row[key] for key in form.split()}
+    kind, new = FORMS[form], {key: row[key] for key in [*form.split(), 'checks'] if key in row}
     if kind == 'text':
         return row['text'] + ''
     if kind == 'benchmarks':
@@ -358,8 +358,8 @@ def dedup_step(doc):
     signatures.append(signature)
 
 PRIVATE = {
-    'EMAIL': r'\b[\w.+%-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b',
-    'CARD': r'(?<![\w-])[3-6]\d{3}(?:[ -]?\d{1,6}){2,4}(?![\w-])',
+    'EMAIL': r'\b[\w.+%-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b',
+    'CARD': r'(?<![\w-])(?:[3-6]\d{3}([ -])(?:\d{4}\1\d{4}\1\d{1,4}|\d{6}\1\d{5})|[3-6]\d{12,18})(?![\w-])',
     'SSN': r'(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])',
     'PHONE': r'(?<![\w.-])(?:\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}'
              r'|(?:1[ .-])?(?:\(\d{3}\) ?\d{3}[ .-]|\d{3}([ .-])\d{3}\1)\d{4})(?![\w-]|\.\d)',
@@ -392,8 +392,8 @@ def pii_step(doc):
 # -----------------------------------------------------------------------------
 # the flow: every document goes through every step; what is kept waits on disk for the mixture
 paths, known = [], r'(?<!raw.truth)\.(txt|md|html?|jsonl|jsonl\.gz|warc|warc\.gz)$' # truth.jsonl is no input
-for name in files.split(',') if files else die('no files: name them, as in --files=notes.txt,crawl/*.warc.gz'):
-    found = glob.glob(f'{name}/**' if os.path.isdir(name) else os.path.expanduser(name), recursive=True)
+for name in map(os.path.expanduser, (files or die('no files: name them, --files=notes.txt,web/*.warc.gz')).split(',')):
+    found = glob.glob(f'{name}/**' if os.path.isdir(name) else name, recursive=True)
     paths += sorted(path for path in found if re.search(known, path)) or die(
         f'no file {name} of a known kind: .txt .md .html .jsonl .jsonl.gz .warc .warc.gz')
 steps = dict(url=url_step, text=text_step, language=language_step, quality=quality_step, dedup=dedup_step, pii=pii_step)

@@ -15,6 +15,7 @@ on two nodes       $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --mast
 Left out: a curriculum, loss scaling for fp16. Every window is packed full, from one long stream of documents: attention
 crosses from one document into the next, and <|endoftext|> is what tells the model not to care.
 """
+import functools
 import glob
 import math
 import os
@@ -60,7 +61,7 @@ beta2 = 0.95                # AdamW: memory of its square
 grad_clip = 1.0             # longest gradient; 0 = any
 # evaluation and log
 eval_interval = 2000        # steps between evaluations
-eval_iters = 200            # batches of validation text in one evaluation
+eval_iters = 200            # batches of validation text in one evaluation, over all processes
 log_interval = 10           # steps between log lines
 save_interval = 2000        # steps between saves of base.resume.pt
 # system
@@ -107,19 +108,16 @@ def get_windows(split, index):
     rows = rows.pin_memory().to(run.device, non_blocking=True) if run.type == 'cuda' else rows.to(run.device)
     return rows[:, :-1], rows[:, 1:]
 
-order = (-1, None) # epoch, its permutation
+@functools.lru_cache(maxsize=2) # a batch may lie across two epochs
+def get_order(epoch):
+    """A seeded shuffle of the training windows, the same on all ranks."""
+    return np.random.default_rng((seed, epoch)).permutation(sum(windows['train']))
 
 def get_batch(step, micro):
     """The batch of this process. It depends on (seed, step, micro, rank) only: every window comes once an epoch."""
-    global order
     n = sum(windows['train'])
     first = ((step * gradient_accumulation_steps + micro) * run.world + run.rank) * batch_size
-    index = []
-    for g in range(first, first + batch_size):
-        if g // n != order[0]:
-            order = (g // n, np.random.default_rng((seed, g // n)).permutation(n))
-        index.append(int(order[1][g % n]))
-    return get_windows('train', index)
+    return get_windows('train', [int(get_order(g // n)[g % n]) for g in range(first, first + batch_size)])
 
 # -----------------------------------------------------------------------------
 # model, optimizer
@@ -143,7 +141,7 @@ def estimate_loss(split='val'):
     """Mean loss in nats a token, and bits per byte, which can be compared across tokenizers."""
     raw_model.eval()
     nats, tokens, n_bytes = 0.0, 0, 0
-    n = min(sum(windows[split]), eval_iters * batch_size * run.world)
+    n = min(sum(windows[split]), eval_iters * batch_size)
     for i in range(run.rank * batch_size, n, run.world * batch_size): # the same windows for any number of processes
         x, y = get_windows(split, range(i, min(i + batch_size, n)))
         with run.autocast():
@@ -166,7 +164,8 @@ def get_lr(step):
 # the loop
 log = lib.open_log(os.path.join(out_dir, 'base.jsonl'), first_step)
 run.catch_signals()
-smooth, seconds, bad, t0 = more.get('smooth', 0.0), more.get('seconds', 0.0), 0, time.time()
+smooth, seconds = more.get('smooth', 0.0), more.get('seconds', 0.0)
+bad, t0 = 0, time.time()
 val_loss = val_bpb = float('nan')
 for step in range(first_step, max_iters + 1):
     # evaluate: all ranks take part
@@ -230,7 +229,5 @@ if run.master:
     metrics = dict(val_loss=val_loss, val_bpb=val_bpb, seconds=more['seconds'], flops=flops,
                    tokens=tokens_per_step * max_iters)
     lib.save_checkpoint(out_path, 'base', raw_model, tok, config, max_iters, metrics)
-    if os.path.exists(resume_path):
-        os.remove(resume_path)
     print(f'saved {out_path}: val loss {val_loss:.4f}, {val_bpb:.4f} bits per byte, {more["seconds"]:.0f} s')
 lib.finish(run)

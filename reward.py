@@ -13,6 +13,7 @@ ranking of K answers gives K (K - 1) / 2 pairs; the loss of a pair is -log sigmo
 worse), the Bradley-Terry model. Scores are normalised at the end, so that the KL coefficient of the next stage keeps
 its meaning. Left out: a margin for how much better (Llama 2), several labellers with opinions of their own.
 """
+import functools
 import itertools
 import math
 import os
@@ -21,7 +22,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -80,43 +80,31 @@ def sample_rankings(split, n):
     """Answer n prompts of the split, rank the answers, write out_dir/preferences_SPLIT.jsonl."""
     global n_sampled
     path, prompts = os.path.join(data_dir, f'prompts_{split}.jsonl'), []
-    if not os.path.exists(path):
-        die(f'no prompts {path}: make them with `python prepare_data.py --data_dir={data_dir}`, or --sample_prompts=0')
-    for line, row in lib.read_jsonl(path):
-        try:
-            ids = tok.render(row.get('messages'), prompt=True)[0]
-            lib.grade(row.get('checks') or {}, '')
-        except ValueError as e:
-            die(f'{path}:{line}: {e}; only prompts with checks can be ranked by a program, else --sample_prompts=0')
+    for row, ids in lib.read_prompts(path, tok, data_dir, ranked=True):
         if len(ids) + max_new_tokens <= max_length:
             prompts.append((row, ids))
     if not prompts:
         die(f'{path}: no prompt leaves room for {max_new_tokens} new tokens in {max_length}: lower --max_new_tokens')
     rng = np.random.default_rng((seed, split == 'val')) # the same labeller on all ranks
     prompts = [prompts[i] for i in rng.permutation(len(prompts))[:n]]
-    policy, answers, t0 = lib.load_model(sft, run.device).eval(), {}, time.time()
+    policy, answers, t0 = lib.load_model(sft, run.device).eval(), [], time.time()
     lib.seed_step(seed, int(split == 'val'), run.rank) # each rank draws answers of its own
-    mine = list(range(run.rank, len(prompts), run.world))
+    mine = prompts[run.rank::run.world]
     for i in range(0, len(mine), sample_batch):
-        batch = mine[i:i + sample_batch]
-        ids = [prompts[j][1] for j in batch for _ in range(sample_answers)]
+        queries = [ids for _, ids in mine[i:i + sample_batch] for _ in range(sample_answers)]
         with run.autocast():
-            new = lib.generate(policy, ids, max_new_tokens, tok.end, temperature)
-        n_sampled += sum(map(len, new))
-        texts = [tok.decode(r[:-1] if r[-1] == tok.end else r).strip() for r in new]
-        answers.update({j: texts[k * sample_answers:][:sample_answers] for k, j in enumerate(batch)})
-        done = (i + len(batch)) / len(mine)
+            new = lib.generate(policy, queries, max_new_tokens, tok.end, temperature)
+        n_sampled += sum(map(len, queries)) + sum(map(len, new)) # read and said
+        texts = [tok.said(r) for r in new]
+        answers += [texts[k:k + sample_answers] for k in range(0, len(texts), sample_answers)]
+        done = len(answers) / len(mine)
         if run.master and (sys.stdout.isatty() or done == 1):
             left = (time.time() - t0) * (1 / done - 1)
             print(f'\r{split}: answered {done:.0%} of {len(prompts)} prompts, {left:.0f} s left ',
                   end='\n' if done == 1 else '', flush=True)
-    if run.ddp:
-        parts = [None] * run.world
-        dist.all_gather_object(parts, answers)
-        answers = {j: texts for part in parts for j, texts in part.items()}
     rows, same, agree, pairs = [], 0, 0, 0
-    for j, (row, _) in enumerate(prompts):
-        texts = list(dict.fromkeys(answers[j])) # an empty answer too: else PPO finds that nobody ever scored one
+    for (row, _), texts in zip(prompts, lib.gather(answers, run)):
+        texts = list(dict.fromkeys(texts)) # an empty answer too: else PPO finds that nobody ever scored one
         gold = [lib.grade(row['checks'], t)[1] for t in texts]
         ranking, again = (lib.simulated_ranking(gold, labeller_noise, rng) for _ in range(2))
         if len(ranking) < 2:
@@ -130,8 +118,7 @@ def sample_rankings(split, n):
         lib.write_jsonl(os.path.join(out_dir, f'preferences_{split}.jsonl'), rows)
     print0(f'{split}: {len(rows)} prompts ranked, {pairs} pairs; the labeller agrees with the gold order on '
            f'{agree / pairs:.1%}, and with itself, asked again, on {same / pairs:.1%}')
-    if run.ddp:
-        dist.barrier()
+    lib.all_sum(0) # all ranks wait until the file is written
     return same / pairs
 
 self_agreement = None
@@ -176,19 +163,21 @@ max_iters = epochs * steps_per_epoch
 print0(f'data: {len(train):,} rankings, {sum(math.comb(len(ids), 2) for ids, _ in train):,} pairs; {step_size} a step, '
        f'{max_iters} steps; {len(val)} rankings to validate')
 
+@functools.lru_cache(maxsize=1)
+def get_order(epoch):
+    """A seeded shuffle of the rankings, the same on all ranks."""
+    return np.random.default_rng((seed, epoch)).permutation(len(train))
+
 def get_batch(step):
     """The rankings of this process in this step; they depend on (seed, step, rank) only."""
-    order = np.random.default_rng((seed, step // steps_per_epoch)).permutation(len(train))
     first = step % steps_per_epoch * step_size
-    return [train[j] for j in order[first:first + step_size][run.rank::run.world]]
+    return [train[j] for j in get_order(step // steps_per_epoch)[first:first + step_size][run.rank::run.world]]
 
 def score(model, rankings):
     """Scores of all answers, (number of answers,): the head's number at each one's last real token, <|end|>."""
     rows = [ids for answers, _ in rankings for ids in answers]
-    last = torch.tensor([len(r) - 1 for r in rows], device=run.device)
     with run.autocast():
-        scores = model(lib.pad_right(rows, tok.pad, run.device))                  # (answers, T)
-    return scores[torch.arange(len(rows)), last]
+        return lib.at_end(model(lib.pad_right(rows, tok.pad, run.device)), rows)
 
 def pair_margins(scores, rankings):
     """score(better) - score(worse) of every pair; the answers of a ranking stand together in scores, best first."""
@@ -232,8 +221,8 @@ def get_lr(step):
 log = lib.open_log(os.path.join(out_dir, 'reward.jsonl'), first_step)
 run.catch_signals()
 self_agreement, n_sampled = more.get('self_agreement', self_agreement), more.get('n_sampled', n_sampled)
-smooth, seconds, n_tokens, bad = *(more.get(k, 0.0) for k in ('smooth', 'seconds', 'n_tokens')), 0
-t0, accuracy, gold_accuracy = time.time(), float('nan'), None
+smooth, seconds, n_tokens = more.get('smooth', 0.0), more.get('seconds', 0.0), more.get('n_tokens', 0)
+bad, t0, accuracy, gold_accuracy = 0, time.time(), float('nan'), None
 for step in range(first_step, max_iters + 1):
     # evaluate: all ranks take part
     if step % eval_interval == 0 or step == max_iters:
@@ -299,11 +288,11 @@ print0(f'scores of the ranked answers: mean {mean:.3f}, std {std:.3f}; then {aga
 # -----------------------------------------------------------------------------
 # save
 if run.master:
-    per_token = raw_model.body.flops_per_token(max_length / 2) # a sampled token costs a third: forward only
+    lengths = [len(ids) for answers, _ in train for ids in answers]
+    n_read = sum(lengths) + n_sampled # for the normalisation and the sampling: forward only, a third of the cost
+    per_token = raw_model.body.flops_per_token(sum(lengths) / len(lengths))
     metrics = dict(val_loss=val_loss, accuracy=accuracy, gold_accuracy=gold_accuracy, self_agreement=self_agreement,
-                   seconds=more['seconds'], flops=per_token * (n_tokens + n_sampled / 3), tokens=n_tokens)
+                   seconds=more['seconds'], tokens=n_tokens, flops=per_token * (n_tokens + n_read / 3))
     lib.save_checkpoint(out_path, 'reward', raw_model, tok, config, max_iters, metrics)
-    if os.path.exists(resume_path):
-        os.remove(resume_path)
     print(f'saved {out_path}: {accuracy:.1%} of held-out pairs as the labeller, {more["seconds"]:.0f} s')
 lib.finish(run)

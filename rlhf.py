@@ -122,7 +122,7 @@ reference = lib.load_model(sft, run.device).requires_grad_(False)
 reward_model = lib.load_model(rm, run.device, ScalarModel).requires_grad_(False)
 optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), adam_eps)
 resume_path, out_path = os.path.join(out_dir, 'rlhf.resume.pt'), os.path.join(out_dir, 'rlhf.pt')
-config['starts_from'] = round(rm['metrics']['seconds'], 3) # tells one reward.pt from another
+config['starts_from'] = [round(ckpt['metrics']['seconds'], 3) for ckpt in (sft, rm)] # tells them from others
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 model = DDP(raw_model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else raw_model
 
@@ -131,15 +131,7 @@ model = DDP(raw_model, device_ids=[run.device.index] if run.type == 'cuda' else 
 def load_prompts(split):
     """The split's prompts: [(row, ids)]. Prompts that leave no room for an answer are counted and left out."""
     path, prompts, too_long = os.path.join(data_dir, f'prompts_{split}.jsonl'), [], 0
-    if not os.path.exists(path):
-        die(f'no prompts {path}: make them with `python prepare_data.py --data_dir={data_dir}`')
-    for line, row in lib.read_jsonl(path):
-        try:
-            ids = tok.render(row.get('messages'), prompt=True)[0]
-            if row.get('checks'):
-                lib.grade(row['checks'], '')
-        except ValueError as e:
-            die(f'{path}:{line}: {e}')
+    for row, ids in lib.read_prompts(path, tok, data_dir):
         if len(ids) + max_new_tokens + 1 > block_size: # + 1 for the <|end|> that scoring may add
             too_long += 1
         else:
@@ -185,16 +177,17 @@ def rollout(prompts):
         actions = (at >= first) & (at < last)                                     # (B, T-1)
 
         # 2. look back
-        logprobs, entropy, values = raw_model(ids, actions)
-        ref_logprobs = get_logprobs(reference, ids, actions)[0]
+        parts = [(*raw_model(i, a), get_logprobs(reference, i, a)[0])
+                 for i, a in zip(ids.split(micro_batch_size), actions.split(micro_batch_size))]
+        logprobs, entropy, values, ref_logprobs = map(torch.cat, zip(*parts))
 
         # 3. score the text that would be shown: up to <|end|>, which is added where the answer was cut off
         ended = torch.tensor([r[-1] == tok.end for r in responses], device=run.device)
         scored = [q + r + [tok.end] * (r[-1] != tok.end) for q, r in zip(queries, responses)]
-        score = reward_model(lib.pad_right(scored, tok.pad, run.device))
-        score = score[torch.arange(len(scored)), torch.tensor([len(s) - 1 for s in scored])]  # (B,)
-    texts = [tok.decode(r[:-1] if r[-1] == tok.end else r).strip() for r in responses]
-    return ids, actions, logprobs, ref_logprobs, entropy, values * actions, score, ended, texts
+        score = torch.cat([lib.at_end(reward_model(lib.pad_right(part, tok.pad, run.device)), part)
+                           for i in range(0, len(scored), micro_batch_size)
+                           for part in [scored[i:i + micro_batch_size]]])                     # (B,)
+    return ids, actions, logprobs, ref_logprobs, entropy, values * actions, score, ended, list(map(tok.said, responses))
 
 # -----------------------------------------------------------------------------
 # phases 4 and 5: rewards, advantages
@@ -223,10 +216,13 @@ def masked_mean(x, mask):
     total, n = lib.all_sum((x * mask).sum().item(), mask.sum().item())
     return total / max(1, n)
 
+def variance(x, mask):
+    """Variance of x where mask is True, over all ranks."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
 def whiten(x, mask):
     """Mean 0 and variance 1 over the unmasked entries of all ranks; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    return (x - mean) * mask / math.sqrt(masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return (x - masked_mean(x, mask)) * mask / math.sqrt(variance(x, mask) + 1e-8)
 
 @torch.no_grad()
 def evaluate():
@@ -279,13 +275,12 @@ for step in range(first_step, max_iters + 1):
     advantages = whiten(advantages, actions)
 
     # 6. learn
-    stats = {k: [] for k in ('approx_kl', 'clipfrac', 'ratio', 'pg_loss', 'v_loss', 'norm')}
-    early = False
+    stats = {k: [] for k in ('approx_kl', 'clipfrac', 'ratio', 'ratio_gap', 'pg_loss', 'v_loss', 'norm')}
     for epoch in range(ppo_epochs):
         order = torch.randperm(batch_size)
         for mini in order.split(minibatch_size):
             n_actions = lib.all_sum(actions[mini].sum().item())[0]
-            sums = torch.zeros(5)
+            sums = torch.zeros(6)
             for micro, mb in enumerate(mini.split(micro_batch_size)):
                 if run.ddp: # gradients travel only with the last micro-batch
                     model.require_backward_grad_sync = (micro + 1) * micro_batch_size >= minibatch_size
@@ -303,12 +298,13 @@ for step in range(first_step, max_iters + 1):
                 (loss * run.world).backward() # DDP takes the mean over ranks, the sum is wanted
                 with torch.no_grad():
                     k3 = ratio - 1 - log_ratio # Schulman's estimator of KL(old || new): never negative, low variance
-                    parts = (k3, (ratio - 1).abs() > cliprange, ratio, pg_loss, 0.5 * v_loss)
+                    gap = (ratio - 1).abs()
+                    parts = (k3, gap > cliprange, ratio, gap, pg_loss, 0.5 * v_loss)
                     sums += torch.stack([(p * actions[mb]).sum() for p in parts]).cpu()
             sums = [s / n_actions for s in lib.all_sum(*sums)]
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf')).item()
-            early = 0 < target_kl < sums[0]
-            if not early and math.isfinite(norm):
+            stop = not math.isfinite(norm) or 0 < target_kl < sums[0]
+            if not stop:
                 for opt in optimizers:
                     for group in opt.param_groups:
                         group['lr'] = lr
@@ -316,9 +312,9 @@ for step in range(first_step, max_iters + 1):
             raw_model.zero_grad(set_to_none=True)
             for name, value in zip(stats, sums + [norm]):
                 stats[name].append(value)
-            if early or not math.isfinite(norm):
+            if stop:
                 break
-        if early or not math.isfinite(norm):
+        if stop:
             break
     bad = 0 if math.isfinite(norm) else bad + 1
     if bad:
@@ -334,13 +330,12 @@ for step in range(first_step, max_iters + 1):
         batch_size, score.sum().item(), (score ** 2).sum().item(), row_kl.sum().item(), actions.sum().item(),
         ended.sum().item(), len(grades), sum(g for _, g in grades), sum(m for m, _ in grades),
         (ids != tok.pad).sum().item())
-    left_over = masked_mean((returns - values) ** 2, actions)
-    spread = masked_mean((returns - masked_mean(returns, actions)) ** 2, actions)
+    # k3 is steady near the reference only: far from it, its tail is heavy and single updates jump
     k3 = masked_mean((ref_logprobs - logprobs).exp() - 1 - (ref_logprobs - logprobs), actions) * length / n
     line = dict(step=step, score=s / n, score_std=math.sqrt(max(0, s2 / n - (s / n) ** 2)), kl=kl / n, kl_k3=k3,
                 rlhf_reward=(s - kl_coef * kl) / n, entropy=masked_mean(entropy, actions), length=length / n,
-                ended=stopped / n, ratio_first=stats['ratio'][0], kl_coef=kl_coef, lr=lr,
-                explained_variance=1 - left_over / max(1e-8, spread),
+                ended=stopped / n, ratio_gap_first=stats['ratio_gap'][0], kl_coef=kl_coef, lr=lr,
+                explained_variance=1 - variance(returns - values, actions) / max(1e-8, variance(returns, actions)),
                 **{k: float(np.mean(v)) for k, v in stats.items()})
     if graded:
         line.update(gold=gold / graded, met=met / graded)
@@ -365,8 +360,6 @@ if run.master:
     flops = per_token * n_tokens * (5 / 3 + 2 * ppo_epochs)
     metrics = dict(**held_out, seconds=more['seconds'], flops=flops, tokens=n_tokens)
     lib.save_checkpoint(out_path, 'rlhf', raw_model.actor, tok, config, max_iters, metrics)
-    if os.path.exists(resume_path):
-        os.remove(resume_path)
     print(f'saved {out_path}: score {held_out["val_score"]:+.3f}, KL {held_out["val_kl"]:.2f} nats an answer, '
           f'{more["seconds"]:.0f} s')
 lib.finish(run)

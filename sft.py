@@ -14,6 +14,7 @@ Left out: packing several conversations into a row (attention would have to be k
 conversations of like length share a batch. `diff pretrain.py sft.py` shows what is new: the mask, and dividing by the
 number of tokens that it leaves.
 """
+import functools
 import math
 import os
 import time
@@ -108,6 +109,7 @@ def to_batch(chats):
     x, y = zip(*chats)
     return lib.pad_right(x, tok.pad, run.device), lib.pad_right(y, -1, run.device)
 
+@functools.lru_cache(maxsize=1)
 def get_order(epoch):
     """A seeded shuffle, the same on all ranks, in which the conversations of one step are of like length."""
     rng = np.random.default_rng((seed, epoch))
@@ -116,14 +118,9 @@ def get_order(epoch):
     pools = [sorted(pool, key=lambda j: len(train[j][0])) for pool in pools]
     return rng.permutation(np.concatenate(pools).reshape(steps_per_epoch, step_size)) # shuffles whole steps
 
-order = (-1, None) # epoch, its order
-
 def get_batches(step):
     """The micro-batches of this process in this step; they depend on (seed, step, rank) only."""
-    global order
-    if step // steps_per_epoch != order[0]:
-        order = (step // steps_per_epoch, get_order(step // steps_per_epoch))
-    mine = order[1][step % steps_per_epoch][run.rank::run.world]
+    mine = get_order(step // steps_per_epoch)[step % steps_per_epoch][run.rank::run.world]
     return [to_batch([train[j] for j in mine[i:i + batch_size]]) for i in range(0, len(mine), batch_size)]
 
 # -----------------------------------------------------------------------------
@@ -160,7 +157,8 @@ def get_lr(step):
 # the loop
 log = lib.open_log(os.path.join(out_dir, 'sft.jsonl'), first_step)
 run.catch_signals()
-smooth, seconds, n_tokens, bad, t0 = *(more.get(k, 0.0) for k in ('smooth', 'seconds', 'n_tokens')), 0, time.time()
+smooth, seconds, n_tokens = more.get('smooth', 0.0), more.get('seconds', 0.0), more.get('n_tokens', 0)
+bad, t0 = 0, time.time()
 val_loss = float('nan')
 for step in range(first_step, max_iters + 1):
     # evaluate: all ranks take part
@@ -225,7 +223,5 @@ if run.master:
     flops = raw_model.flops_per_token(n_tokens / max(1, max_iters * step_size)) * n_tokens
     metrics = dict(val_loss=val_loss, seconds=more['seconds'], flops=flops, tokens=n_tokens)
     lib.save_checkpoint(out_path, 'sft', raw_model, tok, config, max_iters, metrics)
-    if os.path.exists(resume_path):
-        os.remove(resume_path)
     print(f'saved {out_path}: val loss {val_loss:.4f}, {more["seconds"]:.0f} s')
 lib.finish(run)

@@ -2,7 +2,7 @@
 # The whole recipe, one command per stage: raw web pages go in, a small ChatGPT-style model comes out.
 #
 #   bash speedrun.sh                                   config/tiny.py: a laptop without a GPU, about ten minutes
-#   bash speedrun.sh config/d20.py                     another profile; where there are several GPUs, training uses all
+#   bash speedrun.sh my_profile.py                     another profile; where there are several GPUs, training uses all
 #   bash speedrun.sh config/tiny.py --max_iters=100    flags go to every stage that has such a setting
 #   bash speedrun.sh setup                             only make .venv and install requirements.txt
 #

@@ -185,12 +185,12 @@ def user(text):
 
 def make_data(folder):
     """A data folder as prepare_data.py and tokenizer.py leave it behind."""
-    from model import Tokenizer, SHARD_FORMS, atomic
+    from model import Tokenizer, SHARD_FORMS
     rng = np.random.default_rng(7)
     folder.mkdir(parents=True)
     (folder / 'tokenizer.json').write_text(json.dumps(make_spec()), encoding='utf-8')
     tok = Tokenizer.load(folder / 'tokenizer.json')
-    write_shard = cut('tokenizer.py', 'write_shard', np=np, SHARD_FORMS=SHARD_FORMS, atomic=atomic).write_shard
+    write_shard = cut('tokenizer.py', 'write_shard', np=np, SHARD_FORMS=SHARD_FORMS).write_shard
     for split, n in (('train_000000', 60), ('train_000001', 40), ('val_000000', 20)):
         docs = []
         for _ in range(n):
@@ -227,7 +227,7 @@ pretrain = dict(arch='llama', n_layer=2, n_head=4, n_kv_head=2, n_embd=32, batch
                 learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, eval_interval=50, eval_iters=2, save_interval=1000)
 sft = dict(epochs=30, batch_size=8, learning_rate=5e-3, warmup_iters=2, eval_interval=50)
 reward = dict(epochs=4, batch_size=8, learning_rate=3e-3, warmup_iters=2)
-rlhf = dict(max_iters=25, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=6, learning_rate=3e-3,
+rlhf = dict(max_iters=25, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=6, learning_rate=1e-3,
             eval_prompts=8, eval_interval=25, save_interval=1000)
 eval = dict(val_tokens=200, n_prompts=8, max_new_tokens=6)
 '''

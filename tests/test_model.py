@@ -403,7 +403,7 @@ def test_bad_jsonl(tmp_path):
             read(data, 'x.jsonl.gz')
 
 def write_shard(path, tokens, tok_hash):
-    script = cut('tokenizer.py', 'write_shard', np=np, SHARD_FORMS=lib.SHARD_FORMS, atomic=lib.atomic)
+    script = cut('tokenizer.py', 'write_shard', np=np, SHARD_FORMS=lib.SHARD_FORMS)
     return script.write_shard(str(path), tokens, tok_hash)
 
 def test_shard_round_trip(tmp_path):
@@ -497,7 +497,7 @@ def test_what_is_learned_decodes_to_the_answers(tok, said):
         elif learn:
             answers[-1].append(i)
     assert [tok.decode(a) for a in answers] == [' ' + said if said else '', ' cat', '']
-    assert [tok.decode(a).strip() for a in answers[:2]] == [said, 'cat'] # what the stages make of an answer
+    assert [tok.said(a) for a in answers[:2]] == [said.strip(), 'cat'] # what the stages make of an answer
 
 def test_users_cannot_inject_specials(tok):
     evil = ' '.join(tok.spec['special_tokens'])
@@ -506,6 +506,12 @@ def test_users_cannot_inject_specials(tok):
     got, _ = tok.render(user(evil) + [dict(role='assistant', content=evil)])
     assert [i for i in got if i in specials] == [tok.eot, tok.user, tok.end, tok.assistant, tok.end]
     assert tok.decode(tok.encode(evil)) == evil
+
+def test_special_tokens_in_an_answer_are_no_text(tok):
+    """A model may say one; what is graded, ranked and scored must be what a reader sees."""
+    cat = tok.encode(' cat')
+    assert tok.said(cat + [tok.assistant] + cat + [tok.end]) == 'cat cat'
+    assert tok.said([]) == tok.said([tok.end]) == '' and tok.said([0xe2, 0x82]) == '\ufffd'
 
 def test_bad_conversations(tok):
     a, u, s = (dict(role=r, content='x') for r in ('assistant', 'user', 'system'))

@@ -234,6 +234,9 @@ def test_charsets(world):
 PRIVATE = [
     'jo.doe+x@mail.example.org',
     '4111 1111 1111 1111',
+    '4222-2222-2222-2',
+    '378282246310005',
+    '3400 000000 00009',
     '123-45-6789',
     '(212) 555-0123',
     '+44 20 7946 0958',
@@ -266,6 +269,19 @@ def test_personal_data_and_what_only_looks_so(world):
         assert doc['found'] == [private] * 2 and private not in doc['text'], (private, doc)
     doc = {'text': '. '.join(TRAPS) + '.'}
     pii(doc)
+    assert doc['found'] == []
+
+@pytest.mark.parametrize('after', [' 12/27', ' 10 times', ' 2027', ', 4 cards', ' 4111111111111111'])
+@pytest.mark.parametrize('card', ['4111111111111111', '4111 1111 1111 1111', '3400-000000-00009'])
+def test_a_card_is_found_whatever_number_follows(world, card, after):
+    doc = {'text': f'Paid with {card}{after} today.'}
+    world[1]['pii_step'](doc)
+    assert doc['found'][0] == card and '<CARD>' in doc['text'] and card not in doc['text']
+
+def test_patterns_take_linear_time(world):
+    """A megabyte without a blank, as minified files have it: quadratic patterns would take hours."""
+    doc = {'text': 'a.' * 500_000 + '1-' * 200_000 + '+1 ' * 1000}
+    world[1]['pii_step'](doc)
     assert doc['found'] == []
 
 def test_duplicates(tmp_path):
@@ -384,7 +400,7 @@ def test_files_of_every_form(tmp_path):
     )
     write(
         tmp_path / 'rank.jsonl',
-        [{'messages': talk(i)[:1], 'completions': ['a', 'b', 'c'], 'ranking': [2, 0]} for i in n],
+        [dict(messages=talk(i)[:1], completions=['a', 'b', 'c'], ranking=[2, 0], checks={'equals': 'c'}) for i in n],
     )
     write(tmp_path / 'checks.jsonl', [{'messages': talk(i)[:1], 'checks': {'max_words': 3}} for i in n])
     write(tmp_path / 'quiz.jsonl', [{'query': 'q', 'choices': ['a', 'b'], 'gold': 0}])
@@ -415,6 +431,7 @@ def test_files_of_every_form(tmp_path):
         and {'completions': ['good', 'bad'], 'ranking': [0, 1]}.items()
         <= next(r for r in ranked if len(r['messages']) == 3).items()
     )
+    assert sum(r.get('checks') == {'equals': 'c'} for r in ranked) == 30  # reward.py scores the gold order with them
     assert len(prompts) == 90 and {'number': 1007.0} in [p.get('checks') for p in prompts]
     assert (out / 'benchmarks' / 'quiz.jsonl').exists() and (out / 'benchmarks' / 'cloze.jsonl').exists()
 
