@@ -10,8 +10,7 @@ what you type.
 In the conversation: /new forgets it, /retry answers again, /quit (or Ctrl-D) leaves; Ctrl-C stops an answer.
 Settings of sampling are the common ones. Left out here: a web page and an HTTP API.
 """
-import codecs
-import sys
+import codecs, sys
 
 import torch
 
@@ -66,7 +65,7 @@ def truncate(probs):
         probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.size(-1)))[0][:, -1:], 0.0)
     if top_p < 1.0:
         p, order = probs.sort(descending=True)
-        p[p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True)] = 0.0 # keeps the token that crosses top_p
+        p[p.cumsum(-1) - p > top_p * p.sum(-1, keepdim=True)] = 0.0 # keeps the token that crosses top_p
         probs = torch.zeros_like(probs).scatter(-1, order, p)
     if min_p:
         probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)

@@ -17,12 +17,7 @@ on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 eval.py
   KL from SFT        of the whole answer, in nats: mean over answers of log p(answer) - log p_SFT(answer)
 A base model knows no turns: it gets the words of the prompt as the start of a document and continues.
 """
-import glob
-import itertools
-import json
-import math
-import os
-import time
+import glob, itertools, json, math, os, time
 
 import numpy as np
 import torch

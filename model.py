@@ -33,10 +33,22 @@ def die(message):
     raise SystemExit(f'error: {message}' if RANK == 0 else 1)
 
 def on_error(kind, value, trace, default=sys.excepthook):
-    stopped = '\nstopped; nothing is half-written, the same command starts again'
-    print(stopped, file=sys.stderr) if kind is KeyboardInterrupt else default(kind, value, trace)
+    """One line instead of a traceback for what is no error of the program: Ctrl-C, disks, memory, divergence."""
+    text = str(value)
+    if kind is KeyboardInterrupt:
+        text = '\nstopped; nothing is half-written, the same command starts again'
+    elif isinstance(value, OSError) and value.filename:
+        text = f'error: {value.filename}: {value.strerror}'
+    elif kind is MemoryError or isinstance(value, RuntimeError) and 'memory' in text:
+        text = 'error: out of memory: lower --batch_size or --micro_batch_size, or take a smaller model'
+    elif 'probability tensor' in text:
+        text = 'error: the model no longer gives probabilities, its weights are not finite: lower --learning_rate'
+    elif kind is not BrokenPipeError: # whoever reads our output through a pipe may leave
+        return default(kind, value, trace)
+    print(text, file=sys.stderr)
 
-sys.excepthook = on_error # Ctrl-C is no error: one line instead of a traceback, in every stage
+sys.excepthook = on_error
+signal.signal(signal.SIGTERM, lambda *_: die('terminated; nothing is half-written, the same command starts again'))
 
 @contextlib.contextmanager
 def atomic(path):
@@ -67,7 +79,7 @@ def read_jsonl(path):
         die(f'no file {path}')
     except UnicodeDecodeError as e:
         die(f'{path}: after line {number}: not UTF-8 ({e.reason})')
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         die(f'{path}:{number}: not a JSON line: {e}')
     except (OSError, EOFError, zlib.error) as e:
         die(f'{path}: after line {number}: the file is damaged ({e})')
@@ -175,7 +187,7 @@ def read_prompts(path, tok, data_dir, ranked=False):
         try:
             ids = tok.render(row.get('messages'), prompt=True)[0]
             if ranked or row.get('checks'):
-                grade(row.get('checks') or {}, '')
+                grade(row.get('checks') or {}, 'a 1')
         except ValueError as e:
             die(f'{path}:{line}: {e}' + '; without checks no program can rank answers: --sample_prompts=0' * ranked)
         yield row, ids
@@ -514,18 +526,26 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
 
 AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_steps sample_answers sample_batch '
               'epochs max_iters ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts '
-              'eval_interval log_interval save_interval sample_interval').split()
+              'eval_interval log_interval save_interval sample_interval kl_horizon shard_bytes '
+              'n_people n_pages n_books n_lessons n_chat n_preferences n_val').split()
+
+def check_settings(config):
+    """Refuse numbers that no stage can work with: negative ones, shares of more than everything."""
+    for name, value in config.items():
+        if isinstance(value, (int, float)) and not value >= (name in AT_LEAST_1): # `not >=`: NaN too
+            die(f'{name} must be at least {int(name in AT_LEAST_1)}, not {value}')
+        below = name in ('dropout', 'beta1', 'beta2', 'val_fraction', 'val_facts')
+        if below and value >= 1 or name in ('flaw_rate', 'like_rate') and value > 1:
+            die(f'{name} is a share and lies in 0..1, not at {value}')
+    if config['seed'] >= 2**32 or 0 < config.get('temperature', 1) < 0.01:
+        die(f"seed is below 2**32, not {config['seed']}; temperature is 0 or at least 0.01")
 
 def start(config):
     """
     Find device, precision, process group (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE); seed torch; refuse bad settings.
     Returns device, type, dtype, rank, world, ddp, master, autocast (use as `with run.autocast():`), stop (see below).
     """
-    for name in AT_LEAST_1:
-        if config.get(name, 1) < 1:
-            die(f'{name} must be at least 1, not {config[name]}')
-    if config['seed'] < 0 or not 0 <= config.get('dropout', 0) < 1:
-        die(f"seed {config['seed']} must not be negative, dropout {config.get('dropout', 0)} lies in 0..1")
+    check_settings(config)
     device, dtype = config['device'], config['dtype']
     rank, local, world = RANK, int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     here = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu'] # best first
@@ -604,6 +624,8 @@ def open_log(path, first_step):
 
 def save_checkpoint(path, stage, model, tokenizer, config, step, metrics):
     """STAGE.pt: fp32 weights and plain values, enough to chat; loads with weights_only. STAGE.resume.pt has served."""
+    if not all(math.isfinite(v) for v in metrics.values() if isinstance(v, float)):
+        die(f'this run has diverged ({metrics}): lower --learning_rate; {path} stays as it was')
     with atomic(path) as tmp:
         torch.save(dict(stage=stage, weights={k: v.float().cpu() for k, v in model.state_dict().items()}, config=config,
                         model_args=asdict(model.config), tokenizer=tokenizer.spec, step=step, metrics=metrics), tmp)
@@ -616,9 +638,9 @@ def load_checkpoint(path, stages, command):
         die(f'no checkpoint {path}: make it with `{command}`')
     try:
         ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        found = ckpt['stage']
+        found, *_ = ckpt['stage'], ckpt['weights'], Tokenizer(ckpt['tokenizer']), GPTConfig(**ckpt['model_args'])
     except Exception as e: # a cut or foreign file fails in many ways inside zip and pickle
-        die(f'{path} is no whole checkpoint ({type(e).__name__}): make it again with `{command}`')
+        die(f'{path} is no whole checkpoint of this version ({type(e).__name__}): make it again with `{command}`')
     if found not in stages:
         die(f'{path} is a checkpoint of stage {found!r}, needed is {" or ".join(map(repr, stages))}: `{command}`')
     return ckpt
@@ -686,7 +708,7 @@ def grade(checks, text):
     try:
         met = [rules[k](v) for k, v in hard.items()]
         return all(met), sum(met) / len(met) + 0.25 * any(map(has, checks.get('likes', [])))
-    except (AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, OverflowError, TypeError) as e:
         raise ValueError(f'a check has a value of the wrong kind ({e})') from e
 
 def simulated_ranking(scores, noise, rng):

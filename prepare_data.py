@@ -16,7 +16,7 @@ import html.parser, pathlib, time, zlib
 import numpy as np
 
 from configurator import configure
-from model import die, print0, read_jsonl, write_jsonl
+from model import check_settings, die, grade, print0, read_jsonl, write_jsonl
 
 # -----------------------------------------------------------------------------
 # settings
@@ -67,8 +67,7 @@ start_time = time.time()
 for name, given, known in (('source', source, 'toytown,files'), ('filters', filters, 'url,language,quality,dedup,pii')):
     if set(filter(None, given.split(','))) - set(known.split(',')):
         die(f"{name} = '{given}'; known are {known}")
-if not 0 < val_fraction < 1 or not 0 < val_facts < 1 or min(n_people, n_pages, n_books, n_lessons, n_chat) < 1:
-    die(f'val_fraction {val_fraction} and val_facts {val_facts} lie between 0 and 1, the n_... are at least 1')
+check_settings(config)
 # everything is made in a folder of its own, which is gone at the end: what an earlier run left stays whole until then
 tmp = os.path.join(data_dir, '.partial')
 atexit.register(shutil.rmtree, tmp, ignore_errors=True)
@@ -114,7 +113,7 @@ def warc_pages(path):
                         yield str(fields.get('WARC-Target-URI', '')).strip('<>'), kind, page.read()
                     else:
                         skipped['not a page (status or type)'] += 1
-        except (EOFError, OSError, ValueError, zlib.error) as e:
+        except (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error) as e:
             print0(f'{path}: damaged, the rest is left out ({e})')
             skipped['damaged WARC file'] += 1
 
@@ -133,6 +132,7 @@ def read_row(row, name):
     if not form:
         raise ValueError(f"no known form has the keys {', '.join(sorted(row))}; FORMS in prepare_data.py lists them")
     kind, new = FORMS[form], {key: row[key] for key in [*form.split(), 'checks'] if key in row}
+    grade(new.get('checks', {'equals': ''}), 'a 1') # a check that is of no use is found here, not hours later
     if kind == 'text':
         return row['text'] + ''
     if kind == 'benchmarks':
@@ -158,8 +158,9 @@ def read_row(row, name):
         raise ValueError('a conversation with no assistant turn, or an empty one')
     if not re.fullmatch('s?(ua)+' if kind == 'chat' else 's?(ua)*u', ''.join(m['role'][0] for m in new['messages'])):
         return skipped.update(['turns in another order than user, assistant'])
-    if kind == 'preferences' and not 1 < len(r := new['ranking']) == len({*r} & {*range(len(new['completions']))}):
-        raise ValueError(f'ranking {r} must name two or more of the completions, each once')
+    if kind == 'preferences' and not (1 < len(r := new['ranking']) == len({*r} & {*range(len(new['completions']))})
+                                      and {*map(type, r)} == {int} and {*map(type, new['completions'])} == {str}):
+        raise ValueError(f'ranking {r} must name two or more of the completions, which are texts, each once')
     rows_of[kind].append(new)
     if form == 'chosen rejected': # a ranking's prompt is also one to practise on
         rows_of['prompts'].append(dict(messages=new['messages']))
@@ -182,7 +183,7 @@ def documents(paths):
                 try:
                     if text := read_row(row, name):
                         yield dict(doc, url=str(row.get('url', f'{label}:{line}')), text=text)
-                except (AttributeError, KeyError, TypeError, ValueError) as e:
+                except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
                     die(f'{path}:{line}: {e if isinstance(e, ValueError) else f"not what its keys promise ({e!r})"}')
         elif re.search(r'\.html?$', path):
             yield dict(doc, url=label, type='text/html', html=pathlib.Path(path).read_bytes())
@@ -317,10 +318,6 @@ def gopher(text, words, lines):
         rules[f'Gopher: repeated {k}-grams'] = again <= limit * len(' '.join(words))
     return rules
 
-def c4(text):
-    """C4 (Raffel et al. 2020): placeholder text and code."""
-    return {'C4: lorem ipsum, {': not re.search('lorem ipsum|{', text, re.I)}
-
 def fineweb(text, lines):
     """FineWeb (Penedo et al. 2024): lists and menus rather than sentences."""
     return {
@@ -334,7 +331,8 @@ def quality_step(doc):
     doc['text'] = text = '\n'.join(line for line in doc['text'].split('\n') if not re.search(policy, line)).strip()
     words = [word.strip('.,;:!?"\'()').lower() for word in text.split()]
     lines = [line.strip() for line in text.split('\n') if line.strip()]
-    rules = gopher(text, words, lines) | c4(text) | fineweb(text, lines)
+    c4 = {'C4: lorem ipsum, {': not re.search('lorem ipsum|{', text, re.I)} # Raffel et al. 2020: placeholders and code
+    rules = gopher(text, words, lines) | c4 | fineweb(text, lines)
     return next((reason for reason, met in rules.items() if not met), None)
 
 hash_a, hash_b = np.random.default_rng(0).integers(1, 2**63, (2, 112), np.uint64) | np.uint64(1)
@@ -393,13 +391,17 @@ def pii_step(doc):
 # the flow: every document goes through every step; what is kept waits on disk for the mixture
 paths, known = [], r'(?<!raw.truth)\.(txt|md|html?|jsonl|jsonl\.gz|warc|warc\.gz)$' # truth.jsonl is no input
 for name in map(os.path.expanduser, (files or die('no files: name them, --files=notes.txt,web/*.warc.gz')).split(',')):
-    found = glob.glob(f'{name}/**' if os.path.isdir(name) else name, recursive=True)
-    paths += sorted(path for path in found if re.search(known, path)) or die(
+    found = [name] if os.path.isfile(name) else glob.glob(f'{name}/**' if os.path.isdir(name) else name, recursive=True)
+    paths += sorted(path for path in found if re.search(known, path) and os.path.isfile(path)) or die(
         f'no file {name} of a known kind: .txt .md .html .jsonl .jsonl.gz .warc .warc.gz')
+ours = [f'{kind}_{side}.jsonl' for kind in ('chat', 'preferences', 'prompts') for side in ('train', 'val')]
+ours += ['train', 'val', 'benchmarks', 'funnel.json'] + ['raw'] * (source == 'toytown') # what takes the old ones' place
+if lost := [path for path in paths if os.path.relpath(path, data_dir).split(os.sep)[0] in ours]:
+    die(f'{lost[0]} would be replaced by what is made of it: move it out of {data_dir}')
 steps = dict(url=url_step, text=text_step, language=language_step, quality=quality_step, dedup=dedup_step, pii=pii_step)
 steps = {name: step for name, step in steps.items() if name in ['text', *filters.split(',')]}
 funnel, dropped = ({name: collections.Counter() for name in steps} for _ in range(2)) # sizes in and out; reasons
-kept, sizes, fate = [], collections.Counter(), {} # fate: of each URL, to score toytown only
+number, kept, sizes, fate = 0, [], collections.Counter(), {} # fate: of each URL, to score toytown only
 waiting = open(f'{tmp}/waiting.jsonl', 'w+', encoding='utf-8')
 size_of = lambda doc: len(doc['html'] if 'html' in doc else doc['text'].encode('utf-8', 'replace'))
 
@@ -424,13 +426,13 @@ for number, doc in enumerate(documents(paths), 1):
 # the mixture and the split
 if not re.fullmatch(r'([^:,]+:\s*\d*\.?\d+\s*(,|$))*', mixture):
     die(f"mixture = '{mixture}' is not of the form web:0.7,books:0.3")
-weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)}
+weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)} or sizes
 if not sizes and (not rows_of or funnel['text']['docs_in']):
     lost = ', '.join(f"{name} dropped {row['docs_in'] - row['docs_out']:,}" for name, row in funnel.items())
-    die(f"no document is left of {funnel['text']['docs_in']:,} ({lost}); --filters=dedup,pii runs fewer steps")
+    die(f"no document is left of {number:,} ({lost}); --filters=dedup,pii runs fewer steps" if number else
+        f'{files}: nothing is in there, neither documents nor conversations')
 if missing := set(weights) - set(sizes):
     die(f"mixture: no documents from {', '.join(sorted(missing))}; there are {', '.join(sizes) or 'none'}")
-weights = weights or sizes
 total = min((sizes[name] / weight for name, weight in weights.items() if weight), default=0) # until one runs dry
 rng, chosen, taken, counts = np.random.default_rng(seed), set(), {}, collections.Counter()
 for name, weight in weights.items():
@@ -486,14 +488,12 @@ for name, row in funnel.items():
     print0(f"{name:<9}{row['docs_in']:>13,}{row['docs_out']:>9,}"
            f"{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}{score}  {reasons}")
 for name, size in taken.items():
-    print0(f'{name}: {size / 1e6:.2f} MB, {size / sum(taken.values()):.1%} of bytes (wanted '
-           f'{weights[name] / sum(weights.values()):.1%})')
+    wanted = weights[name] / sum(weights.values())
+    print0(f'{name}: {size / 1e6:.2f} MB, {size / sum(taken.values()):.1%} of bytes (wanted {wanted:.1%})')
 print0('corpus:', ', '.join(f'{what} {n:,}' for what, n in counts.items()) or 'empty', f'| skipped: {dict(skipped)}')
 write_jsonl(f'{tmp}/funnel.json', [dict(steps=funnel, dropped=dropped, mixture=taken, counts=counts, skipped=skipped,
                                         seconds=round(time.time() - start_time, 1))])
-waiting.close()
-ours = [f'{kind}_{side}.jsonl' for kind in ('chat', 'preferences', 'prompts') for side in ('train', 'val')]
-for name in ('raw', 'train', 'val', 'benchmarks', 'funnel.json', *ours):
+for name in ours:
     for old, new in (f'{data_dir}/{name}', f'{tmp}/old_{name}'), (f'{tmp}/{name}', f'{data_dir}/{name}'):
         if os.path.exists(old): # all is whole: it takes the place of what an earlier run left
             os.replace(old, new)

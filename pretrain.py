@@ -15,11 +15,7 @@ on two nodes       $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --mast
 Left out: a curriculum, loss scaling for fp16. Every window is packed full, from one long stream of documents: attention
 crosses from one document into the next, and <|endoftext|> is what tells the model not to care.
 """
-import functools
-import glob
-import math
-import os
-import time
+import functools, glob, math, os, time
 
 import numpy as np
 import torch

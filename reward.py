@@ -13,12 +13,7 @@ ranking of K answers gives K (K - 1) / 2 pairs; the loss of a pair is -log sigmo
 worse), the Bradley-Terry model. Scores are normalised at the end, so that the KL coefficient of the next stage keeps
 its meaning. Left out: a margin for how much better (Llama 2), several labellers with opinions of their own.
 """
-import functools
-import itertools
-import math
-import os
-import sys
-import time
+import functools, itertools, math, os, sys, time
 
 import numpy as np
 import torch
@@ -150,6 +145,8 @@ def load_rankings(split):
                 rankings.append((ids, gold))
     if too_long:
         print0(f'{name}: {too_long} of {too_long + len(rankings)} rankings left out, longer than {max_length} tokens')
+    if not rankings and too_long:
+        die(f'{name}: all {too_long} rankings are longer than {max_length} tokens: pretrain with a larger --block_size')
     if not rankings:
         die(f'no rankings in {" or ".join(paths)}: make them with `python prepare_data.py --data_dir={data_dir}`')
     return rankings
@@ -157,7 +154,8 @@ def load_rankings(split):
 train, val = load_rankings('train'), load_rankings('val')
 step_size = batch_size * run.world
 if len(train) < step_size:
-    die(f'{len(train)} rankings do not fill one step of {step_size} (batch_size {batch_size} x {run.world} processes)')
+    die(f'{len(train)} rankings do not fill one step of {step_size} (batch_size {batch_size} x {run.world} processes): '
+        f'--batch_size={max(1, len(train) // run.world)}')
 steps_per_epoch = len(train) // step_size
 max_iters = epochs * steps_per_epoch
 print0(f'data: {len(train):,} rankings, {sum(math.comb(len(ids), 2) for ids, _ in train):,} pairs; {step_size} a step, '

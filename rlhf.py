@@ -19,10 +19,7 @@ scored, at each of its tokens; the reference (the SFT model) and the reward mode
 Left out: an entropy bonus (the KL penalty keeps the answers spread), the mix-in of pretraining gradients (PPO-ptx), the
 reuse of old answers.
 """
-import functools
-import math
-import os
-import time
+import functools, math, os, time
 
 import numpy as np
 import torch

@@ -14,10 +14,7 @@ Left out: packing several conversations into a row (attention would have to be k
 conversations of like length share a batch. `diff pretrain.py sft.py` shows what is new: the mask, and dividing by the
 number of tokens that it leaves.
 """
-import functools
-import math
-import os
-import time
+import functools, math, os, time
 
 import numpy as np
 import torch

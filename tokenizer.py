@@ -11,21 +11,12 @@ Left out: several processes; corpora whose tokens, 2 bytes each, do not fit in m
     python tokenizer.py config/tiny.py --show=understanding    watch the merges of a word, with the trained tokenizer
     python tokenizer.py --data_dir=data/web --vocab_size=32768 --train_chars=2_000_000_000
 """
-import atexit
-import base64
-import glob
-import heapq
-import json
-import os
-import shutil
-import signal
-import sys
-import time
+import atexit, base64, glob, heapq, json, os, shutil, signal, sys, time
 from collections import Counter, defaultdict
 import numpy as np
 import regex # comes with tiktoken; unlike re it knows \p{L}, "any letter"
 from configurator import configure
-from model import SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, die, print0, read_jsonl
+from model import SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, check_settings, die, print0, read_jsonl
 
 # -----------------------------------------------------------------------------
 # settings
@@ -163,6 +154,7 @@ if show:
 # count the chunks, learn the merges
 
 t_start = time.time()
+check_settings(config)
 n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
 if n_merges < 1:
     die(f'vocab_size = {vocab_size} is too small: bytes, special tokens and one merge make {257 + len(SPECIAL_TOKENS)}')
@@ -172,6 +164,8 @@ spec = dict(version=1, kind='bpe', pattern=PATTERNS.get(pattern, pattern), speci
 try: # both engines must understand the pattern: `regex` counts the chunks here, tiktoken encodes with it later
     if regex.compile(spec['pattern']).groups:
         raise ValueError('write (?:...) instead of (...), which would return only the group')
+    if regex.match(spec['pattern'], ''):
+        raise ValueError('it matches the empty text')
     Tokenizer(spec)
 except (regex.error, ValueError) as e:
     die(f'pattern = {pattern!r} is neither gpt4, gpt2 nor a regular expression: {e}')
@@ -244,7 +238,8 @@ for split in files:
            f'{n_bytes / (used.sum() - len(docs)):.2f} bytes per token | {np.sum(used == 0):,} tokens never used | '
            f'{np.dtype(dtype).name} shards of ' + ', '.join(sizes[:5]) + ' ..' * (len(sizes) > 5) + ' tokens')
 
-signal.signal(signal.SIGINT, signal.SIG_IGN) # no Ctrl-C in these milliseconds
+for number in (signal.SIGINT, signal.SIGTERM): # not in these milliseconds
+    signal.signal(number, signal.SIG_IGN)
 new = os.listdir(partial)
 for name in sorted(os.listdir(data_dir)): # tokenizer.json goes first and comes back last: where it is, its shards are
     if regex.fullmatch(r'tokenizer\.json|(train|val)_\d{6}\.bin', name): # also of an older run with more shards

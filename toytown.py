@@ -70,7 +70,7 @@ def load(path, seed, n_people, val_facts):
     rng.shuffle(pairs)
     both = lambda pairs: [dict(x=a, y=b, sum=x + y, less=x + y - 1, more=x + y + 1)
                           for x, y in pairs for a, b in dict.fromkeys(((x, y), (y, x)))]
-    n, m = round(len(facts) * val_facts), round(len(pairs) * val_facts)
+    n, m = (min(max(1, round(len(x) * val_facts)), len(x) - 1) for x in (facts, pairs)) # both sides have some
     sums = dict(val=both(pairs[:m]), train=both(pairs[m:]), all=both(pairs[m:] + pairs[:m]))
     facts = dict(val=facts[:n], train=facts[n:])
     return dict(town, seed=seed, people=people, relations=relations, sums=sums, facts=facts,

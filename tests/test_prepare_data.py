@@ -59,6 +59,7 @@ def contents(folder):
     }
 
 def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         text if isinstance(text, str) else ''.join(json.dumps(row) + '\n' for row in text), encoding='utf-8'
     )
@@ -446,6 +447,12 @@ def test_files_of_every_form(tmp_path):
         ('a.jsonl', [{'what': 1, 'is': 2}], r'a\.jsonl:1: no known form has the keys is, what'),
         ('a.jsonl', [{'messages': TALK[:1], 'completions': ['a', 'b'], 'ranking': [0, 5]}], r'a\.jsonl:1: ranking'),
         ('a.jsonl', [{'chosen': 'x', 'rejected': 'y'}], r'a\.jsonl:1: not a dialogue'),
+        ('a.jsonl', [{'messages': [{'role': '', 'content': ''}, *TALK]}], r'a\.jsonl:1: '),
+        ('a.jsonl', [dict(messages=TALK[:1], completions=['a', None], ranking=[0, 1])], r'a\.jsonl:1: ranking'),
+        ('a.jsonl', [dict(messages=TALK[:1], completions=['a', 'b'], ranking=[0.0, True])], r'a\.jsonl:1: ranking'),
+        ('a.jsonl', [dict(messages=TALK[:1], checks={'max_words': 'x'})], r'a\.jsonl:1: a check'),
+        ('a.jsonl', '[' * 100_000, r'a\.jsonl:1: not a JSON line'),
+        ('a.jsonl', '', 'nothing is in there'),
         ('a.jsonl', [{'messages': TALK}], r'too few'),
         ('a.txt', '', 'no document is left|nothing'),
         ('a.txt', 'Too short.', 'no document is left'),
@@ -471,6 +478,9 @@ def test_bad_input_is_one_line_and_leaves_the_old_data_whole(tmp_path, name, tex
         (dict(source='files', files='nosuch*.txt'), 'no file nosuch'),
         (dict(world='no.json'), 'no.json'),
         (dict(n_people=2), 'n_people'),
+        (dict(seed=-1), 'seed must be at least 0'),
+        (dict(flaw_rate=2.0), 'flaw_rate'),
+        (dict(shard_bytes=0), 'shard_bytes must be at least 1'),
         (dict(SMALL, mixture='web:x'), 'mixture'),
         (dict(SMALL, mixture='web:1,boks:1'), 'boks'),
     ],
@@ -478,6 +488,26 @@ def test_bad_input_is_one_line_and_leaves_the_old_data_whole(tmp_path, name, tex
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):
         run(tmp_path, **settings)
+
+def test_the_input_is_never_replaced_by_what_is_made_of_it(tmp_path):
+    text = ' '.join(f'word{i}' for i in range(5000)).replace('0 ', '0.\n\n')
+    kept = write(tmp_path / 'raw' / 'mine.txt', text)  # the name of a folder that only toytown makes
+    run(tmp_path, source='files', files=kept, filters='dedup', val_fraction=0.4)
+    assert kept.read_text() == text and documents(tmp_path)
+    lost = write(tmp_path / 'benchmarks' / 'mine.txt', text)
+    with pytest.raises(SystemExit, match='would be replaced.*move it'):
+        run(tmp_path, source='files', files=lost, filters='dedup', val_fraction=0.4)
+    assert lost.read_text() == text
+
+def test_names_that_look_like_patterns(tmp_path):
+    text = '\n\n'.join(f'word{i} ' * 50 for i in range(200))
+    run(tmp_path / 'out', source='files', files=write(tmp_path / '[x].txt', text), filters='dedup', val_fraction=0.4)
+    assert documents(tmp_path / 'out')
+
+def test_extreme_shares_of_facts(tmp_path):
+    for share in (0.001, 0.999):
+        assert all(toytown.load(str(ROOT / 'config/toytown.json'), 1, 8, share)[k][side]
+                   for k in ('facts', 'sums') for side in ('train', 'val'))
 
 def test_mixture_and_stale_files(tmp_path):
     write(tmp_path / 'chat_train.jsonl', 'from an earlier run')

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 
-CAPS = dict(configurator=100, model=700, prepare_data=500, toytown=240, tokenizer=260, pretrain=380, sft=280,
+CAPS = dict(configurator=100, model=725, prepare_data=500, toytown=240, tokenizer=260, pretrain=380, sft=280,
             reward=320, rlhf=460, eval=480, chat=300)
 STAGES = ['prepare_data', 'tokenizer', 'pretrain', 'sft', 'reward', 'rlhf', 'eval', 'chat']
 PACKAGES = {'torch', 'numpy', 'tiktoken', 'requests', 'regex'}  # regex comes with tiktoken
@@ -46,7 +46,7 @@ def test_lines(name):
 
 def test_lines_in_all():
     lines = [text_of(name).count('\n') for name in own_files() if name.removesuffix('.py') in CAPS]
-    assert sum(lines) < 3500
+    assert sum(lines) < 3400
 
 def test_width():
     names = [n for n in own_files() if n.endswith(('.py', '.sh')) or n == '.ci/run']

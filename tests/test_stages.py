@@ -2,6 +2,7 @@
 import functools
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -842,7 +843,41 @@ BAD = [
     ('rlhf', None, ['--batch_size=20', '--minibatch_size=8'], '20.*8'),
     ('reward', None, ['--device=toaster'], 'toaster'),
     ('pretrain', None, ['--arch=bert'], 'bert'),
-    ('pretrain', None, ['--n_head=5'], '32.*5')]
+    ('pretrain', None, ['--n_head=5'], '32.*5'),
+    ('pretrain', None, ['--beta1=1'], 'beta1'), ('pretrain', None, ['--seed=18446744073709551616'], r'2\*\*32'),
+    ('pretrain', None, ['--learning_rate=-1'], 'learning_rate must be at least 0, not -1'),
+    ('sft', None, ['--warmup_iters=-1'], 'warmup_iters must be at least 0'),
+    ('reward', None, ['--temperature=-1', '--sample_prompts=4'], 'temperature'),
+    ('rlhf', None, ['--kl_target=1', '--kl_horizon=0'], 'kl_horizon must be at least 1'),
+    ('eval', None, ['--n_prompts=-1'], 'n_prompts'), ('eval', None, ['--temperature=1e-50'], 'temperature'),
+    # checks that only fail once there are words or numbers to check
+    *((stage, put(f'prompts_{split}.jsonl', dict(messages=user('x'), checks=checks)), [],
+       rf'prompts_{split}\.jsonl:3: ') for stage, split in (('rlhf', 'train'), ('eval', 'val')) for checks in (dict(max_words='x'), dict(number='abc'))),
+    # of the right stage, but not of this version
+    ('sft', lambda data, out: torch.save(dict(stage='base'), out / 'base.pt'), [], 'no whole checkpoint'),
+    ('sft', lambda data, out: torch.save({**load(out / 'base.pt'), 'model_args': dict(depth=3)}, out / 'base.pt'), [],
+     'no whole checkpoint')]
+
+def test_a_run_that_diverges_in_its_last_steps_leaves_the_old_checkpoint(chain, scripts, tmp_path):
+    """Five bad steps in a row end a run; what goes wrong after that is seen before the old file is replaced."""
+    out = stocked(tmp_path, chain, 'base')
+    old = (out / 'base.pt').read_bytes()
+    scripts.fails('diverged.*--learning_rate', 'pretrain.py', chain.short, f'--data_dir={chain.data}',
+                  f'--out_dir={out}', '--learning_rate=1e30', '--arch=gpt2', '--n_kv_head=0', '--max_iters=3')
+    assert (out / 'base.pt').read_bytes() == old
+
+@pytest.mark.parametrize('error,line', [
+    (PermissionError(13, 'Permission denied', '/x/y.txt'), 'error: /x/y.txt: Permission denied'),
+    (MemoryError(), 'error: out of memory.*--batch_size'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'error: out of memory.*--batch_size'),
+    (RuntimeError('probability tensor contains either `inf`, `nan`'), 'error: .*not finite.*--learning_rate'),
+    (KeyboardInterrupt(), '\nstopped; .*starts again'), (BrokenPipeError(32, 'Broken pipe'), '.*Broken pipe')])
+def test_one_line_for_what_is_no_error_of_the_program(error, line, capsys):
+    lib.on_error(type(error), error, None, default=lambda *_: print('traceback', file=sys.stderr))
+    said = capsys.readouterr().err
+    assert re.fullmatch(line + '.*\n', said), said
+    lib.on_error(ValueError, ValueError('a bug'), None, default=lambda *_: print('traceback', file=sys.stderr))
+    assert capsys.readouterr().err == 'traceback\n'
 
 @pytest.mark.parametrize('stage,act,flags,pattern', BAD, ids=[f'{i}-{b[0]}-{b[3][:40]}' for i, b in enumerate(BAD)])
 def test_bad_input(stage, act, flags, pattern, chain, scripts, tmp_path):
