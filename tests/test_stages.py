@@ -852,7 +852,8 @@ BAD = [
     ('eval', None, ['--n_prompts=-1'], 'n_prompts'), ('eval', None, ['--temperature=1e-50'], 'temperature'),
     # checks that only fail once there are words or numbers to check
     *((stage, put(f'prompts_{split}.jsonl', dict(messages=user('x'), checks=checks)), [],
-       rf'prompts_{split}\.jsonl:3: ') for stage, split in (('rlhf', 'train'), ('eval', 'val')) for checks in (dict(max_words='x'), dict(number='abc'))),
+       rf'prompts_{split}\.jsonl:3: ') for stage, split in (('rlhf', 'train'), ('eval', 'val'))
+      for checks in (dict(max_words='x'), dict(number='abc'))),
     # of the right stage, but not of this version
     ('sft', lambda data, out: torch.save(dict(stage='base'), out / 'base.pt'), [], 'no whole checkpoint'),
     ('sft', lambda data, out: torch.save({**load(out / 'base.pt'), 'model_args': dict(depth=3)}, out / 'base.pt'), [],
