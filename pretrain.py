@@ -27,7 +27,7 @@ from configurator import configure
 from model import GPT, GPTConfig, Tokenizer, die, print0
 
 # -----------------------------------------------------------------------------
-# settings: those of a GPT-2 of 124M parameters; config/tiny.py has those of a laptop
+# settings: the shape of GPT-2 124M (89M with our 4,096 tokens instead of its 50,257); config/tiny.py: a laptop's
 # data
 data_dir = 'data/toytown'   # where the token shards are
 out_dir = 'out/toytown'     # where the checkpoint goes

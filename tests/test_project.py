@@ -48,6 +48,10 @@ def test_lines_in_all():
     lines = [text_of(name).count('\n') for name in own_files() if name.removesuffix('.py') in CAPS]
     assert sum(lines) < 3400
 
+def test_lines_in_the_readme():
+    told = re.findall(r'^    (\S+\.(?:py|sh)) +(\d+)  ', text_of('README.md'), re.M)
+    assert len(told) > 10 and [(n, text_of(n).count('\n')) for n, _ in told] == [(n, int(lines)) for n, lines in told]
+
 def test_width():
     names = [n for n in own_files() if n.endswith(('.py', '.sh')) or n == '.ci/run']
     assert names
