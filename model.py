@@ -39,7 +39,7 @@ def on_error(kind, value, trace, default=sys.excepthook):
         text = '\nstopped; nothing is half-written, the same command starts again'
     elif isinstance(value, OSError) and value.filename:
         text = f'error: {value.filename}: {value.strerror}'
-    elif kind is MemoryError or isinstance(value, RuntimeError) and 'memory' in text:
+    elif isinstance(value, MemoryError) or re.search('out of memory|allocate memory', text):
         text = 'error: out of memory: lower --batch_size or --micro_batch_size, or take a smaller model'
     elif 'probability tensor' in text:
         text = 'error: the model no longer gives probabilities, its weights are not finite: lower --learning_rate'

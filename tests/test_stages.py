@@ -870,6 +870,7 @@ def test_a_run_that_diverges_in_its_last_steps_leaves_the_old_checkpoint(chain, 
 @pytest.mark.parametrize('error,line', [
     (PermissionError(13, 'Permission denied', '/x/y.txt'), 'error: /x/y.txt: Permission denied'),
     (MemoryError(), 'error: out of memory.*--batch_size'),
+    (RuntimeError('CUDA out of memory. Tried'), 'error: out of memory.*--batch_size'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'error: out of memory.*--batch_size'),
     (RuntimeError('probability tensor contains either `inf`, `nan`'), 'error: .*not finite.*--learning_rate'),
     (KeyboardInterrupt(), '\nstopped; .*starts again'), (BrokenPipeError(32, 'Broken pipe'), '.*Broken pipe')])
@@ -877,8 +878,9 @@ def test_one_line_for_what_is_no_error_of_the_program(error, line, capsys):
     lib.on_error(type(error), error, None, default=lambda *_: print('traceback', file=sys.stderr))
     said = capsys.readouterr().err
     assert re.fullmatch(line + '.*\n', said), said
-    lib.on_error(ValueError, ValueError('a bug'), None, default=lambda *_: print('traceback', file=sys.stderr))
-    assert capsys.readouterr().err == 'traceback\n'
+    for bug in (ValueError('a bug'), RuntimeError('unsupported memory format')):
+        lib.on_error(type(bug), bug, None, default=lambda *_: print('traceback', file=sys.stderr))
+        assert capsys.readouterr().err == 'traceback\n'
 
 @pytest.mark.parametrize('stage,act,flags,pattern', BAD, ids=[f'{i}-{b[0]}-{b[3][:40]}' for i, b in enumerate(BAD)])
 def test_bad_input(stage, act, flags, pattern, chain, scripts, tmp_path):
