@@ -15,7 +15,7 @@ sft = dict(epochs=3, batch_size=32, learning_rate=1e-3, eval_interval=100, log_i
 reward = dict(sample_prompts=2500, sample_answers=6, max_new_tokens=48, batch_size=16, learning_rate=5e-4,
               eval_interval=50, log_interval=20, save_interval=50)
 
-rlhf = dict(max_iters=24, batch_size=128, minibatch_size=128, micro_batch_size=64, max_new_tokens=48, ppo_epochs=2,
+rlhf = dict(max_iters=20, batch_size=128, minibatch_size=128, micro_batch_size=64, max_new_tokens=48, ppo_epochs=2,
             learning_rate=3e-4, kl_coef=0.05, eval_interval=8, sample_interval=8)
 
 eval = dict(batch_size=64, max_new_tokens=80) # room enough to run on: a model that does not stop should be seen not to
