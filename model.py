@@ -276,8 +276,12 @@ class MLP(nn.Module):
         self.proj = nn.Linear(c.n_hidden, c.n_embd, bias=c.arch == 'gpt2')
 
     def forward(self, x):
-        gate, h = self.up(x).chunk(2, dim=-1) if self.gated else (None, self.up(x))
-        h = F.silu(gate) * h if self.gated else F.gelu(h, approximate='tanh')
+        h = self.up(x)
+        if self.gated:
+            gate, h = h.chunk(2, dim=-1)
+            h = F.silu(gate) * h
+        else:
+            h = F.gelu(h, approximate='tanh')
         return F.dropout(self.proj(h), self.dropout, self.training)
 
 class Block(nn.Module):
@@ -510,8 +514,7 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
         die(f"optimizer is 'adamw' or 'muon', not {kind!r}")
     matrices, vectors, inner = [], [], []
     for name, p in model.named_parameters():
-        where = vectors if p.dim() < 2 else inner if kind == 'muon' and 'blocks.' in name else matrices
-        where.append(p)
+        (vectors if p.dim() < 2 else inner if kind == 'muon' and 'blocks.' in name else matrices).append(p)
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
     device = matrices[0].device.type
     optimizers = [torch.optim.AdamW(groups, learning_rate, betas, eps, fused=device in ('cuda', 'cpu'))]
@@ -530,12 +533,13 @@ AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_
               'n_people n_pages n_books n_lessons n_chat n_preferences n_val').split()
 
 def check_settings(config):
-    """Refuse numbers that no stage can work with: negative ones, shares of more than everything."""
+    """Refuse numbers that no stage can work with: negative ones, shares of more than everything, nothing held out."""
     for name, value in config.items():
         if isinstance(value, (int, float)) and not value >= (name in AT_LEAST_1): # `not >=`: NaN too
             die(f'{name} must be at least {int(name in AT_LEAST_1)}, not {value}')
         below = name in ('dropout', 'beta1', 'beta2', 'val_fraction', 'val_facts')
-        if below and value >= 1 or name in ('flaw_rate', 'like_rate') and value > 1:
+        none = name in ('val_fraction', 'val_facts') and value == 0
+        if none or below and value >= 1 or name in ('flaw_rate', 'like_rate') and value > 1:
             die(f'{name} is a share and lies in 0..1, not at {value}')
     if config['seed'] >= 2**32 or 0 < config.get('temperature', 1) < 0.01:
         die(f"seed is below 2**32, not {config['seed']}; temperature is 0 or at least 0.01")

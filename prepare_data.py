@@ -132,11 +132,11 @@ def read_row(row, name):
     if not form:
         raise ValueError(f"no known form has the keys {', '.join(sorted(row))}; FORMS in prepare_data.py lists them")
     kind, new = FORMS[form], {key: row[key] for key in [*form.split(), 'checks'] if key in row}
-    grade(new.get('checks', {'equals': ''}), 'a 1') # a check that is of no use is found here, not hours later
     if kind == 'text':
         return row['text'] + ''
     if kind == 'benchmarks':
         return rows_of[f'benchmarks/{name}'].append(row)
+    grade(new.get('checks', {'equals': ''}), 'a 1') # a check that is of no use is found here, not hours later
     if form == 'prompt response':
         alpaca = re.search(r'### Instruction:\n(.*?)(?:\n+### Input:\n(.*?))?\n+### Response:', row['prompt'], re.S)
         prompt = '\n\n'.join(filter(None, alpaca.groups())) if alpaca else row['prompt']
