@@ -28,9 +28,10 @@ def print0(*args, **kwargs):
     if RANK == 0:
         print(*args, **kwargs, flush=True)
 
+QUIET = RANK > 0 # where all ranks meet the same error, one says so
 def die(message):
     """End the program for a mistake of its user: one line (from rank 0), exit code 1, no traceback."""
-    raise SystemExit(f'error: {message}' if RANK == 0 else 1)
+    raise SystemExit(1 if QUIET else f'error: {message}')
 
 def on_error(kind, value, trace, default=sys.excepthook):
     """One line instead of a traceback for what is no error of the program: Ctrl-C, disks, memory, divergence."""
@@ -529,7 +530,7 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
 
 AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_steps sample_answers sample_batch '
               'epochs max_iters ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts '
-              'eval_interval log_interval save_interval sample_interval kl_horizon shard_bytes '
+              'eval_interval log_interval save_interval sample_interval kl_horizon shard_bytes n_files max_epochs '
               'n_people n_pages n_books n_lessons n_chat n_preferences n_val').split()
 
 def check_settings(config):

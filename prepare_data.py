@@ -2,29 +2,49 @@
 Stage 0: data. Raw pages, books and conversations in; a clean, mixed corpus out.
 
 The steps are those of FineWeb, in its order (Penedo et al. 2024), fit for files of Common Crawl:
-    url filter -> html to text -> language -> quality -> duplicates -> personal data -> mixture -> train and val
+    url -> html to text -> language -> repetition -> quality -> C4 -> FineWeb's own -> duplicates -> personal data
+    -> benchmark questions -> mixture -> train and val
 By default they run on Toytown, a miniature internet with planted faults that toytown.py builds in data_dir/raw, with
 conversations about the same little town. No step sees the list of what was planted; only its score, at the end, does.
-Left out: downloads, several processes, models as judges of language and quality, the removal of benchmark questions.
+Left out: models as judges of quality (FineWeb-Edu, DCLM), other languages' stop words and punctuation.
 
-the toy world      $ python prepare_data.py config/tiny.py
-your own files     $ python prepare_data.py --source=files --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
+the toy world           $ python prepare_data.py config/tiny.py
+your own files          $ python prepare_data.py --source=files --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
+one file of the web     $ python prepare_data.py --source=commoncrawl --data_dir=data/cc
+LLaMA's mixture         $ python prepare_data.py config/llama_mixture.py        (python sources.py lists what there is)
+all cores               $ torchrun --standalone --nproc_per_node=16 prepare_data.py --source=commoncrawl --n_files=64
+a crawl on four nodes   $ torchrun --nnodes=4 --nproc_per_node=64 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 \\
+                              prepare_data.py --source=commoncrawl --n_files=1000 --data_dir=/shared/cc --raw_dir=/shared/raw
+Ranks share the files, of which there should be several for each; any number of ranks writes the same corpus, byte for
+byte. Both folders lie where every node sees them. A thousand WARC files are 1 TB to download (a rank deletes nothing)
+and 2 million pages that stay; rank 0 holds the duplicate index, half a kilobyte a page, and every other rank one
+document. Whatever is killed goes on where it was: what a finished file gave is in data_dir/.partial until the end.
 """
-import atexit, collections, contextlib, email, glob, gzip, hashlib, io, ipaddress, itertools, json, os, re, shutil
-import html.parser, pathlib, time, zlib
+import array, collections, datetime, functools, glob, gzip, hashlib, itertools, json, math, os, pathlib, re, shutil
+import time, zlib
+from types import SimpleNamespace
 
 import numpy as np
+import torch.distributed as dist
 
+import model
 from configurator import configure
-from model import check_settings, die, grade, print0, read_jsonl, write_jsonl
+from extract import decode, html_to_text
+from model import RANK, atomic, check_settings, die, print0, read_jsonl, write_jsonl
+from privacy import KINDS, hide
+from sources import SOURCES, download, fetch, read_file
 
 # -----------------------------------------------------------------------------
 # settings
 # what comes in and goes out
-source = 'toytown'          # toytown: a world made here, without a network; files: those named below
+source = 'toytown'          # toytown: a world made here; files: those below; or names from `python sources.py`: commoncrawl,c4
 files = ''                  # for source = files: names, folders and patterns with *, separated by commas
 data_dir = 'data/toytown'   # where everything is written
+raw_dir = 'data/raw'        # where downloads stay, for every data_dir; one that is there is not asked for again
+n_files = 1                 # how many files of each source that comes in many
+crawl = 'CC-MAIN-2025-51'   # which one of Common Crawl
 chat_as_text = False        # also put the text of conversations into the corpus
+keep_dropped = 20           # of each reason this many dropped documents are put into dropped.jsonl, for looking at
 seed = 1337                 # of the world, and of the choice of documents
 # toytown
 world = 'config/toytown.json' # names, facts, templates, tasks: edit it
@@ -42,459 +62,640 @@ flaw_rate = 0.4             # share of demonstrations by a tired contractor
 like_rate = 0.3             # share of the others that end with a friendly phrase
 labeller_noise = 0.2        # of the simulated labeller: standard deviation, in units of the gold score
 # the steps, with the source of each threshold
-filters = 'url,language,quality,dedup,pii' # those to run
-curated = 'books,lessons'   # sources that somebody chose: no language and quality filter (as LLaMA does with books)
-blocked_hosts = 'free-prizes.example,spamfarm.example,click-here.example,malware-zone.example' # and their subdomains
+filters = 'url,language,repetition,quality,c4,fineweb,dedup,pii,decontaminate' # those to run
+curated = 'books,lessons,github,wikipedia,arxiv,stackexchange,shakespeare' # chosen by somebody: no language, no quality
+blocked_hosts = 'free-prizes.example,spamfarm.example,click-here.example,malware-zone.example' # + lists: paths, URLs
 blocked_words = 'casino,poker,porn,sex,xxx,viagra,betting,jackpot' # as whole words of a URL
-min_english = 0.65          # language score 0..1 (FineWeb has 0.65 of fastText's)
-page_words = (50, 100_000)  # Gopher (Rae et al. 2021, A1.1): fewest and most words
+languages = 'en'            # those to keep, as in en,de: config/languages.json has the others
+min_language = 0.65         # language score 0..1 (FineWeb has 0.65 of fastText's)
+max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021, A1.1): share of lines that stood before, of characters in them
+max_repeated_paragraphs = (0.3, 0.2) # Gopher: the same of paragraphs
+max_top_ngram = (0.20, 0.18, 0.16) # Gopher: share of characters in the most frequent 2-, 3-, 4-gram
+max_repeated_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10) # Gopher: share in 5- to 10-grams that stood before
+page_words = (50, 100_000)  # Gopher: fewest and most words
 word_length = (3, 10)       # Gopher: mean, in characters
 max_symbols = 0.1           # Gopher: '#' and '...' per word
 max_marked_lines = (0.9, 0.3) # Gopher: share of lines that start with a bullet, and that end in '...'
 min_alphabetic = 0.8        # Gopher: share of words with a letter in them
 min_stop_words = 2          # Gopher: how many of the, be, to, of, and, that, have, with
-max_repeated_lines = (0.3, 0.1) # Gopher: share of lines that stood before; FineWeb: of characters in them
-max_repeated_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10) # Gopher: share in 5- to 10-grams that stood before
+min_line_words = 3          # C4 (Raffel et al. 2020, 2.2): shorter lines are cut out
+min_sentences = 5           # C4: fewest of a page
 min_punctuated = 0.12       # FineWeb: share of lines that end like a sentence
+max_line_repeats = 0.1      # FineWeb: share of characters in lines that stood before
 max_short_lines = 0.67      # FineWeb: share of lines under 30 characters
 near_duplicate = 0.7        # share of equal hashes from which two texts are one (FineWeb's 14 x 8 finds from 0.75)
+drop_private = ''           # kinds of personal data whose pages are dropped, as in SSN,CARD; the others get a placeholder
 # the corpus
-mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = toytown's own, or of files everything
+mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = toytown's own, or everything
+max_epochs = 1              # a source too small for its share is repeated so often (Muennighoff et al. 2023: 4 are fine)
 val_fraction = 0.05         # share of documents, and of prompts from files, to validate on
 shard_bytes = 50_000_000    # of text in one file of documents
 config = configure(globals())
-start_time = time.time()
-for name, given, known in (('source', source, 'toytown,files'), ('filters', filters, 'url,language,quality,dedup,pii')):
-    if set(filter(None, given.split(','))) - set(known.split(',')):
-        die(f"{name} = '{given}'; known are {known}")
+start_time, world_size = time.time(), int(os.environ.get('WORLD_SIZE', 1))
+ONE_BY_ONE = 'url text language repetition quality c4 fineweb'.split() # steps that need no other document
+STEPS = [*ONE_BY_ONE, 'dedup', 'pii', 'decontaminate']
+for name, given, known in (('source', source, ['toytown', 'files', *SOURCES]), ('filters', filters, STEPS)):
+    if wrong := set(filter(None, given.split(','))) - set(known):
+        die(f"{name} = '{given}' has no {', '.join(sorted(wrong))}; known are {','.join(known)}")
+if 'toytown' in source and source != 'toytown':
+    die(f"source = '{source}': toytown stands alone, its exams know what its documents tell")
 check_settings(config)
-# everything is made in a folder of its own, which is gone at the end: what an earlier run left stays whole until then
-tmp = os.path.join(data_dir, '.partial')
-atexit.register(shutil.rmtree, tmp, ignore_errors=True)
-shutil.rmtree(tmp, ignore_errors=True)
-os.makedirs(f'{tmp}/raw' if source == 'toytown' else tmp)
+if not re.fullmatch(r'([^:,]+:\s*\d*\.?\d+\s*(,|$))*', mixture):
+    die(f"mixture = '{mixture}' is not of the form web:0.7,books:0.3")
+weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)}
+if world_size > 1: # days: a rank with a slow file keeps the others waiting
+    dist.init_process_group('gloo', timeout=datetime.timedelta(days=30))
+barrier = dist.barrier if world_size > 1 else lambda: None
 
-def unit(text):
-    """A number in [0, 1) that depends on the text alone: on every machine and in every run the same."""
-    return int(hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:12], 16) / 16**12
+# -----------------------------------------------------------------------------
+# what comes in. All is made in a folder of its own: what an earlier run left stays whole until the end
+tmp, ours = f'{data_dir}/.partial', [f'{k}_{s}.jsonl' for k in ('chat', 'preferences', 'prompts') for s in ('train', 'val')]
+ours += ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json'] + ['raw'] * (source == 'toytown')
+inputs, known = [], r'(?<!raw.truth)\.(txt|md|html?|csv|bin|parquet|tar|tgz|zip|((warc|wet|jsonl?|tar)(\.gz)?))$'
+if 'files' in source.split(','):
+    for name in map(os.path.expanduser, (files or die('no files: name them, --files=notes.txt,web/*.warc.gz')).split(',')):
+        found = [name] if os.path.isfile(name) else glob.glob(f'{name}/**' if os.path.isdir(name) else name, recursive=True)
+        inputs += [('files', path) for path in sorted(found) if re.search(known, path) and os.path.isfile(path)] or die(
+            f'no file {name} of a known kind: .txt .md .html .jsonl .json .csv .warc .wet .tar .zip .parquet, also .gz')
+if lost := [path for _, path in inputs if os.path.relpath(path, data_dir).split(os.sep)[0] in ours]:
+    die(f'{lost[0]} would be replaced by what is made of it: move it out of {data_dir}')
+code = [os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{name}.py')
+        for name in ('prepare_data', 'extract', 'sources', 'toytown')]
+about = [config, [(path, *os.stat(path)[6:9:2]) for path in [*(path for _, path in inputs), *code]]]
+about = json.dumps([about, os.path.getmtime(world) if os.path.exists(world) else 0])
+if RANK == 0 and not (os.path.exists(f'{tmp}/about') and open(f'{tmp}/about', encoding='utf-8').read() == about):
+    shutil.rmtree(tmp, ignore_errors=True) # of other settings, files or code
+    for name in 'work', 'raw': # raw: of toytown
+        os.makedirs(f'{tmp}/{name}')
+    with open(f'{tmp}/about', 'w', encoding='utf-8') as f:
+        f.write(about)
+barrier()
 
 if source == 'toytown':
     import toytown
     town = toytown.load(world, seed, n_people, val_facts)
-    truth = toytown.write_web(town, f'{tmp}/raw', n_pages, n_books, n_lessons, n_faults, blocked_hosts, blocked_words)
-    toytown.write_tasks(town, tmp, n_chat, n_preferences, n_prompts, n_val, flaw_rate, like_rate, labeller_noise)
-    toytown.write_benchmarks(town, f'{tmp}/benchmarks')
-    files, mixture = f'{tmp}/raw', mixture or town['mixture']
-
-# -----------------------------------------------------------------------------
-# reading: files -> documents, conversations, ranked answers, prompts, benchmarks
-rows_of, skipped = collections.defaultdict(list), collections.Counter() # what is no document; what could not be read
-# where the keys of a row say that it belongs; {question, answer} is GSM8K, {chosen, rejected} hh-rlhf
-FORMS = {'messages completions ranking': 'preferences', 'messages checks': 'prompts', 'messages': 'chat',
-         'prompt response': 'chat', 'question answer': 'chat', 'chosen rejected': 'preferences', 'text': 'text',
-         'query choices gold': 'benchmarks', 'context continuation': 'benchmarks', 'context_options gold': 'benchmarks'}
-
-def warc_pages(path):
-    """Yield (url, content type, body) of the pages in a WARC file. What is broken is counted, never fatal."""
-    fields_of = lambda f: email.message_from_bytes(b''.join(itertools.takewhile(bytes.strip, f))) # to the empty line
-    with (gzip.open if path.endswith('.gz') else open)(path, 'rb') as f:
-        try:
-            while line := f.readline():
-                if not line.startswith(b'WARC/'):
-                    continue
-                fields = fields_of(f)
-                size = int(fields.get('Content-Length', 0))
-                page = io.BytesIO(f.read(size))
-                if page.getbuffer().nbytes < size:
-                    skipped['WARC record cut short'] += 1
-                elif fields['WARC-Type'] == 'response':
-                    status, kind = page.readline(), str(fields_of(page).get('Content-Type', 'text/html')).lower()
-                    if b' 200' in status and re.match('text/html|application/xhtml', kind):
-                        yield str(fields.get('WARC-Target-URI', '')).strip('<>'), kind, page.read()
-                    else:
-                        skipped['not a page (status or type)'] += 1
-        except (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error) as e:
-            print0(f'{path}: damaged, the rest is left out ({e})')
-            skipped['damaged WARC file'] += 1
-
-turns = lambda asked, said: [dict(role='user', content=asked.strip()), dict(role='assistant', content=said.strip())]
-def dialog(text):
-    """'\\n\\nHuman: Hi\\n\\nAssistant: Hello' -> messages."""
-    first, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ?', text.lstrip())
-    if first or not parts:
-        raise ValueError('not a dialogue of the form "\\n\\nHuman: ... \\n\\nAssistant: ..."')
-    roles = {'Human': 'user', 'Assistant': 'assistant'}
-    return [dict(role=roles[who], content=said.strip()) for who, said in zip(parts[::2], parts[1::2])]
-
-def read_row(row, name):
-    """Put a row of a .jsonl file where its keys say that it belongs; -> its text, if it is one for the corpus."""
-    form = next((form for form in FORMS if set(form.split()) <= set(row)), None)
-    if not form:
-        raise ValueError(f"no known form has the keys {', '.join(sorted(row))}; FORMS in prepare_data.py lists them")
-    kind, new = FORMS[form], {key: row[key] for key in [*form.split(), 'checks'] if key in row}
-    if kind == 'text':
-        return row['text'] + ''
-    if kind == 'benchmarks':
-        return rows_of[f'benchmarks/{name}'].append(row)
-    grade(new.get('checks', {'equals': ''}), 'a 1') # a check that is of no use is found here, not hours later
-    if form == 'prompt response':
-        alpaca = re.search(r'### Instruction:\n(.*?)(?:\n+### Input:\n(.*?))?\n+### Response:', row['prompt'], re.S)
-        prompt = '\n\n'.join(filter(None, alpaca.groups())) if alpaca else row['prompt']
-        new = dict(messages=turns(prompt, row['response']))
-    elif form == 'question answer': # GSM8K; <<2+3=5>> was for its calculator
-        new = dict(messages=turns(row['question'], re.sub(r'<<.*?>>', '', row['answer'])))
-        if number := re.search(r'#### *(-?[\d.]*\d)', row['answer'].replace(',', '')):
-            rows_of['prompts'].append(dict(messages=new['messages'][:1], checks={'number': float(number[1])}))
-    elif form == 'chosen rejected':
-        a, b = dialog(row['chosen']), dialog(row['rejected'])
-        n = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 0) # up to here they are the same
-        if not n or not a[n]['role'] == b[n]['role'] == 'assistant':
-            return skipped.update(['pair that does not differ in an answer'])
-        new = dict(messages=a[:n], completions=[a[n]['content'], b[n]['content']], ranking=[0, 1])
-    roles = {message['role'] for message in new['messages'] if message['content'].strip()}
-    if 'user' not in roles or not roles <= {'system', 'user', 'assistant'}:
-        raise ValueError(f'messages need a user turn and no roles but system, user, assistant; not {sorted(roles)}')
-    if kind == 'chat' and 'assistant' not in roles:
-        raise ValueError('a conversation with no assistant turn, or an empty one')
-    if not re.fullmatch('s?(ua)+' if kind == 'chat' else 's?(ua)*u', ''.join(m['role'][0] for m in new['messages'])):
-        return skipped.update(['turns in another order than user, assistant'])
-    if kind == 'preferences' and not (1 < len(r := new['ranking']) == len({*r} & {*range(len(new['completions']))})
-                                      and {*map(type, r)} == {int} and {*map(type, new['completions'])} == {str}):
-        raise ValueError(f'ranking {r} must name two or more of the completions, which are texts, each once')
-    rows_of[kind].append(new)
-    if form == 'chosen rejected': # a ranking's prompt is also one to practise on
-        rows_of['prompts'].append(dict(messages=new['messages']))
-    if kind == 'chat' and chat_as_text and side_of(new) == 'train':
-        return '\n\n'.join(message['content'] for message in new['messages'])
-
-def side_of(row):
-    """The first question decides, for rows of every kind alike."""
-    return 'val' if unit(next(m['content'] for m in row['messages'] if m['role'] == 'user')) < val_fraction else 'train'
-
-def documents(paths):
-    """Yield every document: {source, url, text} or, when it is no text yet, {source, url, type, html}."""
-    for path in paths:
-        name = re.sub(r'(\.(txt|md|jsonl|html?|warc|gz))+$', '', os.path.basename(path))
-        doc, label = dict(source=re.sub(r'[-_]?\d+$', '', name) or name), path.replace(f'{tmp}/', '')
-        if re.search(r'\.warc(\.gz)?$', path):
-            yield from (dict(doc, url=url, type=kind, html=body) for url, kind, body in warc_pages(path))
-        elif re.search(r'\.jsonl(\.gz)?$', path):
-            for line, row in read_jsonl(path):
-                try:
-                    if text := read_row(row, name):
-                        yield dict(doc, url=str(row.get('url', f'{label}:{line}')), text=text)
-                except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-                    die(f'{path}:{line}: {e if isinstance(e, ValueError) else f"not what its keys promise ({e!r})"}')
-        elif re.search(r'\.html?$', path):
-            yield dict(doc, url=label, type='text/html', html=pathlib.Path(path).read_bytes())
-        else:
-            parts = (text := decode(pathlib.Path(path).read_bytes()).replace('\r\n', '\n')).split('<|endoftext|>')
-            if len(parts) == 1: # no such marks: pieces of about 4,000 characters, each to a blank line
-                parts = re.findall(r'(?s)\S(?:.{3999,}?(?=\n\s*\n)|.*)', text)
-            yield from (dict(doc, url=f'{label}#{i}', text=part) for i, part in enumerate(parts))
+    weights = weights or {k: float(v) for k, v in (part.split(':') for part in town['mixture'].split(','))}
+    if RANK == 0 and not os.path.exists(f'{tmp}/raw/truth.jsonl'):
+        toytown.write_tasks(town, tmp, n_chat, n_preferences, n_prompts, n_val, flaw_rate, like_rate, labeller_noise)
+        toytown.write_benchmarks(town, f'{tmp}/benchmarks')
+        toytown.write_web(town, f'{tmp}/raw', n_pages, n_books, n_lessons, n_faults, blocked_hosts, blocked_words)
+    barrier()
+    inputs = [('files', path) for path in sorted(glob.glob(f'{glob.escape(tmp)}/raw/*')) if re.search(known, path)]
+for name in source.split(','):
+    if name in SOURCES:
+        inputs += [(name, path) for path in fetch(name, raw_dir, n_files, RANK, world_size, crawl)]
+barrier()
 
 # -----------------------------------------------------------------------------
 # the steps: each takes a document, may change its text, and returns why the document is dropped, or None
+def block_list(names):
+    """'spam.example,lists/adult.txt,https://...' -> set of hosts. Lists have a host a line, at its end; # starts a comment."""
+    hosts = set()
+    for name in filter(None, names.split(',')):
+        if '://' in name:
+            path = f'{raw_dir}/block_lists/{key_of(name):016x}' + '.gz' * name.endswith('.gz')
+            if RANK == 0 and not os.path.exists(path):
+                download(name, path)
+            barrier()
+            name = path
+        if os.path.isfile(name):
+            with (gzip.open if name.endswith('.gz') else open)(name, 'rt', encoding='utf-8', errors='replace') as f:
+                hosts.update(line.split()[-1].lower() for line in f if line.strip() and line.lstrip()[0] != '#')
+        else:
+            hosts.add(name.lower())
+    return hosts
+
 def url_step(doc):
     """FineWeb (Penedo et al. 2024): blocked hosts, blocked words (whole ones: Essex is a county); and bare IPs."""
     host = re.match(r'\w+://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)', doc['url'].lower())
-    if not host or 'text' in doc: # text files were chosen by the user
+    if not host: # a file of one's own
         return None
     if re.fullmatch(r'[\d.]+|\[.*', host[1]):
         return 'IP address'
-    if any(f'.{host[1]}'.endswith(f'.{blocked}') for blocked in blocked_hosts.split(',') if blocked):
+    parts = host[1].split('.')
+    if any('.'.join(parts[i:]) in blocked for i in range(len(parts))): # with its subdomains
         return 'blocked host'
-    return 'blocked word' if set(re.findall('[a-z0-9]+', doc['url'].lower())) & set(blocked_words.split(',')) else None
-
-INLINE = set('abbr b big cite code del dfn em font i ins kbd mark q s small span strike strong sub sup u'.split())
-SKIP = set('aside button footer form head iframe nav noscript object script select style svg template title'.split())
-VOID = set('area base br col embed img input link meta param source track wbr'.split())
-CLOSES = set('p li dt dd tr td th option h1 h2 h3 h4'.split()) # a second one of these ends the first
-BOILERPLATE = re.compile(r'(^|[-_\s])(nav(bar|igation)?|menu|sidebar|footer|cookies?|consent|banner|advert\w*|ads?|'
-    r'share|social|related|newsletter|popup|comments?|breadcrumbs?|widget|promo|sponsor\w*|signup|login|t(opb|oolb)ar|'
-    r'pagination|search|contentinfo)($|[-_\s])', re.I)
-
-class Page(html.parser.HTMLParser):
-    """Collects the blocks of a page: lists of [tag, (text, in a link?, in the main part?), ...]."""
-    def __init__(self):
-        super().__init__()
-        self.stack, self.open, self.blocks = [], collections.Counter(), [['']]
-
-    def handle_starttag(self, tag, attrs):
-        if tag in CLOSES and self.stack and self.stack[-1][0] == tag:
-            self.handle_endtag(tag)
-        if tag not in INLINE | VOID:
-            names = ' '.join(value or '' for key, value in attrs if key in ('class', 'id', 'role'))
-            skip = tag in SKIP or tag == 'header' and not self.open['MAIN'] or 'hidden' in dict(attrs)
-            skip = skip or BOILERPLATE.search(names) and tag not in ('html', 'body', 'main', 'article')
-            main = tag in ('main', 'article') or ('role', 'main') in attrs
-            self.stack.append([tag, 'SKIP' * bool(skip), 'MAIN' * main])
-            self.open.update(self.stack[-1])
-            self.blocks += [[tag]] * (tag != 'a')
-        self.handle_data('\n' * (tag == 'br'), keep=True)
-
-    def handle_endtag(self, tag):
-        while self.open[tag]: # also ends what was left open in it; a stray end tag ends nothing
-            self.open.subtract(self.stack[-1])
-            if self.stack.pop()[0] == tag:
-                break
-        self.blocks += [['']] * (tag not in INLINE and tag != 'a')
-
-    def handle_data(self, data, keep=False):
-        if not self.open['SKIP']:
-            data = data if keep or self.open['pre'] else re.sub(r'\s+', ' ', data)
-            self.blocks[-1].append((data, self.open['a'] > 0, self.open['MAIN'] > 0))
-
-def html_to_text(page):
-    """The main text of a page: no menus, scripts, adverts, lists of links; lines of lists, verses, code are kept."""
-    parser, blocks, text, last = Page(), [], '', ''
-    with contextlib.suppress(AssertionError, ValueError): # where the parser gives up: keep what came before
-        parser.feed(page)
-        parser.close()
-    for tag, *parts in parser.blocks:
-        block, linked = ''.join(part for part, _, _ in parts), sum(len(part) for part, link, _ in parts if link)
-        if block.strip() and linked <= 0.5 * len(block): # not mostly links
-            block = block.strip('\n') if tag == 'pre' else re.sub(r' *\n *', '\n', block).strip()
-            blocks.append((tag, block, any(main for _, _, main in parts)))
-    main = [block for block in blocks if block[2]]
-    for tag, block, _ in main if 4 * sum(len(b[1]) for b in main) >= sum(len(b[1]) for b in blocks) else blocks:
-        text += ('\n' if tag == last and tag in ('li', 'td', 'dd') else '\n\n') + '- ' * (tag == 'li') + block
-        last = tag
-    return re.sub(r'\n{3,}', '\n\n', text)
-
-def decode(raw, content_type=''):
-    """Bytes -> text by the byte order mark, the HTTP header, the meta tag, as UTF-8, or else as windows-1252."""
-    told = re.findall(r'charset\s*=\s*["\']?\s*([\w-]+)', f"{content_type} {raw[:2048].decode('latin-1')}".lower())
-    mark = {b'\xef\xbb': ['utf-8'], b'\xff\xfe': ['utf-16'], b'\xfe\xff': ['utf-16']}.get(raw[:2], [])
-    for name in [*mark, *told, 'utf-8']:
-        name = 'windows-1252' if name in ('iso-8859-1', 'latin1', 'latin-1', 'us-ascii') else name # as browsers do
-        with contextlib.suppress(LookupError, UnicodeError): # no such charset
-            text = raw.decode(name, 'replace').replace('\ufeff', '')
-            if text.count('\ufffd') <= len(text) / 200: # a few broken bytes: still the right charset
-                return text
-    return raw.decode('windows-1252', 'replace')
+    return 'blocked word' if bad_words & set(re.findall('[a-z0-9]+', doc['url'].lower())) else None
 
 def text_step(doc):
     text = html_to_text(decode(doc.pop('html'), doc['type'])) if 'html' in doc else doc['text']
     text = text.encode('utf-8', 'replace').decode().replace('\0', '').replace('\xa0', ' ') # no lone surrogates
-    doc['text'] = doc['extracted'] = text.strip()
+    doc['text'] = text.strip()
     return None if doc['text'] else 'no text'
 
-ENGLISH = set("""the of and to in a is that for it was on with as at by from be are this have or an not they which you
-    we his her had has he she but were their all can will if there more when what who said so no do my me your our i
-    him them then than been would could about into out up very some any how why where its did does just only over also
-    after before other these those because through while between every never us am again here down now""".split())
-OTHERS = set("""el la los las de del que y en un una es se por con para su al como pero más está der die das und ist
-    nicht ein eine mit den von zu im dem auf sich auch wir sie ich er le les des et est dans pour qui sur pas avec au
-    ce il elle je ne het een van dat niet zijn op te aan met voor maar om ook naar bij ik di che è non per sono gli
-    nel da więc się na nie jest że jak po os uma não dos em mais foi og det att som på är av för inte med till jag har
-    kan af eller men ett hon han""".split())
+WORD = re.compile(r'[\u0900-\u0dff]+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+')
+
+def language_table(path):
+    """-> {code: column}, {word: row}, log P(word | language) (words + 1, languages): the last row is any other word."""
+    with open(path, encoding='utf-8') as f:
+        table = json.load(f) # {code: [words, ...]}, where the words of the i-th string come once in 2^i
+    words = {word for strings in table.values() for string in strings for word in string.split()}
+    rows = {word: i for i, word in enumerate(sorted(words))}
+    p = np.zeros((len(rows) + 1, len(table) + 1))
+    for column, strings in enumerate(table.values()):
+        for i, words in enumerate(strings):
+            p[[rows[word] for word in words.split()], column] = 2.0**-i
+    p[-1] = np.clip(1 - p.sum(0), 0.35, 0.6) # the share of words that are not in the table
+    p[:-1, -1], p[-1, -1] = p[:-1, :-1].mean(1), 0.7 # 'und', no language known here: now and then anybody's word
+    return {code: i for i, code in enumerate([*table, 'und'])}, rows, np.log(np.maximum(p, 1e-5))
+
+here = os.path.dirname(os.path.abspath(__file__))
+CODES, ROWS, LOG_P = language_table(os.path.join(here, 'config', 'languages.json'))
+
+def language_scores(text, sure=50):
+    """-> {code: probability} by naive Bayes over the words of the table; 'und' stands for every other language and for
+    no language at all. Words depend on each other, so any number of them counts as `sure` at most. A page half in
+    one language and half in another is mostly 'und': it is too rare in either."""
+    counts = collections.Counter(WORD.findall(text[:10_000].lower()))
+    known = [word for word in counts if word in ROWS]
+    n, n_of = counts.total(), np.array([counts[word] for word in known], float)
+    log_p = n_of @ LOG_P[[ROWS[word] for word in known]] + (n - n_of.sum()) * LOG_P[-1]
+    log_p[-1] += 5 # and two or three words prove nothing, say those over a table of numbers
+    p = np.exp((log_p - log_p.max()) * min(1, sure / max(1, n)))
+    return dict(zip(CODES, (p / p.sum()).tolist()))
 
 def language_step(doc):
-    """The share of English function words, times their share among those of all languages. FineWeb: fastText's 0.65."""
-    words = re.findall(r'[^\W\d_]+', doc['text'].lower())
-    yes, no = sum(word in ENGLISH for word in words), sum(word in OTHERS for word in words)
-    score = min(1, 5 * yes / max(1, len(words))) * yes / max(1, yes + no) # a fifth of function words is plenty
-    return 'not English' if score < min_english else None
+    """The page is in one of the wanted languages. FineWeb: English at fastText's 0.65."""
+    scores = language_scores(doc['text'])
+    return None if max(scores.get(code, 0) for code in languages.split(',')) >= min_language else max(
+        scores, key=scores.get, default='no language')
 
-def gopher(text, words, lines):
-    """Gopher (Rae et al. 2021, A1.1): is it prose, not said over and over? -> {rule: is it met?}, as in the others."""
-    rules = {
-        'Gopher: words': page_words[0] <= len(words) <= page_words[1],
-        'Gopher: word length': word_length[0] * len(words) <= len(''.join(text.split())) <= word_length[1] * len(words),
-        'Gopher: symbols': len(re.findall(r'#|\.\.\.|…', text)) <= max_symbols * len(words),
-        'Gopher: bullets': sum(line[0] in '*-•‣●' for line in lines) <= max_marked_lines[0] * len(lines),
-        'Gopher: ellipses': sum(line.endswith(('...', '…')) for line in lines) <= max_marked_lines[1] * len(lines),
-        'Gopher: letters': sum(any(map(str.isalpha, word)) for word in words) >= min_alphabetic * len(words),
-        'Gopher: stop words': len(set('the be to of and that have with'.split()) & set(words)) >= min_stop_words,
-        'Gopher: repeated lines': len(lines) - len(set(lines)) <= max_repeated_lines[0] * len(lines)}
-    for k, limit in enumerate(max_repeated_ngrams, 5):
-        i, again, seen = 0, 0, set()
-        while i + k <= len(words): # what stood before is jumped over, so that no character counts twice
-            gram = ' '.join(words[i:i + k])
-            again += len(gram) * (gram in seen)
-            i += k if gram in seen else 1
-            seen.add(gram)
-        rules[f'Gopher: repeated {k}-grams'] = again <= limit * len(' '.join(words))
-    return rules
+@functools.lru_cache(1)
+def words_of(text):
+    return [word.strip('.,;:!?"\'()').lower() for word in text.split()]
 
-def fineweb(text, lines):
-    """FineWeb (Penedo et al. 2024): lists and menus rather than sentences."""
-    return {
-        'FineWeb: repeated lines': len(''.join(lines)) - len(''.join(set(lines))) <= max_repeated_lines[1] * len(text),
-        'FineWeb: punctuation': sum(line[-1] in '.!?"”' for line in lines) >= min_punctuated * len(lines),
-        'FineWeb: short lines': sum(len(line) < 30 for line in lines) <= max_short_lines * len(lines)}
+@functools.lru_cache(1)
+def lines_of(text):
+    return [line.strip() for line in text.split('\n') if line.strip()]
+
+def key_of(text):
+    """64 bits that depend on the text alone: on every machine and in every run the same."""
+    return int.from_bytes(hashlib.sha256(text.encode('utf-8', 'replace')).digest()[:8], 'big')
+
+def grams(words, n):
+    """A hash of each run of n words. -> (len(words) - n + 1,) uint64"""
+    hashes = mix(np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words)))
+    runs = hashes[:max(0, len(words) - n + 1)]
+    for k in range(1, n): # an odd factor: the order of the words counts
+        runs = runs * np.uint64(0x9E3779B97F4A7C15) + hashes[k:k + len(runs)]
+    return mix(runs)
+
+def mix(x):
+    """The last steps of MurmurHash3 (Appleby 2011), uint64 -> uint64: each bit of x moves all of the result."""
+    for constant in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ x >> np.uint64(33)) * np.uint64(constant)
+    return x ^ x >> np.uint64(33)
+
+def repetition_step(doc):
+    """Gopher (Rae et al. 2021, A1.1): said over and over? Shares of what stood before, in number and in characters."""
+    lines, paragraphs = lines_of(doc['text']), re.split(r'\n\s*\n', doc['text'])
+    for what, parts, limits in ('lines', lines, max_repeated_lines), ('paragraphs', paragraphs, max_repeated_paragraphs):
+        again, seen = [], set()
+        for part in parts:
+            again += [len(part)] * (part in seen)
+            seen.add(part)
+        if len(again) > limits[0] * len(parts) or sum(again) > limits[1] * len(doc['text']):
+            return f'repeated {what}'
+    words = words_of(doc['text'])
+    ends = np.cumsum([len(word) + 1 for word in words]) # as if they were joined by spaces
+    starts, limits = np.append(0, ends), [*enumerate(max_top_ngram, 2), *enumerate(max_repeated_ngrams, 5)]
+    single = grams(words, 1)
+    hashes = single
+    for n, limit in limits: # (limits name n = 2, 3, ..., 10 in this order)
+        if len(words) < n:
+            break
+        hashes = hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + single[n - 1:]
+        size = ends[n - 1:] - starts[:len(hashes)] - 1 # (len(words) - n + 1,) characters
+        _, first, count = np.unique(hashes, return_index=True, return_counts=True)
+        if n < 5:
+            most = count.argmax()
+            share = count[most] * size[first[most]] * (count[most] > 1)
+        else:
+            size[first] = 0
+            share = size.sum() # an upper bound: most texts need no more
+            if share > limit * ends[-1]: # what stood before is jumped over, so that no character counts twice
+                i, share, seen, size = 0, 0, set(), ends[n - 1:] - starts[:len(hashes)] - 1
+                hashes = hashes.tolist()
+                while i < len(hashes):
+                    share += size[i] * (hashes[i] in seen)
+                    i, _ = (i + n, 0) if hashes[i] in seen else (i + 1, seen.add(hashes[i]))
+        if share > limit * ends[-1]:
+            return f'repeated {n}-grams'
 
 def quality_step(doc):
-    """Lines about cookies and scripts go (C4). Then every rule must be met: the first that is not is the reason."""
-    policy = '(?i)javascript|terms of use|privacy policy|cookie policy|uses? (of )?cookies'
-    doc['text'] = text = '\n'.join(line for line in doc['text'].split('\n') if not re.search(policy, line)).strip()
-    words = [word.strip('.,;:!?"\'()').lower() for word in text.split()]
-    lines = [line.strip() for line in text.split('\n') if line.strip()]
-    c4 = {'C4: lorem ipsum, {': not re.search('lorem ipsum|{', text, re.I)} # Raffel et al. 2020: placeholders and code
-    rules = gopher(text, words, lines) | c4 | fineweb(text, lines)
+    """Gopher (Rae et al. 2021, A1.1): is it prose? The first rule that is not met is the reason."""
+    text, words, lines = doc['text'], words_of(doc['text']), lines_of(doc['text'])
+    letters = len(''.join(text.split()))
+    rules = {
+        'number of words': page_words[0] <= len(words) <= page_words[1],
+        'word length': word_length[0] * len(words) <= letters <= word_length[1] * len(words),
+        'symbols': len(re.findall(r'#|\.\.\.|…', text)) <= max_symbols * len(words),
+        'bullets': sum(line[0] in '*-•‣●' for line in lines) <= max_marked_lines[0] * len(lines),
+        'ellipses': sum(line.endswith(('...', '…')) for line in lines) <= max_marked_lines[1] * len(lines),
+        'letters': sum(any(map(str.isalpha, word)) for word in words) >= min_alphabetic * len(words),
+        'stop words': len({'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'} & set(words)) >= min_stop_words}
     return next((reason for reason, met in rules.items() if not met), None)
 
-hash_a, hash_b = np.random.default_rng(0).integers(1, 2**63, (2, 112), np.uint64) | np.uint64(1)
-seen, signatures = {}, [] # the number of the first text with such a hash or band; the hashes of each text
+POLICY = re.compile('javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies', re.I)
 
-def dedup_step(doc):
-    """
-    Exact copies, and near ones with FineWeb's MinHash (Broder 1997): the smallest hash of the runs of five words is the
-    same in two texts with the probability of their Jaccard similarity. One of 14 bands of 8 hashes has to be the same.
-    """
-    words = re.findall(r'\w+', doc['text'].lower())
-    grams = [zlib.crc32(' '.join(words[i:i + 5]).encode()) for i in range(max(1, len(words) - 4))]
-    grams = np.array(grams[:100_000], np.uint64)[:, None] # the start of a long book will do
-    signature = (grams * hash_a + hash_b >> np.uint64(32)).min(0).astype(np.uint32) # (112,); multiply-shift hashing
-    keys = [hashlib.sha256(doc['text'].encode()).digest(), *enumerate(map(bytes, signature.reshape(14, 8)))]
-    if keys[0] in seen:
-        return 'exact'
-    if any((signatures[i] == signature).mean() >= near_duplicate for i in {seen[key] for key in keys if key in seen}):
-        return 'near'
-    seen.update({key: len(signatures) for key in keys if key not in seen})
-    signatures.append(signature)
+def c4_step(doc):
+    """C4 (Raffel et al. 2020, 2.2): lines about cookies and scripts go, short ones too; no placeholders, no code."""
+    keep = lambda line: not line.strip() or len(line.split()) >= min_line_words and not POLICY.search(line)
+    text = '\n'.join(line for line in doc['text'].split('\n') if keep(line))
+    doc['text'] = text = re.sub(r'\n{3,}', '\n\n', text).strip()
+    if len(re.findall(r'[.!?]["”’\')]*(?=\s|$)', text)) < min_sentences:
+        return 'few sentences'
+    return 'lorem ipsum' if 'lorem ipsum' in text.lower() else 'curly bracket' if '{' in text else None
 
-PRIVATE = {
-    'EMAIL': r'\b[\w.+%-]{1,64}@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b',
-    'CARD': r'(?<![\w-])(?:[3-6]\d{3}([ -])(?:\d{4}\1\d{4}\1\d{1,4}|\d{6}\1\d{5})|[3-6]\d{12,18})(?![\w-])',
-    'SSN': r'(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])',
-    'PHONE': r'(?<![\w.-])(?:\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}'
-             r'|(?:1[ .-])?(?:\(\d{3}\) ?\d{3}[ .-]|\d{3}([ .-])\d{3}\1)\d{4})(?![\w-]|\.\d)',
-    'IP': r'(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)',
-    'ADDRESS': r'(?<![\w.,-])\d{1,5} (?:[A-Z][a-z]+\.? ){1,3}(?:Street|St|Avenue|Ave|Road|Rd|Lane|Drive|Court)\b'}
-
-def is_private(kind, found, before):
-    """What a pattern cannot tell: check digits, public addresses, the word before (version 4.1.2.1, in 1999 Elm Rd)."""
-    numbers = [int(number) for number in re.findall(r'\d+' if kind == 'IP' else r'\d', found)]
-    if kind == 'CARD': # Luhn: double every second digit from the right; the sum of digits is a multiple of ten
-        total = sum(sum(divmod(d * (1 + i % 2), 10)) for i, d in enumerate(reversed(numbers)))
-        return 13 <= len(numbers) <= 19 and total % 10 == 0
-    if kind == 'IP':
-        public = max(numbers) < 256 and ipaddress.ip_address('.'.join(map(str, numbers))).is_global
-        return public and not re.search(r'\b(version|release|firmware|build|chapter|section|v)\s*$', before, re.I)
-    year = re.match(r'(1[5-9]|20)\d\d ', found) and re.search(r'\b(in|since|of|by|from|until|after) $', before, re.I)
-    return kind != 'ADDRESS' or not year
+def fineweb_step(doc):
+    """FineWeb's own (Penedo et al. 2024, 3.6): lists and menus rather than sentences."""
+    lines = lines_of(doc['text'])
+    repeated = len(''.join(lines)) - len(''.join(set(lines)))
+    rules = {'punctuation': sum(line[-1] in '.!?"”\'' for line in lines) >= min_punctuated * len(lines),
+             'repeated lines': repeated <= max_line_repeats * len(doc['text']),
+             'short lines': sum(len(line) < 30 for line in lines) <= max_short_lines * len(lines)}
+    return next((reason for reason, met in rules.items() if not met), None)
 
 def pii_step(doc):
-    """Personal data give way to a placeholder of their kind."""
-    doc['found'] = []
-    for kind, pattern in PRIVATE.items():
-        def hide(match):
-            if not is_private(kind, match[0], match.string[max(0, match.start() - 20):match.start()]):
-                return match[0]
-            doc['found'].append(match[0])
-            return f'<{kind}>'
-        doc['text'] = re.sub(pattern, hide, doc['text'])
+    """Personal data give way to a placeholder of their kind, or the page goes."""
+    doc['text'], found = hide(doc['text'], KINDS)
+    doc['found'], doc['kinds'] = [what for _, what in found], [kind for kind, _ in found]
+    return next((f'has {kind}' for kind in doc['kinds'] if kind in drop_private.split(',')), None)
+
+def exam_grams(folder):
+    """The runs of 13 words of the questions in a folder: sorted hashes, and of which file each is."""
+    hashes, owners, names = [], [], sorted(glob.glob(f'{glob.escape(folder)}/*.jsonl'))
+    for k, name in enumerate(names):
+        for _, row in read_jsonl(name):
+            turns = [turn['content'] for turn in row.get('messages', ())]
+            right = [row[key][int(row['gold'])] for key in ('context_options', 'choices') if key in row]
+            told = [row.get(key) for key in ('query', 'context', 'prompt', 'canonical_solution')] + turns + right
+            new = np.unique(grams(words_of(' '.join(filter(None, told + [row.get('continuation')]))), 13))
+            hashes.append(new)
+            owners.append(np.full(len(new), k))
+    hashes, first, count = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_index=True,
+                                     return_counts=True)
+    once = count <= 10 # what more questions share is the form of an exam
+    owners = np.concatenate(owners or [np.zeros(0, int)])[first[once]]
+    return hashes[once], [os.path.basename(names[k])[:-6] for k in owners]
+
+def decontaminate_step(doc):
+    """A text with 13 words in a row of an exam question goes (Brown et al. 2020, C): a model must not have read it."""
+    have = grams(words_of(text_of(doc)), 13)
+    at = np.searchsorted(exam[0], have)
+    hit = np.flatnonzero(exam[0][np.minimum(at, len(exam[0]) - 1)] == have) if len(exam[0]) else []
+    return f'question of {exam[1][at[hit[0]]]}' if len(hit) else None
 
 # -----------------------------------------------------------------------------
-# the flow: every document goes through every step; what is kept waits on disk for the mixture
-paths, known = [], r'(?<!raw.truth)\.(txt|md|html?|jsonl|jsonl\.gz|warc|warc\.gz)$' # truth.jsonl is no input
-for name in map(os.path.expanduser, (files or die('no files: name them, --files=notes.txt,web/*.warc.gz')).split(',')):
-    found = [name] if os.path.isfile(name) else glob.glob(f'{name}/**' if os.path.isdir(name) else name, recursive=True)
-    paths += sorted(path for path in found if re.search(known, path) and os.path.isfile(path)) or die(
-        f'no file {name} of a known kind: .txt .md .html .jsonl .jsonl.gz .warc .warc.gz')
-ours = [f'{kind}_{side}.jsonl' for kind in ('chat', 'preferences', 'prompts') for side in ('train', 'val')]
-ours += ['train', 'val', 'benchmarks', 'funnel.json'] + ['raw'] * (source == 'toytown') # what takes the old ones' place
-if lost := [path for path in paths if os.path.relpath(path, data_dir).split(os.sep)[0] in ours]:
-    die(f'{lost[0]} would be replaced by what is made of it: move it out of {data_dir}')
-steps = dict(url=url_step, text=text_step, language=language_step, quality=quality_step, dedup=dedup_step, pii=pii_step)
-steps = {name: step for name, step in steps.items() if name in ['text', *filters.split(',')]}
-funnel, dropped = ({name: collections.Counter() for name in steps} for _ in range(2)) # sizes in and out; reasons
-number, kept, sizes, fate = 0, [], collections.Counter(), {} # fate: of each URL, to score toytown only
-waiting = open(f'{tmp}/waiting.jsonl', 'w+', encoding='utf-8')
-size_of = lambda doc: len(doc['html'] if 'html' in doc else doc['text'].encode('utf-8', 'replace'))
+# duplicates: FineWeb's MinHash (Broder 1997): 112 hashes of the runs of five words, in 14 bands of 8
+hash_a, hash_b = np.random.default_rng(0).integers(0, 2**32, (2, 112), np.uint32)
+hash_a |= np.uint32(1) # odd: x -> a x + b mod 2**32 is one to one
 
-for number, doc in enumerate(documents(paths), 1):
-    if number % 2000 == 0:
-        print0(f'{number:,} documents read, {len(kept):,} kept | {time.time() - start_time:.0f} s')
-    for name, step in steps.items():
-        funnel[name].update(docs_in=1, bytes_in=size_of(doc))
-        reason = None if name in ('language', 'quality') and doc['source'] in curated.split(',') else step(doc)
-        if reason:
-            dropped[name][reason] += 1
+def signature(text):
+    """The smallest of its runs of five words by each of 112 hashes: two texts share one as often as they are alike."""
+    words = words_of(text)[:100_000] # the start of a long book will do
+    runs, smallest = grams(words + [''] * (5 - len(words)), 5).astype(np.uint32), np.full(112, 2**32 - 1, np.uint32)
+    for i in range(0, len(runs), 256): # blocks that fit the cache
+        np.minimum(smallest, (runs[i:i + 256, None] * hash_a + hash_b).min(0), out=smallest)
+    return smallest
+
+def near_duplicates(signatures, hashes, threshold=0.7):
+    """
+    signatures (n, 112) uint32, hashes (n,) uint64 of the whole texts -> (n,) int64: the kept text each is a copy of, or
+    itself. As a star: who goes is like a text that stays, not only like one that went. So the order decides, and in a
+    chain a ~ b ~ c, where c is not like a, b goes and c stays.
+    """
+    first = left = np.arange(len(signatures))
+    stays = set() # those that somebody went for
+    for _ in range(3): # again without those that went, who may have stood between two others
+        pairs, shares = np.zeros(0, np.int64), np.zeros(len(left), bool)
+        for band in range(15): # the last for exact copies
+            keys = hashes[left] if band == 14 else np.zeros(len(left), np.uint64)
+            for i in range(8 * band, min(112, 8 * band + 8)):
+                keys = mix(keys + signatures[left, i])
+            order = np.argsort(keys, kind='stable')
+            same = np.append(False, keys[order[1:]] == keys[order[:-1]]) # as the one before
+            later = np.flatnonzero(same)
+            heads = np.maximum.accumulate(np.where(same, 0, np.arange(len(left))))[later] # the first of the equal ones
+            shares[order[later]] = shares[order[heads]] = True
+            both = left[order[later]] * len(signatures)
+            pairs = np.unique(np.concatenate([pairs, both + left[order[heads]], both + left[order[later - 1]]]))
+        first = first.copy()
+        for part in np.split(pairs, range(4096, len(pairs), 4096)): # sorted by the later text, then the earlier one
+            late, early = np.divmod(part, len(signatures))
+            alike = (signatures[late] == signatures[early]).mean(1) >= threshold
+            for i, j in zip(late[alike].tolist(), early[alike].tolist()):
+                if first[j] == j and first[i] == i and i not in stays:
+                    first[i] = j
+                    stays.add(j)
+        gone = first[left] != left
+        left = left[shares & ~gone]
+        if not gone.any():
             break
-        funnel[name].update(docs_out=1, bytes_out=size_of(doc))
-    if source == 'toytown' and doc['url'] in truth:
-        fate[doc['url']] = dict(doc, stopped=reason and name)
-    if not reason:
-        kept.append((doc['source'], size_of(doc)))
-        sizes[doc['source']] += size_of(doc)
-        waiting.write(json.dumps({key: doc[key] for key in ('text', 'source', 'url')}) + '\n')
+    return first
 
 # -----------------------------------------------------------------------------
-# the mixture and the split
-if not re.fullmatch(r'([^:,]+:\s*\d*\.?\d+\s*(,|$))*', mixture):
-    die(f"mixture = '{mixture}' is not of the form web:0.7,books:0.3")
-weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)} or sizes
-if not sizes and (not rows_of or funnel['text']['docs_in']):
-    lost = ', '.join(f"{name} dropped {row['docs_in'] - row['docs_out']:,}" for name, row in funnel.items())
-    die(f"no document is left of {number:,} ({lost}); --filters=dedup,pii runs fewer steps" if number else
-        f'{files}: nothing is in there, neither documents nor conversations')
-if missing := set(weights) - set(sizes):
-    die(f"mixture: no documents from {', '.join(sorted(missing))}; there are {', '.join(sizes) or 'none'}")
-total = min((sizes[name] / weight for name, weight in weights.items() if weight), default=0) # until one runs dry
-rng, chosen, taken, counts = np.random.default_rng(seed), set(), {}, collections.Counter()
-for name, weight in weights.items():
-    rows = rng.permutation([(i, size) for i, (owner, size) in enumerate(kept) if owner == name])
-    rows = rows[np.cumsum(rows[:, 1]) - rows[:, 1] < weight * total * (1 - 1e-9)]
-    chosen.update(rows[:, 0].tolist())
-    taken[name] = int(rows[:, 1].sum())
+# the flow, in passes over the files. What a pass makes of a group of files is whole or not there: a run that was killed
+# goes on with the groups that are missing
+COPIES, TASKS = (None, 'exact', 'near'), ('chat', 'preferences', 'prompts')
+steps = dict(url=url_step, text=text_step, language=language_step, repetition=repetition_step, quality=quality_step,
+             c4=c4_step, fineweb=fineweb_step, dedup=lambda doc: doc['copy'], pii=pii_step,
+             decontaminate=decontaminate_step)
+steps = {name: step for name, step in steps.items() if name in ['text', *filters.split(',')]}
+size_of = lambda doc: len(doc['html'] if 'html' in doc else doc['text'].encode('utf-8', 'replace')) # in bytes
+is_val = lambda key: key < int(val_fraction * 2**64) # of texts alike, all are on one side
+groups, size, blocked, bad_words = [], 0, block_list(blocked_hosts), set(blocked_words.split(','))
+for one in inputs: # small files make up a group; a large one is a group of its own
+    size = size * bool(groups) + os.path.getsize(one[1])
+    if not groups or size > 1_000_000:
+        groups.append([])
+        size = os.path.getsize(one[1])
+    groups[-1].append(one)
+model.QUIET = False # from here each rank has files of its own, and errors of its own
 
-def rows_on(side):
-    """The chosen documents of a side. The text decides the side, so equal texts are never on both."""
-    waiting.seek(0)
-    for i, row in enumerate(map(json.loads, waiting)):
-        if i in chosen and (unit(row['text']) < val_fraction) == (side == 'val'):
-            counts.update({f'{side} documents': 1, f'{side} bytes': len(row['text'].encode())})
-            yield row
+def side_of(row):
+    """The first question decides, for rows of every kind alike."""
+    return 'val' if is_val(key_of(next(m['content'] for m in row['messages'] if m['role'] == 'user'))) else 'train'
 
-for side in ('train', 'val') if sizes else ():
-    for number, rows in itertools.groupby(rows_on(side), key=lambda _: counts[f'{side} bytes'] // shard_bytes):
-        write_jsonl(f'{tmp}/{side}/{number:05d}.jsonl.gz', rows)
-    if not counts[f'{side} documents']:
-        die(f'{len(chosen)} documents are too few, {side} has none: val_fraction = {val_fraction}')
-for kind, rows in rows_of.items():
-    for end in [''] if kind.startswith('benchmarks/') else ['_train', '_val']:
-        part = [row for row in rows if not end or f'_{side_of(row)}' == end]
-        write_jsonl(f'{tmp}/{kind}{end}.jsonl', part or die(
-            f'{len(rows)} rows for {kind} are too few: {kind}{end}.jsonl gets none at val_fraction = {val_fraction}'))
-        print0(f'{kind}{end}.jsonl: {len(part):,} rows')
+def text_of(item):
+    """What is told in an item, of whatever kind."""
+    row = item.get('row', {})
+    return item['text'] if 'text' in item else '\n\n'.join(
+        [turn['content'] for turn in row.get('messages', ())] + row.get('completions', []))
+
+def passes(doc, name, step, report):
+    """Run a step on a document, count it, keep examples of what it drops; -> does it stay?"""
+    before = doc.get('text', doc.get('html'))
+    report[name].update(docs_in=1, bytes_in=size_of(doc))
+    if reason := step(doc):
+        report[f'dropped {name}'][reason] += 1
+        if report[f'dropped {name}'][reason] <= keep_dropped:
+            text = decode(before[:2000]) if isinstance(before, bytes) else before[:2000]
+            report['examples'].append(dict(step=name, reason=reason, url=doc['url'], text=text))
+    else:
+        report[name].update(docs_out=1, bytes_out=size_of(doc))
+    if source == 'toytown': # to be compared with what was planted
+        more = dict(stopped=name if reason else None, found=doc.get('found', []))
+        report['fate'].setdefault(doc['url'], {}).update(more, **({'extracted': doc['text']} if name == 'text' else {}))
+    return not reason
+
+def over_groups(stage, work):
+    """Call work(path of results, group, report) for the groups of this rank that have no report of this stage yet."""
+    sizes = [sum(os.path.getsize(path) for _, path in group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: -sizes[i])[RANK::world_size] # large ones first
+    began, done, total = time.time(), 0, sum(sizes[i] for i in order)
+    for i in order:
+        path = f'{tmp}/work/{i:06d}'
+        if os.path.exists(f'{path}.{stage}.json'):
+            total -= sizes[i]
+            continue
+        report = collections.defaultdict(collections.Counter, examples=[], fate={})
+        work(path, groups[i], report)
+        write_jsonl(f'{path}.{stage}.json', [report]) # the last of its files: it stands for all
+        done += sizes[i]
+        if time.time() - began > 5:
+            rate = done / (time.time() - began)
+            print0(f'{stage}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s, '
+                   f'{(total - done) / rate / 60:.1f} minutes left')
+    barrier()
+
+def reports(stage):
+    """Yield the path of the results of each group, and its report."""
+    for i in range(len(groups)):
+        yield f'{tmp}/work/{i:06d}', next(read_jsonl(f'{tmp}/work/{i:06d}.{stage}.json'))[1]
+
+def read_table(path):
+    with np.load(path) as f:
+        return {name: f[name] for name in f.files}
+
+class Table:
+    """What is known of each item: its label (kind and source), size, and the key that decides its side; of texts also
+    the signature, to find copies. 18 bytes an item, 466 with a signature."""
+    def __init__(self):
+        self.labels, self.label, self.size, self.key, self.signatures = [], *map(array.array, 'HQQ'), bytearray()
+
+    def add(self, item, signature=b''):
+        if (label := f"{item['kind']} {item['source']}") not in self.labels:
+            self.labels.append(label)
+        self.label.append(self.labels.index(label))
+        self.size.append(size_of(item) if 'text' in item else len(json.dumps(item['row'])))
+        asked = [turn['content'] for turn in item.get('row', {}).get('messages', ()) if turn['role'] == 'user']
+        self.key.append(key_of(asked[0] if asked else text_of(item)))
+        self.signatures += signature
+
+    def save(self, path):
+        with atomic(path) as partial, open(partial, 'wb') as f:
+            np.savez(f, labels=np.array(self.labels, str), label=np.array(self.label, np.uint16),
+                     size=np.array(self.size), key=np.array(self.key),
+                     signatures=np.frombuffer(self.signatures, np.uint32).reshape(-1, 112))
+
+def table_of(path, *names):
+    with np.load(path) as f: # an array is read when it is asked for
+        return SimpleNamespace(**{name: f[name] for name in names or f.files})
+
+def read_group(group, report):
+    """Yield the items of a group's files; of conversations also the text, with chat_as_text."""
+    for name, path in group:
+        for item in read_file(path, name, report['skipped']):
+            item['url'] = str(item.get('url', '')).replace(f'{tmp}/', '')
+            if item['kind'] == 'tokens': # tokenised already, no step can read it: it goes to data_dir as it is
+                end = os.path.basename(path)
+                shard = f"{tmp}/{'val' if 'val' in end else 'train'}_{re.sub('.*(train|val)_?', '', end)}"
+                report['tokens'][item['source']] += len(model.read_shard(path))
+                if not os.path.exists(shard):
+                    os.symlink(os.path.abspath(path), shard)
+                continue
+            yield item
+            if item['kind'] == 'chat' and chat_as_text and side_of(item['row']) == 'train':
+                yield dict(kind='text', source=item['source'], url=item['url'], text=text_of(item))
+
+def first_pass(path, group, report):
+    """The steps that see one document alone; the signature of what is left."""
+    table = Table()
+    def kept():
+        for item in read_group(group, report):
+            if item['kind'] == 'text':
+                report['read'].update(documents=1)
+                chosen = item['source'] in curated.split(',')
+                names = [name for name in steps if name in (('url', 'text') if chosen else ONE_BY_ONE)]
+                if not all(passes(item, name, steps[name], report) for name in names):
+                    continue
+            table.add(item, signature(item['text']).tobytes() if item['kind'] == 'text' and 'dedup' in steps else b'')
+            yield item
+    write_jsonl(f'{path}.kept.jsonl.gz', kept())
+    table.save(f'{path}.kept.npz')
+
+def second_pass(path, group, report):
+    """The steps that know of other documents, and personal data."""
+    table, copies = Table(), np.load(f'{path}.copies.npy')
+    def kept():
+        for copy, (_, item) in zip(copies, read_jsonl(f'{path}.kept.jsonl.gz')):
+            item['copy'] = COPIES[copy]
+            if item['kind'] == 'text':
+                if not all(passes(item, name, steps[name], report) for name in steps if name not in ONE_BY_ONE):
+                    continue
+                report['private'].update(item.get('kinds', ()))
+            elif item['kind'] in TASKS and 'decontaminate' in steps and (reason := decontaminate_step(item)):
+                report['skipped'][f"{item['kind']}: {reason}"] += 1
+                continue
+            table.add(item)
+            yield {key: item[key] for key in ('kind', 'source', 'url', 'text', 'row') if key in item}
+    write_jsonl(f'{path}.clean.jsonl.gz', kept())
+    table.save(f'{path}.clean.npz')
+
+def third_pass(path, group, report):
+    """What the mixture has chosen, to its side: shards of documents, and parts of the other files."""
+    table, times = table_of(f'{path}.clean.npz'), np.load(f'{path}.times.npy')
+    kinds = np.array([label.split()[0] for label in table.labels] or ['none'])[table.label]
+    for kind, side in itertools.product(['text', *TASKS], ('train', 'val')):
+        mine = np.where((kinds == kind) & (is_val(table.key) == (side == 'val')), times, 0)
+        def chosen():
+            for epoch in range(mine.max(initial=0)):
+                for n, (_, item) in zip(mine, read_jsonl(f'{path}.clean.jsonl.gz')):
+                    if n > epoch:
+                        size = size_of(item) if kind == 'text' else len(json.dumps(item['row']))
+                        report[f'{kind} {side}'].update(rows=1, bytes=size)
+                        report[f'{kind} mixture'][item['source']] += size
+                        yield {k: item[k] for k in ('text', 'source', 'url')} if kind == 'text' else item['row']
+        if kind == 'text':
+            shards = itertools.groupby(chosen(), key=lambda _: report[f'text {side}']['bytes'] // shard_bytes)
+            for k, (_, rows) in enumerate(shards):
+                write_jsonl(f'{tmp}/{side}/{os.path.basename(path)}_{k:03d}.jsonl.gz', rows)
+        elif mine.any():
+            write_jsonl(f'{path}.{kind}_{side}.jsonl', chosen())
+
+over_groups('kept', first_pass)
+if RANK == 0 and not os.path.exists(f'{tmp}/work/copies'):
+    names = [path for path, _ in reports('kept')]
+    texts = [np.array([label[:5] == 'text ' for label in t.labels] or [0], bool)[t.label]
+             for t in (table_of(f'{name}.kept.npz', 'labels', 'label') for name in names)]
+    ends = np.cumsum([part.sum() for part in texts], dtype=int)
+    hashes, signatures = np.zeros(ends[-1], np.uint64), np.zeros((ends[-1], 112), np.uint32)
+    for name, part, end in zip(names, texts, ends) if 'dedup' in steps else ():
+        table, mine = table_of(f'{name}.kept.npz'), slice(end - part.sum(), end)
+        hashes[mine], signatures[mine] = table.key[part], table.signatures
+    first = near_duplicates(signatures, hashes) if 'dedup' in steps else np.arange(ends[-1])
+    code = np.where(first == np.arange(len(first)), 0, np.where(hashes == hashes[first], 1, 2))
+    for name, part, end in zip(names, texts, ends):
+        copies = np.zeros(len(part), np.uint8)
+        copies[part] = code[end - part.sum():end]
+        np.save(f'{name}.copies.npy', copies)
+    del signatures
+    exams = collections.defaultdict(dict)
+    for name in names:
+        if any(label.startswith('benchmarks') for label in table_of(f'{name}.kept.npz', 'labels').labels):
+            for _, item in read_jsonl(f'{name}.kept.jsonl.gz'):
+                if item['kind'].startswith('benchmarks/'): # two sources may have the same one: each row once
+                    exams[item['kind']][json.dumps(item['row'], sort_keys=True)] = item['row']
+    for name, rows in exams.items():
+        write_jsonl(f'{tmp}/{name}.jsonl', rows.values())
+        print0(f'{name}.jsonl: {len(rows):,} questions')
+    pathlib.Path(f'{tmp}/work/copies').touch()
+barrier()
+exam = exam_grams(f'{tmp}/benchmarks') if 'decontaminate' in steps else None
+over_groups('clean', second_pass)
+
+# -----------------------------------------------------------------------------
+# the mixture: how often each item is taken. Weights are of bytes, among the sources of one kind
+total, fate, examples = collections.defaultdict(collections.Counter), {}, []
+for stage in 'kept', 'clean':
+    for _, report in reports(stage):
+        for key, counts in report.items():
+            total[key].update(counts) if key not in ('fate', 'examples') else None
+        for url, more in report['fate'].items():
+            fate[url] = {**fate.get(url, {}), **more}
+        examples += report['examples']
+
+if RANK == 0 and not os.path.exists(f'{tmp}/work/times'):
+    tables = [(path, table_of(f'{path}.clean.npz', 'labels', 'label', 'size', 'key')) for path, _ in reports('clean')]
+    labels = sorted({label for _, table in tables for label in table.labels.tolist()})
+    codes = [np.array([labels.index(x) for x in t.labels] or [0])[t.label] for _, t in tables]
+    label, size, key = (np.concatenate(parts) for parts in (
+        codes, [table.size for _, table in tables], [table.key for _, table in tables]))
+    n_read, bytes_of = total['read']['documents'], {label_: int(size[label == i].sum()) for i, label_ in enumerate(labels)}
+    if not any(name.startswith('text ') for name in labels) and (n_read or not labels and not total['tokens']):
+        lost = ', '.join(f"{name} dropped {total[name]['docs_in'] - total[name]['docs_out']:,}" for name in steps)
+        die(f"no document is left of {n_read:,} ({lost}); --filters=dedup,pii runs fewer steps" if n_read else
+            f'{files or source}: nothing is in there, neither documents nor conversations')
+    known = {name.split(' ', 1)[1] for name in labels}
+    if missing := set(weights) - known:
+        die(f"mixture: no documents from {', '.join(sorted(missing))}; there are {', '.join(sorted(known)) or 'none'}")
+    rng, times = np.random.default_rng(seed), np.zeros(len(label), np.uint8)
+    for kind in dict.fromkeys(name.split()[0] for name in labels):
+        here = {name.split(' ', 1)[1]: i for i, name in enumerate(labels) if name.split()[0] == kind}
+        wanted = {name: weights[name] for name in weights if name in here and weights[name]} or {
+            name: bytes_of[labels[i]] for name, i in here.items()}
+        most = [max(1, bytes_of[labels[here[name]]]) / weight for name, weight in wanted.items()]
+        budget = min(max_epochs * min(most), max(most)) # until one would be repeated too often, or all are used
+        for name, weight in wanted.items():
+            rows = rng.permutation(np.flatnonzero(label == here[name]))
+            again, rest = divmod(weight * budget * (1 - 1e-9), max(1, bytes_of[labels[here[name]]]))
+            times[rows] += int(again)
+            times[rows[np.cumsum(size[rows]) - size[rows] < rest]] += 1
+            if again:
+                print0(f'{kind}: {name} ran dry and is repeated: {weight * budget / max(1, bytes_of[labels[here[name]]]):.2f} epochs')
+    times[is_val(key)] = np.minimum(times[is_val(key)], 1)
+    for (path, table), part in zip(tables, np.split(times, np.cumsum([len(t.key) for _, t in tables])[:-1])):
+        np.save(f'{path}.times.npy', part)
+    for kind in dict.fromkeys(name.split()[0] for name in labels if name.split()[0] in ('text', *TASKS)):
+        mine = np.isin(label, [i for i, name in enumerate(labels) if name.split()[0] == kind]) & (times > 0)
+        for side, on_it in ('train', ~is_val(key)), ('val', is_val(key)):
+            if not (mine & on_it).any():
+                n, what = int(mine.sum()), 'documents' if kind == 'text' else f'rows for {kind}'
+                die(f'{n} {what} are too few, {side} has none: val_fraction = {val_fraction}')
+    pathlib.Path(f'{tmp}/work/times').touch()
+barrier()
+over_groups('mixed', third_pass)
+if RANK: # the rest is for one
+    raise SystemExit
+
+mixed = collections.defaultdict(collections.Counter)
+for path, report in reports('mixed'):
+    for key, counts in report.items():
+        mixed[key].update(counts) if key not in ('fate', 'examples') else None
+for kind, side in itertools.product(TASKS, ('train', 'val')):
+    parts = [f'{path}.{kind}_{side}.jsonl' for path, _ in reports('mixed')]
+    if parts := [part for part in parts if os.path.exists(part)]:
+        with atomic(f'{tmp}/{kind}_{side}.jsonl') as partial, open(partial, 'wb') as out:
+            for part in parts:
+                with open(part, 'rb') as f:
+                    shutil.copyfileobj(f, out)
+        print0(f"{kind}_{side}.jsonl: {mixed[f'{kind} {side}']['rows']:,} rows")
 
 # -----------------------------------------------------------------------------
 # the funnel, and how well each step found what was planted
-arrived = list(fate)
-for name in funnel if fate else ():
-    gone = {url for url in arrived if fate[url]['stopped'] == name}
-    want, have = {url for url in arrived if truth[url].get('fault') == name}, gone
-    if name == 'text': # the lines that must be there, and those that are
-        want, have = ({(url, line) for url in arrived for line in re.split(r'\s*\n\s*', page[url][key])}
-                      for page, key in ((truth, 'text'), (fate, 'extracted')))
-    elif name == 'pii':
-        want, have = ({(url, found) for url in arrived for found in page[url].get(key, ())}
-                      for page, key in ((truth, 'private'), (fate, 'found')))
-    elif name == 'dedup': # of a group of copies one must stay, whichever
-        stay = {truth[url].get('group', url): url for url in sorted(arrived, key=lambda url: url not in gone)}
-        want = set(arrived) - set(stay.values())
-    elif name == 'language': # junk is in no language: no mistake
-        have = {url for url in gone if truth[url].get('fault') != 'quality'}
-    right = len(want & have)
-    funnel[name].update(planted=len(want), precision=right / max(1, len(have)), recall=right / max(1, len(want)))
-    arrived = [url for url in arrived if url not in gone]
-print0('\nstep      documents in      out    MB in      out  planted  precision  recall  dropped')
+funnel = {name: total[name] for name in steps}
+if source == 'toytown':
+    toytown.score(dict((row['url'], row) for _, row in read_jsonl(f'{tmp}/raw/truth.jsonl')), fate, funnel)
+print0('\nstep           documents in      out    MB in      out' + '  planted  precision  recall' * bool(fate) + '  dropped')
 for name, row in funnel.items():
-    score = f"{row['planted']:>9,}{row['precision']:>11.3f}{row['recall']:>8.3f}" if fate else ' ' * 28
-    reasons = ', '.join(f'{reason} {n:,}' for reason, n in dropped[name].most_common(3))
-    print0(f"{name:<9}{row['docs_in']:>13,}{row['docs_out']:>9,}"
+    score = ''
+    if fate:
+        score = f"{row['planted']:>9,}{row['precision']:>11.3f}{row['recall']:>8.3f}" if 'planted' in row else ' ' * 28
+    reasons = ', '.join(f'{reason} {n:,}' for reason, n in total[f'dropped {name}'].most_common(3))
+    print0(f"{name:<14}{row['docs_in']:>13,}{row['docs_out']:>9,}"
            f"{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}{score}  {reasons}")
-for name, size in taken.items():
-    wanted = weights[name] / sum(weights.values())
-    print0(f'{name}: {size / 1e6:.2f} MB, {size / sum(taken.values()):.1%} of bytes (wanted {wanted:.1%})')
-print0('corpus:', ', '.join(f'{what} {n:,}' for what, n in counts.items()) or 'empty', f'| skipped: {dict(skipped)}')
-write_jsonl(f'{tmp}/funnel.json', [dict(steps=funnel, dropped=dropped, mixture=taken, counts=counts, skipped=skipped,
-                                        seconds=round(time.time() - start_time, 1))])
-for name in ours:
+for kind in 'text', *TASKS:
+    taken = mixed[f'{kind} mixture']
+    wanted = {name: weights[name] for name in taken if name in weights} or dict(taken)
+    for name, size in taken.items() if len(taken) > 1 or kind == 'text' else ():
+        print0(f'{kind}: {name} {size / 1e6:.2f} MB, {size / sum(taken.values()):.1%} of bytes '
+               f'(wanted {wanted[name] / sum(wanted.values()):.1%})')
+if total['private']:
+    print0('personal data hidden:', ', '.join(f'{kind} {n:,}' for kind, n in total['private'].most_common()))
+counts = {f'{side} {what}': mixed[f'text {side}'][key] for side in ('train', 'val')
+          for what, key in (('documents', 'rows'), ('bytes', 'bytes'))}
+print0('corpus:', ', '.join(f'{what} {n:,}' for what, n in counts.items()), f"| skipped: {dict(total['skipped'])}")
+seen = collections.Counter()
+write_jsonl(f'{tmp}/dropped.jsonl', (row for row in examples if not seen.update([(row['step'], row['reason'])])
+                                     and seen[row['step'], row['reason']] <= keep_dropped))
+write_jsonl(f'{tmp}/funnel.json', [dict(
+    steps=funnel, dropped={name: total[f'dropped {name}'] for name in steps}, private=total['private'], counts=counts,
+    mixture={kind: mixed[f'{kind} mixture'] for kind in ('text', *TASKS)}, tokens=total['tokens'],
+    skipped=total['skipped'], seconds=round(time.time() - start_time, 1))])
+for name in ours + [os.path.basename(path) for path in glob.glob(f'{glob.escape(tmp)}/*.bin')]:
     for old, new in (f'{data_dir}/{name}', f'{tmp}/old_{name}'), (f'{tmp}/{name}', f'{data_dir}/{name}'):
-        if os.path.exists(old): # all is whole: it takes the place of what an earlier run left
+        if os.path.lexists(old): # all is whole: it takes the place of what an earlier run left
             os.replace(old, new)
+shutil.rmtree(tmp)
 print0(f'written to {data_dir} in {time.time() - start_time:.1f} s')

@@ -231,3 +231,33 @@ def write_benchmarks(town, folder):
                           continuation=f" {pair['sum']}") for pair in town['sums']['val']]
     for name, rows in tests.items():
         write_jsonl(f'{folder}/toytown_{name}.jsonl', rows)
+
+# -----------------------------------------------------------------------------
+# how well each step found what was planted
+def score(truth, fate, funnel):
+    """
+    truth: {url: what was planted}; fate: {url: where it was dropped, text that was extracted, personal data found}.
+    Adds planted, precision and recall to the funnel's rows. What is planted as junk is for four steps together.
+    """
+    arrived, junk = [url for url in fate if url in truth], ('repetition', 'quality', 'c4', 'fineweb')
+    for name in funnel:
+        gone = {url for url in arrived if fate[url]['stopped'] == name}
+        if name in junk: # judged with the last of them that runs
+            if name != [step for step in funnel if step in junk][-1]:
+                continue
+            gone = {url for url in arrived if fate[url]['stopped'] in junk}
+        want, have = {url for url in arrived if truth[url].get('fault') == ('quality' if name in junk else name)}, gone
+        if name == 'text': # the lines that must be there, and those that are
+            want, have = ({(url, line) for url in arrived for line in re.split(r'\s*\n\s*', page[url][key])}
+                          for page, key in ((truth, 'text'), (fate, 'extracted')))
+        elif name == 'pii':
+            want, have = ({(url, found) for url in arrived for found in page[url].get(key, ())}
+                          for page, key in ((truth, 'private'), (fate, 'found')))
+        elif name == 'dedup': # of a group of copies one must stay, whichever
+            stay = {truth[url].get('group', url): url for url in sorted(arrived, key=lambda url: url not in gone)}
+            want = set(arrived) - set(stay.values())
+        elif name == 'language': # junk is in no language: no mistake
+            have = {url for url in gone if truth[url].get('fault') != 'quality'}
+        right = len(want & have)
+        funnel[name].update(planted=len(want), precision=right / max(1, len(have)), recall=right / max(1, len(want)))
+        arrived = [url for url in arrived if url not in gone]
