@@ -20,8 +20,8 @@ byte. Both folders lie where every node sees them. A thousand WARC files are 1 T
 and 2 million pages that stay; rank 0 holds the duplicate index, half a kilobyte a page, and every other rank one
 document. Whatever is killed goes on where it was: what a finished file gave is in data_dir/.partial until the end.
 """
-import array, collections, datetime, functools, glob, gzip, hashlib, itertools, json, math, os, pathlib, re, shutil
-import time, zlib
+import array, collections, datetime, functools, glob, gzip, hashlib, itertools, json, os, pathlib, re, shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +29,9 @@ import torch.distributed as dist
 
 import model
 from configurator import configure
+from dedup import FACTOR, grams, near_duplicates, signature, words_of
 from extract import decode, html_to_text
+from language import CODES, language_scores
 from model import RANK, atomic, check_settings, die, print0, read_jsonl, write_jsonl
 from privacy import KINDS, hide
 from sources import SOURCES, download, fetch, read_file
@@ -100,6 +102,8 @@ for name, given, known in (('source', source, ['toytown', 'files', *SOURCES]), (
 if 'toytown' in source and source != 'toytown':
     die(f"source = '{source}': toytown stands alone, its exams know what its documents tell")
 check_settings(config)
+if wrong := set(languages.split(',')) - set(CODES):
+    die(f"languages = '{languages}' has no {', '.join(sorted(wrong))}; known are {','.join(CODES)}")
 if not re.fullmatch(r'([^:,]+:\s*\d*\.?\d+\s*(,|$))*', mixture):
     die(f"mixture = '{mixture}' is not of the form web:0.7,books:0.3")
 weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)}
@@ -120,7 +124,7 @@ if 'files' in source.split(','):
 if lost := [path for _, path in inputs if os.path.relpath(path, data_dir).split(os.sep)[0] in ours]:
     die(f'{lost[0]} would be replaced by what is made of it: move it out of {data_dir}')
 code = [os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{name}.py')
-        for name in ('prepare_data', 'extract', 'sources', 'toytown')]
+        for name in 'prepare_data dedup extract forms language privacy sources toytown warc'.split()]
 about = [config, [(path, *os.stat(path)[6:9:2]) for path in [*(path for _, path in inputs), *code]]]
 about = json.dumps([about, os.path.getmtime(world) if os.path.exists(world) else 0])
 if RANK == 0 and not (os.path.exists(f'{tmp}/about') and open(f'{tmp}/about', encoding='utf-8').read() == about):
@@ -183,46 +187,11 @@ def text_step(doc):
     doc['text'] = text.strip()
     return None if doc['text'] else 'no text'
 
-WORD = re.compile(r'[\u0900-\u0dff]+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+')
-
-def language_table(path):
-    """-> {code: column}, {word: row}, log P(word | language) (words + 1, languages): the last row is any other word."""
-    with open(path, encoding='utf-8') as f:
-        table = json.load(f) # {code: [words, ...]}, where the words of the i-th string come once in 2^i
-    words = {word for strings in table.values() for string in strings for word in string.split()}
-    rows = {word: i for i, word in enumerate(sorted(words))}
-    p = np.zeros((len(rows) + 1, len(table) + 1))
-    for column, strings in enumerate(table.values()):
-        for i, words in enumerate(strings):
-            p[[rows[word] for word in words.split()], column] = 2.0**-i
-    p[-1] = np.clip(1 - p.sum(0), 0.35, 0.6) # the share of words that are not in the table
-    p[:-1, -1], p[-1, -1] = p[:-1, :-1].mean(1), 0.7 # 'und', no language known here: now and then anybody's word
-    return {code: i for i, code in enumerate([*table, 'und'])}, rows, np.log(np.maximum(p, 1e-5))
-
-here = os.path.dirname(os.path.abspath(__file__))
-CODES, ROWS, LOG_P = language_table(os.path.join(here, 'config', 'languages.json'))
-
-def language_scores(text, sure=50):
-    """-> {code: probability} by naive Bayes over the words of the table; 'und' stands for every other language and for
-    no language at all. Words depend on each other, so any number of them counts as `sure` at most. A page half in
-    one language and half in another is mostly 'und': it is too rare in either."""
-    counts = collections.Counter(WORD.findall(text[:10_000].lower()))
-    known = [word for word in counts if word in ROWS]
-    n, n_of = counts.total(), np.array([counts[word] for word in known], float)
-    log_p = n_of @ LOG_P[[ROWS[word] for word in known]] + (n - n_of.sum()) * LOG_P[-1]
-    log_p[-1] += 5 # and two or three words prove nothing, say those over a table of numbers
-    p = np.exp((log_p - log_p.max()) * min(1, sure / max(1, n)))
-    return dict(zip(CODES, (p / p.sum()).tolist()))
-
 def language_step(doc):
     """The page is in one of the wanted languages. FineWeb: English at fastText's 0.65."""
     scores = language_scores(doc['text'])
     return None if max(scores.get(code, 0) for code in languages.split(',')) >= min_language else max(
         scores, key=scores.get, default='no language')
-
-@functools.lru_cache(1)
-def words_of(text):
-    return [word.strip('.,;:!?"\'()').lower() for word in text.split()]
 
 @functools.lru_cache(1)
 def lines_of(text):
@@ -231,20 +200,6 @@ def lines_of(text):
 def key_of(text):
     """64 bits that depend on the text alone: on every machine and in every run the same."""
     return int.from_bytes(hashlib.sha256(text.encode('utf-8', 'replace')).digest()[:8], 'big')
-
-def grams(words, n):
-    """A hash of each run of n words. -> (len(words) - n + 1,) uint64"""
-    hashes = mix(np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words)))
-    runs = hashes[:max(0, len(words) - n + 1)]
-    for k in range(1, n): # an odd factor: the order of the words counts
-        runs = runs * np.uint64(0x9E3779B97F4A7C15) + hashes[k:k + len(runs)]
-    return mix(runs)
-
-def mix(x):
-    """The last steps of MurmurHash3 (Appleby 2011), uint64 -> uint64: each bit of x moves all of the result."""
-    for constant in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        x = (x ^ x >> np.uint64(33)) * np.uint64(constant)
-    return x ^ x >> np.uint64(33)
 
 def repetition_step(doc):
     """Gopher (Rae et al. 2021, A1.1): said over and over? Shares of what stood before, in number and in characters."""
@@ -259,12 +214,11 @@ def repetition_step(doc):
     words = words_of(doc['text'])
     ends = np.cumsum([len(word) + 1 for word in words]) # as if they were joined by spaces
     starts, limits = np.append(0, ends), [*enumerate(max_top_ngram, 2), *enumerate(max_repeated_ngrams, 5)]
-    single = grams(words, 1)
-    hashes = single
-    for n, limit in limits: # (limits name n = 2, 3, ..., 10 in this order)
+    hashes = single = grams(words, 1)
+    for n, limit in limits: # n = 2, 3, ..., 10: each made of the one before
         if len(words) < n:
             break
-        hashes = hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + single[n - 1:]
+        hashes = hashes[:-1] * FACTOR + single[n - 1:]
         size = ends[n - 1:] - starts[:len(hashes)] - 1 # (len(words) - n + 1,) characters
         _, first, count = np.unique(hashes, return_index=True, return_counts=True)
         if n < 5:
@@ -275,10 +229,10 @@ def repetition_step(doc):
             share = size.sum() # an upper bound: most texts need no more
             if share > limit * ends[-1]: # what stood before is jumped over, so that no character counts twice
                 i, share, seen, size = 0, 0, set(), ends[n - 1:] - starts[:len(hashes)] - 1
-                hashes = hashes.tolist()
                 while i < len(hashes):
-                    share += size[i] * (hashes[i] in seen)
-                    i, _ = (i + n, 0) if hashes[i] in seen else (i + 1, seen.add(hashes[i]))
+                    run, again = int(hashes[i]), int(hashes[i]) in seen
+                    share, i = share + size[i] * again, i + (n if again else 1)
+                    seen.add(run)
         if share > limit * ends[-1]:
             return f'repeated {n}-grams'
 
@@ -345,54 +299,6 @@ def decontaminate_step(doc):
     at = np.searchsorted(exam[0], have)
     hit = np.flatnonzero(exam[0][np.minimum(at, len(exam[0]) - 1)] == have) if len(exam[0]) else []
     return f'question of {exam[1][at[hit[0]]]}' if len(hit) else None
-
-# -----------------------------------------------------------------------------
-# duplicates: FineWeb's MinHash (Broder 1997): 112 hashes of the runs of five words, in 14 bands of 8
-hash_a, hash_b = np.random.default_rng(0).integers(0, 2**32, (2, 112), np.uint32)
-hash_a |= np.uint32(1) # odd: x -> a x + b mod 2**32 is one to one
-
-def signature(text):
-    """The smallest of its runs of five words by each of 112 hashes: two texts share one as often as they are alike."""
-    words = words_of(text)[:100_000] # the start of a long book will do
-    runs, smallest = grams(words + [''] * (5 - len(words)), 5).astype(np.uint32), np.full(112, 2**32 - 1, np.uint32)
-    for i in range(0, len(runs), 256): # blocks that fit the cache
-        np.minimum(smallest, (runs[i:i + 256, None] * hash_a + hash_b).min(0), out=smallest)
-    return smallest
-
-def near_duplicates(signatures, hashes, threshold=0.7):
-    """
-    signatures (n, 112) uint32, hashes (n,) uint64 of the whole texts -> (n,) int64: the kept text each is a copy of, or
-    itself. As a star: who goes is like a text that stays, not only like one that went. So the order decides, and in a
-    chain a ~ b ~ c, where c is not like a, b goes and c stays.
-    """
-    first = left = np.arange(len(signatures))
-    stays = set() # those that somebody went for
-    for _ in range(3): # again without those that went, who may have stood between two others
-        pairs, shares = np.zeros(0, np.int64), np.zeros(len(left), bool)
-        for band in range(15): # the last for exact copies
-            keys = hashes[left] if band == 14 else np.zeros(len(left), np.uint64)
-            for i in range(8 * band, min(112, 8 * band + 8)):
-                keys = mix(keys + signatures[left, i])
-            order = np.argsort(keys, kind='stable')
-            same = np.append(False, keys[order[1:]] == keys[order[:-1]]) # as the one before
-            later = np.flatnonzero(same)
-            heads = np.maximum.accumulate(np.where(same, 0, np.arange(len(left))))[later] # the first of the equal ones
-            shares[order[later]] = shares[order[heads]] = True
-            both = left[order[later]] * len(signatures)
-            pairs = np.unique(np.concatenate([pairs, both + left[order[heads]], both + left[order[later - 1]]]))
-        first = first.copy()
-        for part in np.split(pairs, range(4096, len(pairs), 4096)): # sorted by the later text, then the earlier one
-            late, early = np.divmod(part, len(signatures))
-            alike = (signatures[late] == signatures[early]).mean(1) >= threshold
-            for i, j in zip(late[alike].tolist(), early[alike].tolist()):
-                if first[j] == j and first[i] == i and i not in stays:
-                    first[i] = j
-                    stays.add(j)
-        gone = first[left] != left
-        left = left[shares & ~gone]
-        if not gone.any():
-            break
-    return first
 
 # -----------------------------------------------------------------------------
 # the flow, in passes over the files. What a pass makes of a group of files is whole or not there: a run that was killed

@@ -242,6 +242,8 @@ def score(truth, fate, funnel):
     arrived, junk = [url for url in fate if url in truth], ('repetition', 'quality', 'c4', 'fineweb')
     for name in funnel:
         gone = {url for url in arrived if fate[url]['stopped'] == name}
+        if name == 'decontaminate': # nothing is planted
+            continue
         if name in junk: # judged with the last of them that runs
             if name != [step for step in funnel if step in junk][-1]:
                 continue

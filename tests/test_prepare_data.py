@@ -51,6 +51,9 @@ def documents(folder, side='*'):
         for row in rows(path)
     ]
 
+def funnel(folder):
+    return json.loads((Path(folder) / 'funnel.json').read_text(encoding='utf-8'))
+
 def contents(folder):
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
@@ -115,13 +118,13 @@ def test_another_seed_is_another_world(world, tmp_path):
 
 def test_filters_find_what_was_planted(world):
     funnel = json.loads((world[0] / 'funnel.json').read_text(encoding='utf-8'))['steps']
-    for name in ('url', 'text', 'language', 'quality', 'dedup', 'pii'):
+    for name in ('url', 'text', 'language', 'fineweb', 'dedup', 'pii'): # fineweb stands for the four that drop junk
         assert funnel[name]['planted'] > 20, name
         assert funnel[name]['precision'] >= 0.95 and funnel[name]['recall'] >= 0.95, (name, funnel[name])
 
 def test_the_steps_never_see_the_truth():
     source = Path(SCRIPT).read_text(encoding='utf-8')
-    steps = source[source.index('\n# reading:') : source.index('\n# the funnel')]
+    steps = source[source.index('\n# the steps: each') : source.index('\n# the funnel')]
     assert [
         line for line in steps.split('\n') if 'truth' in line and 'toytown' not in line and 'truth.jsonl' not in line
     ] == []
@@ -291,10 +294,8 @@ def test_duplicates(tmp_path):
         f'word{i} and the thing{i} of it.' for i in range(60)
     )
     rows_in = [{'text': t} for t in (base, base, near, other, story('x', 'y').upper()[:200] + other[::-1])]
-    g = run(
-        tmp_path / 'out', source='files', files=write(tmp_path / 'a.jsonl', rows_in), filters='dedup', val_fraction=0.5
-    )
-    assert g['dropped']['dedup'] == {'exact': 1, 'near': 1}
+    run(tmp_path / 'out', source='files', files=write(tmp_path / 'a.jsonl', rows_in), filters='dedup', val_fraction=0.5)
+    assert funnel(tmp_path / 'out')['dropped']['dedup'] == {'exact': 1, 'near': 1}
 
 def test_language_and_quality(world):
     g = world[1]
@@ -313,20 +314,35 @@ def test_language_and_quality(world):
     assert (
         g['language_step'](doc(spanish)) and g['language_step'](doc(scots)) and g['language_step'](doc('猫は家にいる'))
     )
-    assert g['quality_step'](doc(' '.join(english.split()[:50]) + '.')) is None  # just at the floor
+    def reason(text):
+        """Of the steps in their order, the first that drops a page, and why."""
+        page = doc(text)
+        for name in ('repetition', 'quality', 'c4', 'fineweb'):
+            if why := g[f'{name}_step'](page):
+                return f'{name}: {why}'
+        return page['text']
+    five = english.replace(', and', '. And').replace(', but', '. But')
+    assert reason(' '.join(five.split()[:50]) + '.').startswith('The old')  # just at the floor
     bad = {
-        'words': 'Too short.',
-        'lorem': english + ' Lorem ipsum.',
-        'symbols': english + ' # ... ' * 20,
-        'repeated lines': (english[:90] + '\n') * 9,
-        'stop words': 'cheap lantern shop sale ' * 20,
-        'gram': english * 3,
-        'letters': english + ' 12 34 56 78' * 10,
+        'quality: number of words': 'Too short.',
+        'c4: lorem ipsum': five + ' Lorem ipsum.',
+        'c4: curly bracket': five + ' It is {name}.',
+        'c4: few sentences': english.replace('.', ',') + ' It was so.',
+        'quality: symbols': five + ' # ... ' * 20,
+        'repetition: repeated lines': (five[:90] + '\n') * 9,
+        'repetition: repeated paragraphs': '\n\n'.join(['one\ntwo is here', 'it'] * 2 + ['a', 'b', 'c\nd', five[:9]]),
+        'repetition: repeated 2-grams': 'the shop ' + ' '.join(f'the shop word{i}' for i in range(40)),
+        'repetition: repeated 10-grams': ' '.join(f'w{i}' for i in range(100)) + ' w80 w81 w82 w83 w84 w85 w86 w87 w88 '
+                                         'w89 w90 w91 w92 end',
+        'quality: stop words': ' '.join(f'cheap{i} lantern{i} shop{i} sale{i}' for i in range(20)).translate(
+            {ord(str(d)): 'abcdefghij'[d] for d in range(10)}),
+        'quality: letters': five + ' 12 34 56 78' + ''.join(f' {i}' for i in range(30)),
+        'fineweb: short lines': five + ''.join(f'\nThis line {i} is short.' for i in range(9)),
+        'fineweb: punctuation': five + ''.join(f'\nthis is a line without an end, number {i}' for i in range(20)),
     }
-    for reason, text in bad.items():
-        assert reason in (g['quality_step'](doc(text)) or ''), (reason, g['quality_step'](doc(text)))
-    page = doc('Please enable JavaScript.\n' + english)
-    assert g['quality_step'](page) is None and 'JavaScript' not in page['text']
+    assert {why: reason(text) for why, text in bad.items()} == {why: why for why in bad}
+    page = doc('Please enable JavaScript.\n' + five)
+    assert g['c4_step'](page) is None and 'JavaScript' not in page['text']
 
 def test_url(world):
     step = lambda url: world[1]['url_step']({'url': url, 'html': b''})
@@ -355,10 +371,9 @@ def test_a_cut_warc_and_junk_in_it(world, tmp_path):
         b'junk\r\nWARC/1.0\r\nWARC-Type: response\r\nContent-Length: 99999\r\n\r\nHTTP/1.1 200 OK\r\n\r\nshort'
     )
     (tmp_path / 'no.warc.gz').write_bytes(b'no gzip')
-    g = run(tmp_path / 'out', source='files', files=f"{tmp_path}/*.warc*")
-    assert (
-        g['skipped'] == {'damaged WARC file': 2, 'WARC record cut short': 1} and len(documents(tmp_path / 'out')) > 50
-    )
+    run(tmp_path / 'out', source='files', files=f"{tmp_path}/*.warc*")
+    assert funnel(tmp_path / 'out')['skipped'] == {'damaged WARC file': 2, 'WARC record cut short': 1}
+    assert len(documents(tmp_path / 'out')) > 50
 
 TALK = [{'role': 'user', 'content': 'Hi %d'}, {'role': 'assistant', 'content': 'Hello.'}]
 
@@ -456,7 +471,8 @@ def test_files_of_every_form(tmp_path):
         ('a.jsonl', [{'messages': TALK}], r'too few'),
         ('a.txt', '', 'no document is left|nothing'),
         ('a.txt', 'Too short.', 'no document is left'),
-        ('a.bin', 'x', 'of a known kind'),
+        ('a.exe', 'x', 'of a known kind'),
+        ('a.bin', 'x', r'a\.bin is no token shard'),
         ('a.jsonl.gz', 'no gzip', r'a\.jsonl\.gz'),
     ],
 )
@@ -513,8 +529,9 @@ def test_mixture_and_stale_files(tmp_path):
     write(tmp_path / 'chat_train.jsonl', 'from an earlier run')
     lines = lambda word: [{'text': ' '.join(f'{word}{i}x{j}' for j in range(40))} for i in range(200)]
     files = f"{write(tmp_path / 'a.jsonl', lines('one'))},{write(tmp_path / 'b.jsonl', lines('two'))}"
-    g = run(tmp_path, source='files', files=files, filters='dedup', mixture='a:0.8,b:0.2')
-    share = g['taken']['a'] / sum(g['taken'].values())
+    run(tmp_path, source='files', files=files, filters='dedup', mixture='a:0.8,b:0.2')
+    taken = funnel(tmp_path)['mixture']['text']
+    share = taken['a'] / sum(taken.values())
     assert abs(share - 0.8) < 0.01 and len(documents(tmp_path)) == 250
     assert not (tmp_path / 'chat_train.jsonl').exists()
 
@@ -528,10 +545,10 @@ def test_real_files(tmp_path):
         'core/arc_easy.jsonl',
         'web/*.warc.gz',
     )
-    g = run(tmp_path, source='files', files=','.join(f'{REAL}/{name}' for name in names))
+    run(tmp_path, source='files', files=','.join(f'{REAL}/{name}' for name in names))
     assert sum(d['source'] == 'shakespeare' for d in documents(tmp_path)) > 200
-    assert g['counts']['train documents'] > 200 and len(g['rows_of']['preferences']) == 2308
-    assert g['skipped']['turns in another order than user, assistant'] == 4 # of 2,312: a person speaks twice in a row
+    assert sum(len(rows(tmp_path / f'preferences_{side}.jsonl')) for side in ('train', 'val')) == 2308
+    assert funnel(tmp_path)['skipped']['turns in another order than user, assistant'] == 4 # of 2,312: a person speaks twice in a row
 
 def test_ctrl_c_leaves_the_old_data_whole(tmp_path):
     write(tmp_path / 'chat_train.jsonl', 'old')
@@ -547,4 +564,4 @@ def test_ctrl_c_leaves_the_old_data_whole(tmp_path):
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=20)
     assert child.returncode and 'Traceback' not in errors and 'stopped' in errors
-    assert [p.name for p in tmp_path.iterdir()] == ['chat_train.jsonl']
+    assert {p.name for p in tmp_path.iterdir()} == {'chat_train.jsonl', '.partial'} # where the next run goes on

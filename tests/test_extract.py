@@ -1,0 +1,99 @@
+"""extract.py: lines of lists, tables, code; what is no main text; charsets; broken and hostile pages."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from extract import MAX_CHARS, decode, html_to_text
+
+STORY = 'The old house stood at the end of the long road, and nobody had lived in it for many, many years. '
+
+def test_lines_of_lists_tables_code_headings_and_breaks():
+    page = f'''<p>{STORY}</p><h2>Head <em>line</em></h2><p>one<br>two &lt;b&gt;</p><ul><li>a<li><p>b</p><p>b2</p></li></ul>
+<table><tr><th>x<th>y</tr><tr><td>1</td><td><b>2</b></td></tr></table><pre>
+def f():
+    return  1 &lt; 2
+</pre><p>A <a name=here>named</a> place,
+broken line.<p>{STORY}'''
+    assert html_to_text(page) == (
+        f'{STORY.strip()}\n\nHead line\n\none\ntwo <b>\n\n- a\n- b\n\nb2\n\nx | y\n1 | 2\n\n'
+        f'def f():\n    return  1 < 2\n\nA named place, broken line.\n\n{STORY.strip()}'
+    )
+
+@pytest.mark.parametrize(
+    'noise',
+    [
+        '<nav>NOISE</nav>',
+        '<div class="shareButtons">NOISE</div>',
+        '<div id=comments><p>NOISE. ' + STORY * 3 + '</div>',
+        '<div style="display: none"><p>NOISE.</div>',
+        '<script>if (1 < 2) "<p>NOISE.</p>"</script>',
+        '<style>NOISE</style>',
+        '<!-- <p>NOISE.</p> -->',
+        '<ul><li><a href=1>NOISE</a><li><a href=2>NOISE</a></ul>',
+        '<div role="contentinfo">NOISE.</div>',
+        '<svg><text>NOISE</text></svg>',
+        '<p>Read more: NOISE</p>',
+        '<img alt="a > NOISE">',
+    ],
+)
+def test_no_main_text(noise):
+    text = html_to_text(f'<body><div><p>{STORY}</p>{noise}<p>Second. {STORY}</p></div></body>')
+    assert text == f'{STORY.strip()}\n\nSecond. {STORY.strip()}'
+
+def test_the_article_of_a_page_is_chosen_and_a_misleading_class_is_not_believed():
+    outside = '<div><p>Outside. ' + STORY + '</p></div>'
+    assert html_to_text(f'{outside}<article><p>{STORY * 3}</p></article>') == (STORY * 3).strip()
+    assert 'Outside' in html_to_text(f'{outside}<article><p>Short.</p></article>') # it holds too little
+    assert html_to_text(f'<div class="comments"><p>{STORY * 4}</div>') == (STORY * 4).strip() # there is nothing else
+
+@pytest.mark.parametrize('label, codec', [('gb2312', 'gb18030'), ('shift_jis', 'cp932'), ('big5', 'big5hkscs')])
+def test_charsets_as_browsers_alias_them(label, codec):
+    for text in {'gb18030': '镕基', 'cp932': '①', 'big5hkscs': '㗎'}[codec], '':
+        assert decode(text.encode(codec), f'text/html; charset={label}') == text
+        assert decode(f'<meta charset="{label}">{text}'.encode(codec)).endswith(f'>{text}')
+
+def test_charset_order_and_doubt():
+    assert decode('é'.encode('utf-8-sig'), 'charset=koi8-r') == 'é' # the mark beats the header
+    assert decode('<meta charset=koi8-r>é'.encode(), 'charset=utf-8').endswith('é') # the header beats the tag
+    assert decode('“é”'.encode('cp1252'), 'charset=iso-8859-1') == '“é”'
+    assert decode(b'+AGE-', 'charset=utf-7') == '+AGE-' # no browser reads UTF-7 any more
+    assert decode('<meta charset=utf-16>é'.encode()).endswith('é') # whoever could read this tag reads no UTF-16
+    assert decode(b'') == ''
+
+N = 1_000_000
+@pytest.mark.parametrize(
+    'page',
+    [
+        '<' * N,
+        '<!' * N,
+        '<a ' * N,
+        '<!--' * N,
+        '<script>' * N,
+        '<a href="' * N,
+        "<p class='x" * N,
+        '<a ' + '=' * N,
+        '&#' + '9' * N,
+        '&' * N,
+        '\0' * N,
+        '<div>' * 100_000 + '</p>' * 100_000 + 'deep',
+        '<table><tr><td>' * 50_000,
+        'word ' * 10 * N,
+    ],
+    ids=lambda page: page[:12],
+)
+def test_hostile_pages_take_seconds_not_hours(page):
+    start = time.process_time()
+    assert len(html_to_text(page)) <= MAX_CHARS
+    assert time.process_time() - start < 20 # quadratic ones would take hours; on a slow machine these take two
+
+def test_script_prints_the_text_and_says_what_is_wrong(tmp_path):
+    (tmp_path / 'page.html').write_bytes(b'<p>caf\xe9 is open.')
+    run = lambda *args: subprocess.run([sys.executable, str(ROOT / 'extract.py'), *args], capture_output=True, cwd=tmp_path)
+    assert run('page.html').stdout.decode().strip() == 'café is open.'
+    assert run('no.html').returncode == 1 and run('no.html').stderr.count(b'\n') == 1
