@@ -23,6 +23,7 @@ VOID = set('area base body br col embed head hr html img input link meta param s
 INLINE = set('abbr acronym b bdi bdo big cite code data del dfn em font i ins kbd label mark nobr q rb rt ruby s samp '
              'small span strike strong sub sup time tt u var'.split())
 SKIP = set('aside audio button canvas datalist dialog footer form map math menu nav object select svg video'.split())
+LINES = set('li dd dt td th pre'.split()) # short texts are usual in them
 REPEATS = set('p li dt dd tr td th option h1 h2 h3 h4 h5 h6'.split())
 NOT_TEXT = 'script style title textarea iframe noscript noembed noframes template xmp'.split()
 RAW = re.compile(rf"<(?:!--|({'|'.join(NOT_TEXT)})\b)", re.I)
@@ -31,6 +32,7 @@ RAW_END = {tag: re.compile(f'</{tag}[^>]*>?', re.I) for tag in NOT_TEXT}
 TAG = re.compile(r'''<(?:(/?[a-zA-Z][^\s/>]*)([^>=]*(?:=(?:\s*"[^"]*"?|\s*'[^']*'?)?[^>=]*){0,500})|[!?/][^>]*)>?''')
 NAMES = re.compile(r'''\b(?:class|id|role|itemprop)\s*=\s*("[^"]*|'[^']*|[^\s>]+)''', re.I)
 HIDDEN = re.compile(r'''\shidden(?![\w-])|display\s*:\s*none|aria-hidden\s*=\s*["']?true''', re.I)
+WORD = re.compile('[A-Z]?[a-z]+|[A-Z]+')
 LONG_NUMBER = re.compile('&#(?:[0-9]{8}|[xX][0-9a-fA-F]{8})[0-9a-fA-F]*') # on which int() fails or takes for ever
 BREAK = '\x1e' # stands for <br> until white space is squeezed
 # what the words of a class, id or role say (cut at '-', '_' and capitals): no main text, or this is it
@@ -47,11 +49,12 @@ GOOD = re.compile(r'(?:article|post|entry|story|news|blog|main|page)[-_]?(?:body
                   r'(?:body|content)[-_]?(?:article|post|entry|text)|\b(?:h?entry|post)\b', re.I)
 # short lines that head or make up what is left of a page's furniture, in the languages of many pages
 LEFTOVER = re.compile(
-    r'share|tweet|teilen|drucken|print|tags?|schlagw|kategorie|categor|temas|kontakt|impressum|source:|quelle|foto|'
-    r'photo|bild:|©|getty|related|more (on|from|about)|read (more|also)|see also|you (might|may)|also read|'
+    r'(share|tweet|teilen|drucken|print|tags?|temas|photo|foto|folge|related|subscribe|newsletter|comments?)\b|'
+    r'schlagw|kategorie|categories|kontakt|impressum|source:|quelle|'
+    r'bild:|©|getty|more (on|from|about)|read (more|also)|see also|you (might|may)|also read|'
     r'mehr (zu|zum|aus|von)|weitere |verwandte|ähnliche|das könnte|auch interessant|lesen sie|am meisten|'
-    r'follow (us|the)|folge|leave a|post a comment|hinterlasse|schreibe einen|kommentar|comments?\b|view comments|'
-    r'sign up|subscribe|newsletter|copyright|all rights|this entry was|posted (in|by|on)|filed under|'
+    r'follow (us|the)|leave a|post a comment|hinterlasse|schreibe einen|kommentar|view comments|'
+    r'sign up|copyright|all rights|this entry was|posted (in|by|on)|filed under|'
     r'letzte änderung|last (modified|updated)|zurück|back to|inne artyku|źródło|czytaj|zobacz|lire aussi|à lire|'
     r'lea también|advertisement|anzeige|diesen (artikel|beitrag)|artikel teilen|permalink', re.I)
 
@@ -72,12 +75,10 @@ def strip(page):
 @functools.lru_cache(20_000) # the same few again and again
 def verdict(attrs):
     """What its attributes say about an element: -1 no main text, 1 or 2 the main text, 0 nothing."""
-    if HIDDEN.search(attrs):
-        return -1
     names = ' '.join(NAMES.findall(attrs))
-    if BAD & set(re.findall('[a-z]+', re.sub('([a-z])([A-Z])', r'\1 \2', names).lower())):
+    if not BAD.isdisjoint(map(str.lower, WORD.findall(names))) or HIDDEN.search(attrs):
         return -1
-    return 2 if GOOD.search(names) else 1 if re.search(r'''role\s*=\s*["']?main''', attrs) else 0
+    return 2 if GOOD.search(names) else int('main' in names and 'role' in attrs)
 
 def scan(page, by_name=True):
     """-> blocks in order, the parent of each element, its verdict. by_name: leave out what a name gives away."""
@@ -94,8 +95,7 @@ def scan(page, by_name=True):
         buffer.clear()
         if not text or text.isspace(): # as between most tags
             return
-        if '&' in text:
-            text = html.unescape(LONG_NUMBER.sub('\ufffd', text))
+        text = html.unescape(LONG_NUMBER.sub('\ufffd', text)) if '&' in text else text
         if opened['pre']:
             text = text.replace(BREAK, '\n').strip('\r\n').rstrip()
         else:
@@ -114,13 +114,11 @@ def scan(page, by_name=True):
 
     for tag, attrs, text in zip(parts, parts, parts): # the text is what follows the tag
         tag = tag.lower() if tag else 'b' # a bogus comment such as <!doctype html>
-        name = tag.lstrip('/')
+        name = tag[1:] if tag[0] == '/' else tag
         if name in INLINE:
             pass
-        elif tag == 'a':
-            link = len(stack) if 'href' in attrs.lower() else 0
-        elif tag == '/a':
-            link = 0
+        elif name == 'a': # the second of two starts, or an end, ends the first
+            link = len(stack) if tag == 'a' and ('href' in attrs or 'HREF' in attrs) else 0
         elif name in VOID:
             if tag == 'br' and not skip:
                 buffer.append(BREAK)
@@ -137,7 +135,7 @@ def scan(page, by_name=True):
                 pop()
             stack.append((name, len(parent)))
             opened[name] += 1
-            said = verdict(attrs[:400]) if len(attrs) > 4 else 0
+            said = 0 if skip or len(attrs) < 5 else verdict(attrs[:400])
             parent.append(stack[-2][1])
             verdicts.append(max(said, 1) if name in ('article', 'main') else said)
             if not skip and (name in SKIP or by_name and verdicts[-1] < 0
@@ -166,10 +164,11 @@ def choose(blocks, parent, verdicts):
     paragraphs = [i for i, (_, n) in enumerate(rows) if n] or [0, len(rows)]
     kept = []
     for i, (b, n) in enumerate(rows):
-        heading, lined = re.fullmatch('h[1-6]', b.kind), b.kind in ('li', 'td', 'th', 'dd', 'dt', 'pre') or '\n' in b.text
-        edge = i > paragraphs[-1] or i < paragraphs[0] and not heading # no paragraph comes after it, or before
+        heading, lined = re.fullmatch('h[1-6]', b.kind), b.kind in LINES or '\n' in b.text
+        edge = i > paragraphs[-1] or i < paragraphs[0] and not heading # of the article: no paragraph before or after
         short = len(b.text) < 60 and not b.text.endswith(('.', '!', '?', '"', '”'))
-        if not (edge and short and not lined or len(b.text) < 120 and b.kind != 'pre' and LEFTOVER.match(b.text)):
+        limit = 0 if b.kind == 'pre' else 15 if b.text.endswith('.') else 120 # "Share prices fell." is a sentence
+        if not (edge and short and not lined or len(b.text) < limit and LEFTOVER.match(b.text)):
             kept.append(b)
     return kept
 
@@ -179,23 +178,22 @@ def html_to_text(page):
     if size(blocks) < 200: # names of classes may mislead; half of a page is no menu
         again = choose(*scan(page, by_name=False))
         blocks = again if size(again) > 2 * size(blocks) + 200 else blocks
-    text, last, items = [], None, ('li', 'dd', 'dt')
+    parts, last = [], Block('', 0, 0, '', 0)
     for b in blocks:
-        if last:
-            same = b.row and last.row == b.row and b.kind in ('td', 'th') and len(b.text) + len(last.text) < 400
-            lines = b.row and last.row and b.kind in ('td', 'th') or b.kind in items and last.kind in items
-            text.append(' | ' if same else '\n' if lines else '\n\n')
-        text.append('- ' * (b.kind == 'li') + b.text)
+        cell = b.row and b.row == last.row and b.kind in ('td', 'th') and len(b.text) + len(last.text) < 400
+        line = b.kind in LINES and last.kind in LINES and 'pre' not in (b.kind, last.kind)
+        parts += [' | ' if cell else '\n' if line else '\n\n' if parts else '', '- ' * (b.kind == 'li'), b.text]
         last = b
-    return ''.join(text)
+    return ''.join(parts)
 
 # labels that mean another charset to browsers (whatwg.org, Encoding); only those in CHARSET are believed at all
-ALIAS = dict(pair.split(':') for pair in '''iso-8859-1:cp1252 iso8859-1:cp1252 latin1:cp1252 latin-1:cp1252 ascii:cp1252
-    us-ascii:cp1252 iso-8859-9:cp1254 iso-8859-11:cp874 tis-620:cp874 gb2312:gb18030 gbk:gb18030 x-gbk:gb18030
-    big5:big5hkscs shift_jis:cp932 shift-jis:cp932 sjis:cp932 x-sjis:cp932 euc-kr:cp949 ks_c_5601-1987:cp949
-    iso-8859-8-i:iso-8859-8 macintosh:mac_roman x-mac-cyrillic:mac_cyrillic utf-16:utf-16-le'''.split())
-CHARSET = re.compile(r'utf-?(8|16-?[lb]e)|(windows-|cp)\d+|iso-?8859-\d+|koi8-[ru]|gb18030|big5hkscs|euc-jp|iso-2022-jp|'
-                     r'mac_\w+')
+ALIAS = dict(pair.split(':') for pair in '''iso-8859-1:cp1252 iso8859-1:cp1252 latin1:cp1252 latin-1:cp1252
+    ascii:cp1252 us-ascii:cp1252 iso-8859-9:cp1254 iso-8859-11:cp874 tis-620:cp874 gb2312:gb18030 gbk:gb18030
+    x-gbk:gb18030 big5:big5hkscs shift_jis:cp932 shift-jis:cp932 sjis:cp932 x-sjis:cp932 euc-kr:cp949
+    ks_c_5601-1987:cp949 iso-8859-8-i:iso-8859-8 macintosh:mac_roman x-mac-cyrillic:mac_cyrillic
+    utf-16:utf-16-le'''.split())
+CHARSET = re.compile(r'utf-?(8|16-?[lb]e)|(windows-|cp)\d+|iso-?8859-\d+|koi8-[ru]|gb18030|big5hkscs|euc-jp|'
+                     r'iso-2022-jp|mac_\w+')
 
 def charset(raw, content_type=''):
     """By the byte order mark, the HTTP header, the meta tag, as UTF-8, or else as windows-1252."""
@@ -214,10 +212,8 @@ def decode(raw, content_type=''):
     return raw.decode(charset(raw, content_type), 'replace').replace('\ufeff', '')
 
 if __name__ == '__main__':
-    if len(sys.argv) != 2:
-        sys.exit('error: name one file, as in: python extract.py page.html')
     try:
-        with open(sys.argv[1], 'rb') as f:
+        with open(*sys.argv[1:2] or sys.exit('error: name a file, as in: python extract.py page.html'), 'rb') as f:
             print(html_to_text(decode(f.read())).encode('utf-8', 'replace').decode())
     except OSError as e:
         sys.exit(f'error: {e.filename}: {e.strerror}')

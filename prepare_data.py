@@ -14,7 +14,7 @@ one file of the web     $ python prepare_data.py --source=commoncrawl --data_dir
 LLaMA's mixture         $ python prepare_data.py config/llama_mixture.py        (python sources.py lists what there is)
 all cores               $ torchrun --standalone --nproc_per_node=16 prepare_data.py --source=commoncrawl --n_files=64
 a crawl on four nodes   $ torchrun --nnodes=4 --nproc_per_node=64 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 \\
-                              prepare_data.py --source=commoncrawl --n_files=1000 --data_dir=/shared/cc --raw_dir=/shared/raw
+                            prepare_data.py --source=commoncrawl --n_files=1000 --data_dir=/disk/cc --raw_dir=/disk/raw
 Ranks share the files, of which there should be several for each; any number of ranks writes the same corpus, byte for
 byte. Both folders lie where every node sees them. A thousand WARC files are 1 TB to download (a rank deletes nothing)
 and 2 million pages that stay; rank 0 holds the duplicate index, half a kilobyte a page, and every other rank one
@@ -39,7 +39,7 @@ from sources import SOURCES, download, fetch, read_file
 # -----------------------------------------------------------------------------
 # settings
 # what comes in and goes out
-source = 'toytown'          # toytown: a world made here; files: those below; or names from `python sources.py`: commoncrawl,c4
+source = 'toytown'          # toytown: a world made here; files: those below; or public data: `python sources.py`
 files = ''                  # for source = files: names, folders and patterns with *, separated by commas
 data_dir = 'data/toytown'   # where everything is written
 raw_dir = 'data/raw'        # where downloads stay, for every data_dir; one that is there is not asked for again
@@ -70,7 +70,7 @@ blocked_hosts = 'free-prizes.example,spamfarm.example,click-here.example,malware
 blocked_words = 'casino,poker,porn,sex,xxx,viagra,betting,jackpot' # as whole words of a URL
 languages = 'en'            # those to keep, as in en,de: config/languages.json has the others
 min_language = 0.65         # language score 0..1 (FineWeb has 0.65 of fastText's)
-max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021, A1.1): share of lines that stood before, of characters in them
+max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021, A1.1): share of lines that stood before, of their characters
 max_repeated_paragraphs = (0.3, 0.2) # Gopher: the same of paragraphs
 max_top_ngram = (0.20, 0.18, 0.16) # Gopher: share of characters in the most frequent 2-, 3-, 4-gram
 max_repeated_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10) # Gopher: share in 5- to 10-grams that stood before
@@ -86,10 +86,10 @@ min_punctuated = 0.12       # FineWeb: share of lines that end like a sentence
 max_line_repeats = 0.1      # FineWeb: share of characters in lines that stood before
 max_short_lines = 0.67      # FineWeb: share of lines under 30 characters
 near_duplicate = 0.7        # share of equal hashes from which two texts are one (FineWeb's 14 x 8 finds from 0.75)
-drop_private = ''           # kinds of personal data whose pages are dropped, as in SSN,CARD; the others get a placeholder
+drop_private = ''           # personal data whose pages are dropped, as in SSN,CARD; others get a placeholder
 # the corpus
 mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = toytown's own, or everything
-max_epochs = 1              # a source too small for its share is repeated so often (Muennighoff et al. 2023: 4 are fine)
+max_epochs = 1              # a source too small for its share may be repeated (Muennighoff et al. 2023: 4 are fine)
 val_fraction = 0.05         # share of documents, and of prompts from files, to validate on
 shard_bytes = 50_000_000    # of text in one file of documents
 config = configure(globals())
@@ -113,12 +113,15 @@ barrier = dist.barrier if world_size > 1 else lambda: None
 
 # -----------------------------------------------------------------------------
 # what comes in. All is made in a folder of its own: what an earlier run left stays whole until the end
-tmp, ours = f'{data_dir}/.partial', [f'{k}_{s}.jsonl' for k in ('chat', 'preferences', 'prompts') for s in ('train', 'val')]
+tmp, TASKS = f'{data_dir}/.partial', ('chat', 'preferences', 'prompts')
+ours = [f'{kind}_{side}.jsonl' for kind in TASKS for side in ('train', 'val')]
 ours += ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json'] + ['raw'] * (source == 'toytown')
 inputs, known = [], r'(?<!raw.truth)\.(txt|md|html?|csv|bin|parquet|tar|tgz|zip|((warc|wet|jsonl?|tar)(\.gz)?))$'
 if 'files' in source.split(','):
-    for name in map(os.path.expanduser, (files or die('no files: name them, --files=notes.txt,web/*.warc.gz')).split(',')):
-        found = [name] if os.path.isfile(name) else glob.glob(f'{name}/**' if os.path.isdir(name) else name, recursive=True)
+    files or die('no files: name them, --files=notes.txt,web/*.warc.gz')
+    for name in map(os.path.expanduser, files.split(',')):
+        pattern = f'{name}/**' if os.path.isdir(name) else name
+        found = [name] if os.path.isfile(name) else glob.glob(pattern, recursive=True)
         inputs += [('files', path) for path in sorted(found) if re.search(known, path) and os.path.isfile(path)] or die(
             f'no file {name} of a known kind: .txt .md .html .jsonl .json .csv .warc .wet .tar .zip .parquet, also .gz')
 if lost := [path for _, path in inputs if os.path.relpath(path, data_dir).split(os.sep)[0] in ours]:
@@ -153,7 +156,7 @@ barrier()
 # -----------------------------------------------------------------------------
 # the steps: each takes a document, may change its text, and returns why the document is dropped, or None
 def block_list(names):
-    """'spam.example,lists/adult.txt,https://...' -> set of hosts. Lists have a host a line, at its end; # starts a comment."""
+    """'spam.example,lists/adult.txt,https://...' -> set of hosts. A list has a host at the end of each line."""
     hosts = set()
     for name in filter(None, names.split(',')):
         if '://' in name:
@@ -204,7 +207,8 @@ def key_of(text):
 def repetition_step(doc):
     """Gopher (Rae et al. 2021, A1.1): said over and over? Shares of what stood before, in number and in characters."""
     lines, paragraphs = lines_of(doc['text']), re.split(r'\n\s*\n', doc['text'])
-    for what, parts, limits in ('lines', lines, max_repeated_lines), ('paragraphs', paragraphs, max_repeated_paragraphs):
+    for what, parts, limits in (('lines', lines, max_repeated_lines),
+                                ('paragraphs', paragraphs, max_repeated_paragraphs)):
         again, seen = [], set()
         for part in parts:
             again += [len(part)] * (part in seen)
@@ -303,7 +307,7 @@ def decontaminate_step(doc):
 # -----------------------------------------------------------------------------
 # the flow, in passes over the files. What a pass makes of a group of files is whole or not there: a run that was killed
 # goes on with the groups that are missing
-COPIES, TASKS = (None, 'exact', 'near'), ('chat', 'preferences', 'prompts')
+COPIES = None, 'exact', 'near'
 steps = dict(url=url_step, text=text_step, language=language_step, repetition=repetition_step, quality=quality_step,
              c4=c4_step, fineweb=fineweb_step, dedup=lambda doc: doc['copy'], pii=pii_step,
              decontaminate=decontaminate_step)
@@ -518,7 +522,7 @@ if RANK == 0 and not os.path.exists(f'{tmp}/work/times'):
     codes = [np.array([labels.index(x) for x in t.labels] or [0])[t.label] for _, t in tables]
     label, size, key = (np.concatenate(parts) for parts in (
         codes, [table.size for _, table in tables], [table.key for _, table in tables]))
-    n_read, bytes_of = total['read']['documents'], {label_: int(size[label == i].sum()) for i, label_ in enumerate(labels)}
+    n_read = total['read']['documents']
     if not any(name.startswith('text ') for name in labels) and (n_read or not labels and not total['tokens']):
         lost = ', '.join(f"{name} dropped {total[name]['docs_in'] - total[name]['docs_out']:,}" for name in steps)
         die(f"no document is left of {n_read:,} ({lost}); --filters=dedup,pii runs fewer steps" if n_read else
@@ -529,17 +533,17 @@ if RANK == 0 and not os.path.exists(f'{tmp}/work/times'):
     rng, times = np.random.default_rng(seed), np.zeros(len(label), np.uint8)
     for kind in dict.fromkeys(name.split()[0] for name in labels):
         here = {name.split(' ', 1)[1]: i for i, name in enumerate(labels) if name.split()[0] == kind}
-        wanted = {name: weights[name] for name in weights if name in here and weights[name]} or {
-            name: bytes_of[labels[i]] for name, i in here.items()}
-        most = [max(1, bytes_of[labels[here[name]]]) / weight for name, weight in wanted.items()]
+        have = {name: max(1, int(size[label == i].sum())) for name, i in here.items()} # bytes
+        wanted = {name: weights[name] for name in weights if name in here and weights[name]} or have
+        most = [have[name] / weight for name, weight in wanted.items()]
         budget = min(max_epochs * min(most), max(most)) # until one would be repeated too often, or all are used
         for name, weight in wanted.items():
             rows = rng.permutation(np.flatnonzero(label == here[name]))
-            again, rest = divmod(weight * budget * (1 - 1e-9), max(1, bytes_of[labels[here[name]]]))
+            again, rest = divmod(weight * budget * (1 - 1e-9), have[name])
             times[rows] += int(again)
             times[rows[np.cumsum(size[rows]) - size[rows] < rest]] += 1
             if again:
-                print0(f'{kind}: {name} ran dry and is repeated: {weight * budget / max(1, bytes_of[labels[here[name]]]):.2f} epochs')
+                print0(f'{kind}: {name} runs dry and is repeated: {weight * budget / have[name]:.2f} epochs')
     times[is_val(key)] = np.minimum(times[is_val(key)], 1)
     for (path, table), part in zip(tables, np.split(times, np.cumsum([len(t.key) for _, t in tables])[:-1])):
         np.save(f'{path}.times.npy', part)
@@ -573,7 +577,8 @@ for kind, side in itertools.product(TASKS, ('train', 'val')):
 funnel = {name: total[name] for name in steps}
 if source == 'toytown':
     toytown.score(dict((row['url'], row) for _, row in read_jsonl(f'{tmp}/raw/truth.jsonl')), fate, funnel)
-print0('\nstep           documents in      out    MB in      out' + '  planted  precision  recall' * bool(fate) + '  dropped')
+planted = '  planted  precision  recall' * (source == 'toytown')
+print0(f'\nstep           documents in      out    MB in      out{planted}  dropped')
 for name, row in funnel.items():
     score = ''
     if fate:

@@ -136,8 +136,9 @@ def attempt(url, part, path):
         coded = r.raw.headers.get('Content-Encoding', 'identity') != 'identity'
         have = begin = have if r.status_code == 206 else 0
         total = have + int(get('Content-Length')) if get('Content-Length', '').isdigit() and not coded else None
-        with open(part, 'ab' if have else 'wb') as f:
+        with open(part, 'ab') as f:
             if not have: # the note comes before the first byte; an empty one where bytes here are not bytes there
+                f.truncate(0)
                 with open(f'{part}.json', 'w', encoding='utf-8') as g:
                     json.dump({} if coded else dict(version=version, total=total), g)
             started = shown = time.time()
@@ -197,7 +198,7 @@ def fetch(name, folder, n_files=1, rank=0, world=1, crawl='CC-MAIN-2025-51', wet
         listing = f'{folder}/{crawl}.{kind}.paths.{rank}.gz' # each rank has its own: no two write one file
         download(urls[0].replace('CRAWL', crawl).replace('KIND', kind), listing)
         try:
-            with gzip.open(listing, 'rt') as f:
+            with gzip.open(listing, 'rt', encoding='utf-8') as f:
                 lines = f.read().split()
         except (EOFError, OSError, ValueError, zlib.error) as e:
             die(f'{listing} is no list of files ({e}): delete it')

@@ -14,7 +14,8 @@ from extract import MAX_CHARS, decode, html_to_text
 STORY = 'The old house stood at the end of the long road, and nobody had lived in it for many, many years. '
 
 def test_lines_of_lists_tables_code_headings_and_breaks():
-    page = f'''<p>{STORY}</p><h2>Head <em>line</em></h2><p>one<br>two &lt;b&gt;</p><ul><li>a<li><p>b</p><p>b2</p></li></ul>
+    page = f'''<p>{STORY}</p>
+<h2>Head <em>line</em></h2><p>one<br>two &lt;b&gt;</p><ul><li>a<li><p>b</p><p>b2</p></li></ul>
 <table><tr><th>x<th>y</tr><tr><td>1</td><td><b>2</b></td></tr></table><pre>
 def f():
     return  1 &lt; 2
@@ -38,7 +39,7 @@ broken line.<p>{STORY}'''
         '<ul><li><a href=1>NOISE</a><li><a href=2>NOISE</a></ul>',
         '<div role="contentinfo">NOISE.</div>',
         '<svg><text>NOISE</text></svg>',
-        '<p>Read more: NOISE</p>',
+        '<p>Read more: NOISE of the town</p>',
         '<img alt="a > NOISE">',
     ],
 )
@@ -57,6 +58,10 @@ def test_charsets_as_browsers_alias_them(label, codec):
     for text in {'gb18030': '镕基', 'cp932': '①', 'big5hkscs': '㗎'}[codec], '':
         assert decode(text.encode(codec), f'text/html; charset={label}') == text
         assert decode(f'<meta charset="{label}">{text}'.encode(codec)).endswith(f'>{text}')
+
+def test_a_sentence_is_no_leftover():
+    page = f'<p>{STORY}<p>Share prices fell.<p>Photosynthesis needs light<p>Share<p>{STORY}'
+    assert html_to_text(page).split('\n\n')[1:-1] == ['Share prices fell.', 'Photosynthesis needs light']
 
 def test_charset_order_and_doubt():
     assert decode('é'.encode('utf-8-sig'), 'charset=koi8-r') == 'é' # the mark beats the header
@@ -94,6 +99,7 @@ def test_hostile_pages_take_seconds_not_hours(page):
 
 def test_script_prints_the_text_and_says_what_is_wrong(tmp_path):
     (tmp_path / 'page.html').write_bytes(b'<p>caf\xe9 is open.')
-    run = lambda *args: subprocess.run([sys.executable, str(ROOT / 'extract.py'), *args], capture_output=True, cwd=tmp_path)
+    script = [sys.executable, str(ROOT / 'extract.py')]
+    run = lambda *args: subprocess.run([*script, *args], capture_output=True, cwd=tmp_path)
     assert run('page.html').stdout.decode().strip() == 'café is open.'
     assert run('no.html').returncode == 1 and run('no.html').stderr.count(b'\n') == 1

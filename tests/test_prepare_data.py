@@ -1,5 +1,6 @@
 """prepare_data.py: the toy world, each step on hand-made pages, files of every form, bad input."""
 
+import collections
 import gzip
 import hashlib
 import json
@@ -7,6 +8,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -323,23 +325,22 @@ def test_language_and_quality(world):
         return page['text']
     five = english.replace(', and', '. And').replace(', but', '. But')
     assert reason(' '.join(five.split()[:50]) + '.').startswith('The old')  # just at the floor
+    spell = lambda i: ''.join('abcdefghij'[int(d)] for d in str(i)) # numbers as words
+    lines = lambda form, n: ''.join('\n' + ' '.join(f'{w}{spell(100 * i)}' for w in form.split()) for i in range(n))
     bad = {
         'quality: number of words': 'Too short.',
         'c4: lorem ipsum': five + ' Lorem ipsum.',
         'c4: curly bracket': five + ' It is {name}.',
         'c4: few sentences': english.replace('.', ',') + ' It was so.',
-        'quality: symbols': five + ' # ... ' * 20,
+        'quality: symbols': five + ''.join(f' #lantern{spell(i)}' for i in range(20)),
         'repetition: repeated lines': (five[:90] + '\n') * 9,
-        'repetition: repeated paragraphs': '\n\n'.join(['one\ntwo is here', 'it'] * 2 + ['a', 'b', 'c\nd', five[:9]]),
-        'repetition: repeated 2-grams': 'the shop ' + ' '.join(f'the shop word{i}' for i in range(40)),
-        'repetition: repeated 10-grams': ' '.join(f'w{i}' for i in range(100)) + ' w80 w81 w82 w83 w84 w85 w86 w87 w88 '
-                                         'w89 w90 w91 w92 end',
-        'quality: stop words': ' '.join(f'cheap{i} lantern{i} shop{i} sale{i}' for i in range(20)).translate(
-            {ord(str(d)): 'abcdefghij'[d] for d in range(10)}),
-        'quality: letters': five + ' 12 34 56 78' + ''.join(f' {i}' for i in range(30)),
-        'fineweb: short lines': five + ''.join(f'\nThis line {i} is short.' for i in range(9)),
-        'fineweb: punctuation': five + ''.join(f'\nthis is a line without an end, number {i}' for i in range(20)),
-    }
+        'repetition: repeated 2-grams': 'the shop ' + ' '.join(f'the shop {spell(i)}' for i in range(40)),
+        'repetition: repeated 5-grams': ' '.join(map(spell, [*range(100, 200), *range(10, 20), *range(110, 120),
+                                                             *range(150, 160), *range(180, 190)])),
+        'quality: stop words': ' '.join(f'cheap{spell(i)} lantern{spell(i)}' for i in range(30)),
+        'quality: letters': five + ''.join(f' {i}' for i in range(30)),
+        'fineweb: short lines': five + ''.join(f'\n{spell(i)} {spell(2 * i)} {spell(3 * i)}.' for i in range(400, 420)),
+        'fineweb: punctuation': five + lines('lovely garden and the tallest tree', 20)}
     assert {why: reason(text) for why, text in bad.items()} == {why: why for why in bad}
     page = doc('Please enable JavaScript.\n' + five)
     assert g['c4_step'](page) is None and 'JavaScript' not in page['text']
@@ -548,7 +549,7 @@ def test_real_files(tmp_path):
     run(tmp_path, source='files', files=','.join(f'{REAL}/{name}' for name in names))
     assert sum(d['source'] == 'shakespeare' for d in documents(tmp_path)) > 200
     assert sum(len(rows(tmp_path / f'preferences_{side}.jsonl')) for side in ('train', 'val')) == 2308
-    assert funnel(tmp_path)['skipped']['turns in another order than user, assistant'] == 4 # of 2,312: a person speaks twice in a row
+    assert funnel(tmp_path)['skipped']['turns in another order than user, assistant'] == 4  # of 2,312
 
 def test_ctrl_c_leaves_the_old_data_whole(tmp_path):
     write(tmp_path / 'chat_train.jsonl', 'old')
@@ -565,3 +566,123 @@ def test_ctrl_c_leaves_the_old_data_whole(tmp_path):
     _, errors = child.communicate(timeout=20)
     assert child.returncode and 'Traceback' not in errors and 'stopped' in errors
     assert {p.name for p in tmp_path.iterdir()} == {'chat_train.jsonl', '.partial'} # where the next run goes on
+
+def crowd(folder, n_files=5):
+    """Files of 400 KB each, whose texts are in part the same, or nearly; -> their pattern."""
+    rng, old = random.Random(5), []
+    vocabulary = [''.join(rng.choices('abcdefghijklmnopqrstuvwxyz', k=7)) for _ in range(5000)]
+    for i in range(n_files):
+        texts = []
+        for _ in range(500):
+            words = rng.choices(vocabulary, k=100)
+            if old and rng.random() < 0.3:  # a copy of an earlier one, of this file or another, now and then with a change
+                words = list(rng.choice(old))
+                words[50] = rng.choice(vocabulary) if rng.random() < 0.5 else words[50]
+            old.append(words)
+            texts.append({'text': ' '.join(words) + '.'})
+        write(folder / f'part{"abcdef"[i]}.jsonl', texts)
+    write(folder / 'talk.jsonl', [{'messages': [dict(m, content=m['content'].replace('%d', str(i))) for m in TALK]}
+                                  for i in range(100)])
+    return f'{folder}/*.jsonl'
+
+def processes(n, folder, files, **more):
+    """n gloo processes, as torchrun starts them; -> their exit codes and what they printed."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    flags = dict(dict(source='files', files=files, data_dir=folder, filters='dedup,pii'), **more)
+    command = [sys.executable, SCRIPT, *(f'--{k}={v}' for k, v in flags.items())]
+    env = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    started = [subprocess.Popen(command, env=dict(env, RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True) for r in range(n)]
+    return [(child.communicate(timeout=100)[0], child.returncode) for child in started]
+
+def test_any_number_of_processes_writes_the_same(tmp_path):
+    files, found = crowd(tmp_path / 'in'), []
+    for n in (1, 2, 3):
+        for said, code in processes(n, tmp_path / f'out{n}', files):
+            assert code == 0, said
+        found.append(contents(tmp_path / f'out{n}'))
+    assert found[0] == found[1] == found[2] and len(documents(tmp_path / 'out1')) > 1000
+    drop = funnel(tmp_path / 'out3')
+    drop.pop('seconds')
+    assert drop == {k: v for k, v in funnel(tmp_path / 'out1').items() if k != 'seconds'}
+    assert drop['dropped']['dedup']['exact'] > 200 and drop['dropped']['dedup']['near'] > 200  # across files too
+    texts = [d['text'] for d in documents(tmp_path / 'out1')]
+    assert len(texts) == len(set(texts)) == drop['steps']['pii']['docs_out']
+
+def test_another_rank_than_the_first_says_its_error(tmp_path):
+    files = crowd(tmp_path / 'in')
+    (tmp_path / 'in' / 'partb.jsonl').write_text('not json\n' + (tmp_path / 'in' / 'partb.jsonl').read_text())
+    said = ' '.join(said for said, _ in processes(2, tmp_path / 'out', files))
+    assert 'partb.jsonl:1: not a JSON line' in said
+
+@pytest.mark.parametrize('kill_at', ['kept', 'clean', 'mixed', 'copies', 'times'])
+def test_killed_and_started_again(tmp_path, kill_at, scripts):
+    """SIGKILL after the first group of a pass, or within the work of rank 0 between two passes: nothing is lost or doubled."""
+    flags = ['--source=files', f'--files={crowd(tmp_path / "in")}', '--filters=dedup']
+    scripts.ok('prepare_data.py', *flags, f'--data_dir={tmp_path / "whole"}')
+    before = f'''
+import os, model, pathlib
+old, touch = model.write_jsonl, pathlib.Path.touch
+def write(path, rows):
+    old(path, rows)
+    if path.endswith('{kill_at}.json'):
+        os.kill(os.getpid(), 9)
+def stop(path):
+    if path.name == '{kill_at}':
+        os.kill(os.getpid(), 9)
+    touch(path)
+model.write_jsonl, pathlib.Path.touch = write, stop
+'''
+    killed = scripts('prepare_data.py', *flags, f'--data_dir={tmp_path / "out"}', before=before)
+    assert killed.code != 0 and not (tmp_path / 'out' / 'train').exists()
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / 'out' / '.partial' / 'work').glob('*.json')}
+    assert stamps
+    after = f"import json, os; print(json.dumps([p for p in {[str(p) for p in stamps]} if os.path.exists(p)]))"
+    scripts.ok('prepare_data.py', *flags, f'--data_dir={tmp_path / "out"}', after=after)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+    assert not (tmp_path / 'out' / '.partial').exists()
+
+def test_a_source_that_runs_dry_is_repeated(tmp_path):
+    """a has 1/10 of the bytes of b, and is to have half: it is taken 4 times, b 4/10 of it. 4 + 4 = half and half."""
+    lines = lambda word, n: [{'text': ' '.join(f'{word}{i}x{j}y' for j in range(40))} for i in range(n)]
+    files = f"{write(tmp_path / 'a.jsonl', lines('one', 1000))},{write(tmp_path / 'b.jsonl', lines('two', 10000))}"
+    run(tmp_path / 'out', source='files', files=files, filters='dedup', mixture='a:0.5,b:0.5', max_epochs=4)
+    train, val = (collections.Counter(d['text'] for d in documents(tmp_path / 'out', s)) for s in ('train', 'val'))
+    assert {n for text, n in train.items() if text.startswith('one')} == {3, 4} or {4}
+    assert {n for text, n in train.items() if text.startswith('two')} == {1} and set(val.values()) == {1}
+    taken = funnel(tmp_path / 'out')['mixture']['text']
+    assert abs(taken['a'] / sum(taken.values()) - 0.5) < 0.03  # val is never repeated: 5% of a counts once
+    assert not set(train) & set(val)
+
+def test_exam_questions_go(tmp_path):
+    """A text with thirteen words in a row of a question goes; with twelve it stays; so for conversations."""
+    question = ' '.join(f'asked{i}' for i in range(20))
+    pages = [{'text': f'{i} ' + ' '.join(f'told{i}x{j}' for j in range(30))} for i in range(60)]
+    pages[0]['text'] += ' ' + ' '.join(question.split()[3:16]).upper() + '!'
+    pages[1]['text'] += ' ' + ' '.join(question.split()[3:15])
+    write(tmp_path / 'in' / 'pages.jsonl', pages)
+    write(tmp_path / 'in' / 'exam.jsonl', [dict(query=question, choices=['a', 'b'], gold=0)])
+    write(tmp_path / 'in' / 'talk.jsonl', [{'messages': [
+        dict(TALK[0], content=f'{i} {question if i == 7 else "hello"}'), TALK[1]]} for i in range(60)])
+    run(tmp_path / 'out', source='files', files=tmp_path / 'in', filters='dedup,decontaminate', val_fraction=0.3)
+    texts, chats = {d['text'][:2] for d in documents(tmp_path / 'out')}, [
+        r for s in ('train', 'val') for r in rows(tmp_path / 'out' / f'chat_{s}.jsonl')]
+    assert len(texts) == 59 and '0 ' not in texts and '1 ' in texts and len(chats) == 59
+    assert funnel(tmp_path / 'out')['dropped']['decontaminate'] == {'question of exam': 1}
+    assert [r['reason'] for r in rows(tmp_path / 'out' / 'dropped.jsonl')] == ['question of exam']
+
+def test_block_lists_languages_and_dropped_pages(tmp_path):
+    listed = write(tmp_path / 'hosts.txt', '# bad ones\n0.0.0.0 bad.example\nworse.example\n')
+    text = lambda i: story(*(f'a{i}b{j}' for j in range(4))) + ' '.join(f'w{i}x{j}' for j in range(40)) + '.'
+    pages = [dict(text=text(i), url=f'http://{host}/{i}') for i, host in enumerate(
+        ['a.bad.example', 'worse.example', 'notworse.example'] + ['good.example'] * 40)]
+    pages[5]['text'] += ' My number is 078-05-1120.'
+    pages[6]['text'] = 'Der Hund meiner Schwester lebt in dem Haus und hat keine Eile, weil das Wetter gut ist. ' * 2
+    run(tmp_path / 'out', source='files', files=write(tmp_path / 'p.jsonl', pages), blocked_hosts=f'x.example,{listed}',
+        filters='url,language,pii', drop_private='SSN', languages='en', val_fraction=0.3)
+    drop = funnel(tmp_path / 'out')['dropped']
+    assert drop['url'] == {'blocked host': 2} and drop['pii'] == {'has SSN': 1} and drop['language'] == {'de': 1}
+    run(tmp_path / 'both', source='files', files=tmp_path / 'p.jsonl', filters='language', languages='en,de')
+    assert funnel(tmp_path / 'both')['dropped']['language'] == {}
