@@ -33,6 +33,7 @@ SMALL = dict(
 sys.path.insert(0, str(ROOT))
 import toytown
 
+
 def run(folder, **settings):
     """The real script in this process (torch is imported once) -> its globals, so that its functions can be called."""
     argv, sys.argv = sys.argv, [SCRIPT] + [f'--{k}={v}' for k, v in dict(settings, data_dir=folder).items()]
@@ -41,9 +42,11 @@ def run(folder, **settings):
     finally:
         sys.argv = argv
 
+
 def rows(path):
     with (gzip.open if str(path).endswith('.gz') else open)(path, 'rt', encoding='utf-8') as f:
         return [json.loads(line) for line in f]
+
 
 def documents(folder, side='*'):
     return [
@@ -53,8 +56,10 @@ def documents(folder, side='*'):
         for row in rows(path)
     ]
 
+
 def funnel(folder):
     return json.loads((Path(folder) / 'funnel.json').read_text(encoding='utf-8'))
+
 
 def contents(folder):
     return {
@@ -63,6 +68,7 @@ def contents(folder):
         if p.is_file() and p.name != 'funnel.json' and '.partial' not in str(p)
     }
 
+
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -70,19 +76,23 @@ def write(path, text):
     )
     return path
 
+
 FILLER = (
     'The old house stood at the end of the road, and nobody had lived in it for many years. '
     'One day a family came to look at it. '
     'They liked the garden and the tall trees, but the roof had to be mended before they could move in with their {}. '
 )
 
+
 def story(*words):
     return ' '.join(FILLER.format(word) for word in words)
+
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp('world') / 'toytown'
     return folder, run(folder, **SMALL)
+
 
 def test_every_output_is_there_and_a_second_run_is_the_same(world, tmp_path):
     folder, _ = world
@@ -114,15 +124,18 @@ def test_every_output_is_there_and_a_second_run_is_the_same(world, tmp_path):
     assert contents(tmp_path / 'again') == contents(folder)
     assert not (tmp_path / 'again' / '.partial').exists()
 
+
 def test_another_seed_is_another_world(world, tmp_path):
     run(tmp_path, **dict(SMALL, seed=1))
     assert contents(tmp_path)['chat_train.jsonl'] != contents(world[0])['chat_train.jsonl']
 
+
 def test_filters_find_what_was_planted(world):
     funnel = json.loads((world[0] / 'funnel.json').read_text(encoding='utf-8'))['steps']
-    for name in ('url', 'text', 'language', 'fineweb', 'dedup', 'pii'): # fineweb stands for the four that drop junk
+    for name in ('url', 'text', 'language', 'fineweb', 'dedup', 'pii'):  # fineweb stands for the four that drop junk
         assert funnel[name]['planted'] > 20, name
         assert funnel[name]['precision'] >= 0.95 and funnel[name]['recall'] >= 0.95, (name, funnel[name])
+
 
 def test_the_steps_never_see_the_truth():
     source = Path(SCRIPT).read_text(encoding='utf-8')
@@ -130,6 +143,7 @@ def test_the_steps_never_see_the_truth():
     assert [
         line for line in steps.split('\n') if 'truth' in line and 'toytown' not in line and 'truth.jsonl' not in line
     ] == []
+
 
 def test_sides_share_nothing(world):
     folder, _ = world
@@ -145,6 +159,7 @@ def test_sides_share_nothing(world):
         for side in ('train', 'val')
     }
     assert asked['train'] and asked['val'] and not asked['train'] & asked['val']
+
 
 def test_val_facts_are_told_but_never_asked(world):
     folder, g = world
@@ -165,6 +180,7 @@ def test_val_facts_are_told_but_never_asked(world):
     )
     assert told > len(g['town']['facts']['val'])
 
+
 def test_checks_are_met_by_good_answers_and_rankings_are_valid(world):
     folder, g = world
     for row in rows(folder / 'preferences_train.jsonl'):
@@ -178,6 +194,7 @@ def test_checks_are_met_by_good_answers_and_rankings_are_valid(world):
     for row in rows(folder / 'benchmarks' / 'toytown_facts.jsonl'):
         assert len(set(row['choices'])) == 4 and 0 <= row['gold'] < 4
 
+
 def test_expand():
     expand = toytown.expand
     slots = {'name': 'Anna Baker', 'pet': ['owl', 'cat']}
@@ -188,6 +205,7 @@ def test_expand():
     with pytest.raises(SystemExit, match='nosuchlist'):
         expand('{nosuchlist}', {}, random.Random(0))
 
+
 PAGE = '''<!doctype html><html><head><title>No</title>
 <style>p { color: red }</style><script>if (a < b) document.write("<p>No</p>")</script></head>
 <body class="no-sidebar"><div id="cookie-banner">No cookies</div><nav><a href=1>No</a></nav>
@@ -196,12 +214,14 @@ text with <a href=x>one link</a>.<p>Caf&eacute;&nbsp;&#8212; <!-- no -->second<b
 <ul><li>one<li>two</ul><pre>  a
     b</pre></b></div><aside>No</aside><p class="advert">No<p>Last.<footer>No</footer></body>'''
 
+
 def test_main_text_of_a_page(world):
     text = world[1]['html_to_text'](PAGE).replace('\xa0', ' ')
     assert (
         text.strip()
         == 'Title\n\nFirst & bold text with one link.\n\nCafé — second\nline.\n\n- one\n- two\n\n  a\n    b\n\nLast.'
     )
+
 
 @pytest.mark.parametrize(
     'page',
@@ -222,6 +242,7 @@ def test_main_text_of_a_page(world):
 def test_broken_pages_are_no_crash(world, page):
     assert isinstance(world[1]['html_to_text'](page), str)
 
+
 def test_charsets(world):
     decode = world[1]['decode']
     for raw, header in (
@@ -236,6 +257,7 @@ def test_charsets(world):
     ):
         assert decode(raw, header) == 'Café', (raw, header)
     assert decode('<meta charset=koi8-r>Кафе'.encode('koi8-r')).endswith('Кафе')
+
 
 PRIVATE = [
     'jo.doe+x@mail.example.org',
@@ -267,6 +289,7 @@ TRAPS = [
     'Harbour Street',
 ]
 
+
 def test_personal_data_and_what_only_looks_so(world):
     pii = world[1]['pii_step']
     for private in PRIVATE:
@@ -277,6 +300,7 @@ def test_personal_data_and_what_only_looks_so(world):
     pii(doc)
     assert doc['found'] == []
 
+
 @pytest.mark.parametrize('after', [' 12/27', ' 10 times', ' 2027', ', 4 cards', ' 4111111111111111'])
 @pytest.mark.parametrize('card', ['4111111111111111', '4111 1111 1111 1111', '3400-000000-00009'])
 def test_a_card_is_found_whatever_number_follows(world, card, after):
@@ -284,11 +308,13 @@ def test_a_card_is_found_whatever_number_follows(world, card, after):
     world[1]['pii_step'](doc)
     assert doc['found'][0] == card and '<CARD>' in doc['text'] and card not in doc['text']
 
+
 def test_patterns_take_linear_time(world):
     """A megabyte without a blank, as minified files have it: quadratic patterns would take hours."""
     doc = {'text': 'a.' * 500_000 + '1-' * 200_000 + '+1 ' * 1000}
     world[1]['pii_step'](doc)
     assert doc['found'] == []
+
 
 def test_duplicates(tmp_path):
     base = story('books', 'dogs', 'lamps', 'chairs', 'tools')
@@ -296,8 +322,15 @@ def test_duplicates(tmp_path):
         f'word{i} and the thing{i} of it.' for i in range(60)
     )
     rows_in = [{'text': t} for t in (base, base, near, other, story('x', 'y').upper()[:200] + other[::-1])]
-    run(tmp_path / 'out', source='files', files=write(tmp_path / 'a.jsonl', rows_in), filters='dedup', val_fraction=0.5)
+    run(
+        tmp_path / 'out',
+        source='files',
+        files=write(tmp_path / 'a.jsonl', rows_in),
+        filters='dedup',
+        val_fraction=0.5,
+    )
     assert funnel(tmp_path / 'out')['dropped']['dedup'] == {'exact': 1, 'near': 1}
+
 
 def test_language_and_quality(world):
     g = world[1]
@@ -314,8 +347,11 @@ def test_language_and_quality(world):
         and g['language_step'](doc(english + ' "El perro de mi hermana," he said.')) is None
     )
     assert (
-        g['language_step'](doc(spanish)) and g['language_step'](doc(scots)) and g['language_step'](doc('猫は家にいる'))
+        g['language_step'](doc(spanish))
+        and g['language_step'](doc(scots))
+        and g['language_step'](doc('猫は家にいる'))
     )
+
     def reason(text):
         """Of the steps in their order, the first that drops a page, and why."""
         page = doc(text)
@@ -323,9 +359,10 @@ def test_language_and_quality(world):
             if why := g[f'{name}_step'](page):
                 return f'{name}: {why}'
         return page['text']
+
     five = english.replace(', and', '. And').replace(', but', '. But')
     assert reason(' '.join(five.split()[:50]) + '.').startswith('The old')  # just at the floor
-    spell = lambda i: ''.join('abcdefghij'[int(d)] for d in str(i)) # numbers as words
+    spell = lambda i: ''.join('abcdefghij'[int(d)] for d in str(i))  # numbers as words
     lines = lambda form, n: ''.join('\n' + ' '.join(f'{w}{spell(100 * i)}' for w in form.split()) for i in range(n))
     bad = {
         'quality: number of words': 'Too short.',
@@ -335,15 +372,19 @@ def test_language_and_quality(world):
         'quality: symbols': five + ''.join(f' #lantern{spell(i)}' for i in range(20)),
         'repetition: repeated lines': (five[:90] + '\n') * 9,
         'repetition: repeated 2-grams': 'the shop ' + ' '.join(f'the shop {spell(i)}' for i in range(40)),
-        'repetition: repeated 5-grams': ' '.join(map(spell, [*range(100, 200), *range(10, 20), *range(110, 120),
-                                                             *range(150, 160), *range(180, 190)])),
+        'repetition: repeated 5-grams': ' '.join(
+            map(spell, [*range(100, 200), *range(10, 20), *range(110, 120), *range(150, 160), *range(180, 190)])
+        ),
         'quality: stop words': ' '.join(f'cheap{spell(i)} lantern{spell(i)}' for i in range(30)),
         'quality: letters': five + ''.join(f' {i}' for i in range(30)),
-        'fineweb: short lines': five + ''.join(f'\n{spell(i)} {spell(2 * i)} {spell(3 * i)}.' for i in range(400, 420)),
-        'fineweb: punctuation': five + lines('lovely garden and the tallest tree', 20)}
+        'fineweb: short lines': five
+        + ''.join(f'\n{spell(i)} {spell(2 * i)} {spell(3 * i)}.' for i in range(400, 420)),
+        'fineweb: punctuation': five + lines('lovely garden and the tallest tree', 20),
+    }
     assert {why: reason(text) for why, text in bad.items()} == {why: why for why in bad}
     page = doc('Please enable JavaScript.\n' + five)
     assert g['c4_step'](page) is None and 'JavaScript' not in page['text']
+
 
 def test_url(world):
     step = lambda url: world[1]['url_step']({'url': url, 'html': b''})
@@ -365,6 +406,7 @@ def test_url(world):
         )
     )
 
+
 def test_a_cut_warc_and_junk_in_it(world, tmp_path):
     whole = (world[0] / 'raw' / 'web_00000.warc.gz').read_bytes()
     (tmp_path / 'cut.warc.gz').write_bytes(whole[: len(whole) // 2])
@@ -376,7 +418,9 @@ def test_a_cut_warc_and_junk_in_it(world, tmp_path):
     assert funnel(tmp_path / 'out')['skipped'] == {'damaged WARC file': 2, 'WARC record cut short': 1}
     assert len(documents(tmp_path / 'out')) > 50
 
+
 TALK = [{'role': 'user', 'content': 'Hi %d'}, {'role': 'assistant', 'content': 'Hello.'}]
+
 
 def test_files_of_every_form(tmp_path):
     n = range(30)
@@ -394,7 +438,8 @@ def test_files_of_every_form(tmp_path):
     )
     write(tmp_path / 'page.html', PAGE)
     write(
-        tmp_path / 'text.jsonl', [{'text': f'The number {i} of the list\ud800 is{i} here{i} and there{i}.'} for i in n]
+        tmp_path / 'text.jsonl',
+        [{'text': f'The number {i} of the list\ud800 is{i} here{i} and there{i}.'} for i in n],
     )
     write(tmp_path / 'talk.jsonl', [{'messages': talk(i)} for i in n])
     write(
@@ -434,7 +479,8 @@ def test_files_of_every_form(tmp_path):
     )
     assert {d['source'] for d in documents(out)} == {'notes', 'marks', 'page', 'text'}
     assert (
-        len(chats) == 90 and [{'role': 'user', 'content': 'Do 7.'}, {'role': 'assistant', 'content': 'Done.'}] in chats
+        len(chats) == 90
+        and [{'role': 'user', 'content': 'Do 7.'}, {'role': 'assistant', 'content': 'Done.'}] in chats
     )
     assert [
         {'role': 'user', 'content': 'What is 7+7?'},
@@ -451,6 +497,7 @@ def test_files_of_every_form(tmp_path):
     assert sum(r.get('checks') == {'equals': 'c'} for r in ranked) == 30  # reward.py scores the gold order with them
     assert len(prompts) == 90 and {'number': 1007.0} in [p.get('checks') for p in prompts]
     assert (out / 'benchmarks' / 'quiz.jsonl').exists() and (out / 'benchmarks' / 'cloze.jsonl').exists()
+
 
 @pytest.mark.parametrize(
     'name, text, message',
@@ -483,7 +530,10 @@ def test_bad_input_is_one_line_and_leaves_the_old_data_whole(tmp_path, name, tex
     write(out / 'chat_train.jsonl', 'old')
     with pytest.raises(SystemExit, match=message) as stopped:
         run(out, source='files', files=write(tmp_path / name, text))
-    assert '\n' not in str(stopped.value) and contents(out) == {'chat_train.jsonl': hashlib.sha256(b'old').hexdigest()}
+    assert '\n' not in str(stopped.value) and contents(out) == {
+        'chat_train.jsonl': hashlib.sha256(b'old').hexdigest()
+    }
+
 
 @pytest.mark.parametrize(
     'settings, message',
@@ -506,6 +556,7 @@ def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(SystemExit, match=message):
         run(tmp_path, **settings)
 
+
 def test_the_input_is_never_replaced_by_what_is_made_of_it(tmp_path):
     text = ' '.join(f'word{i}' for i in range(5000)).replace('0 ', '0.\n\n')
     kept = write(tmp_path / 'raw' / 'mine.txt', text)  # the name of a folder that only toytown makes
@@ -516,15 +567,21 @@ def test_the_input_is_never_replaced_by_what_is_made_of_it(tmp_path):
         run(tmp_path, source='files', files=lost, filters='dedup', val_fraction=0.4)
     assert lost.read_text() == text
 
+
 def test_names_that_look_like_patterns(tmp_path):
     text = '\n\n'.join(f'word{i} ' * 50 for i in range(200))
     run(tmp_path / 'out', source='files', files=write(tmp_path / '[x].txt', text), filters='dedup', val_fraction=0.4)
     assert documents(tmp_path / 'out')
 
+
 def test_extreme_shares_of_facts(tmp_path):
     for share in (0.001, 0.999):
-        assert all(toytown.load(str(ROOT / 'config/toytown.json'), 1, 8, share)[k][side]
-                   for k in ('facts', 'sums') for side in ('train', 'val'))
+        assert all(
+            toytown.load(str(ROOT / 'config/toytown.json'), 1, 8, share)[k][side]
+            for k in ('facts', 'sums')
+            for side in ('train', 'val')
+        )
+
 
 def test_mixture_and_stale_files(tmp_path):
     write(tmp_path / 'chat_train.jsonl', 'from an earlier run')
@@ -535,6 +592,7 @@ def test_mixture_and_stale_files(tmp_path):
     share = taken['a'] / sum(taken.values())
     assert abs(share - 0.8) < 0.01 and len(documents(tmp_path)) == 250
     assert not (tmp_path / 'chat_train.jsonl').exists()
+
 
 @pytest.mark.skipif(not REAL.exists(), reason='no real files at hand')
 def test_real_files(tmp_path):
@@ -551,11 +609,14 @@ def test_real_files(tmp_path):
     assert sum(len(rows(tmp_path / f'preferences_{side}.jsonl')) for side in ('train', 'val')) == 2308
     assert funnel(tmp_path)['skipped']['turns in another order than user, assistant'] == 4  # of 2,312
 
+
 def test_ctrl_c_leaves_the_old_data_whole(tmp_path):
     write(tmp_path / 'chat_train.jsonl', 'old')
     child = subprocess.Popen(
         [sys.executable, '-u', SCRIPT, f'--data_dir={tmp_path}'],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     child.stdout.readline()
@@ -565,7 +626,8 @@ def test_ctrl_c_leaves_the_old_data_whole(tmp_path):
     child.send_signal(signal.SIGINT)
     _, errors = child.communicate(timeout=20)
     assert child.returncode and 'Traceback' not in errors and 'stopped' in errors
-    assert {p.name for p in tmp_path.iterdir()} == {'chat_train.jsonl', '.partial'} # where the next run goes on
+    assert {p.name for p in tmp_path.iterdir()} == {'chat_train.jsonl', '.partial'}  # where the next run goes on
+
 
 def crowd(folder, n_files=5):
     """Files of 400 KB each, whose texts are in part the same, or nearly; -> their pattern."""
@@ -575,15 +637,18 @@ def crowd(folder, n_files=5):
         texts = []
         for _ in range(500):
             words = rng.choices(vocabulary, k=100)
-            if old and rng.random() < 0.3:  # a copy of an earlier one, of this file or another, now and then with a change
+            if old and rng.random() < 0.3:  # a copy of an earlier one, of this file or another; half of them changed
                 words = list(rng.choice(old))
                 words[50] = rng.choice(vocabulary) if rng.random() < 0.5 else words[50]
             old.append(words)
             texts.append({'text': ' '.join(words) + '.'})
         write(folder / f'part{"abcdef"[i]}.jsonl', texts)
-    write(folder / 'talk.jsonl', [{'messages': [dict(m, content=m['content'].replace('%d', str(i))) for m in TALK]}
-                                  for i in range(100)])
+    write(
+        folder / 'talk.jsonl',
+        [{'messages': [dict(m, content=m['content'].replace('%d', str(i))) for m in TALK]} for i in range(100)],
+    )
     return f'{folder}/*.jsonl'
+
 
 def processes(n, folder, files, **more):
     """n gloo processes, as torchrun starts them; -> their exit codes and what they printed."""
@@ -593,9 +658,14 @@ def processes(n, folder, files, **more):
     flags = dict(dict(source='files', files=files, data_dir=folder, filters='dedup,pii'), **more)
     command = [sys.executable, SCRIPT, *(f'--{k}={v}' for k, v in flags.items())]
     env = dict(os.environ, WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    started = [subprocess.Popen(command, env=dict(env, RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True) for r in range(n)]
+    started = [
+        subprocess.Popen(
+            command, env=dict(env, RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for r in range(n)
+    ]
     return [(child.communicate(timeout=100)[0], child.returncode) for child in started]
+
 
 def test_any_number_of_processes_writes_the_same(tmp_path):
     files, found = crowd(tmp_path / 'in'), []
@@ -611,15 +681,17 @@ def test_any_number_of_processes_writes_the_same(tmp_path):
     texts = [d['text'] for d in documents(tmp_path / 'out1')]
     assert len(texts) == len(set(texts)) == drop['steps']['pii']['docs_out']
 
+
 def test_another_rank_than_the_first_says_its_error(tmp_path):
     files = crowd(tmp_path / 'in')
     (tmp_path / 'in' / 'partb.jsonl').write_text('not json\n' + (tmp_path / 'in' / 'partb.jsonl').read_text())
     said = ' '.join(said for said, _ in processes(2, tmp_path / 'out', files))
     assert 'partb.jsonl:1: not a JSON line' in said
 
+
 @pytest.mark.parametrize('kill_at', ['kept', 'clean', 'mixed', 'copies', 'times'])
 def test_killed_and_started_again(tmp_path, kill_at, scripts):
-    """SIGKILL after the first group of a pass, or within the work of rank 0 between two passes: nothing is lost or doubled."""
+    """SIGKILL after the first group of a pass, or in what rank 0 does between two: nothing is lost or doubled."""
     flags = ['--source=files', f'--files={crowd(tmp_path / "in")}', '--filters=dedup']
     scripts.ok('prepare_data.py', *flags, f'--data_dir={tmp_path / "whole"}')
     before = f'''
@@ -644,17 +716,19 @@ model.write_jsonl, pathlib.Path.touch = write, stop
     assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
     assert not (tmp_path / 'out' / '.partial').exists()
 
+
 def test_a_source_that_runs_dry_is_repeated(tmp_path):
     """a has 1/10 of the bytes of b, and is to have half: it is taken 4 times, b 4/10 of it. 4 + 4 = half and half."""
     lines = lambda word, n: [{'text': ' '.join(f'{word}{i}x{j}y' for j in range(40))} for i in range(n)]
     files = f"{write(tmp_path / 'a.jsonl', lines('one', 1000))},{write(tmp_path / 'b.jsonl', lines('two', 10000))}"
     run(tmp_path / 'out', source='files', files=files, filters='dedup', mixture='a:0.5,b:0.5', max_epochs=4)
     train, val = (collections.Counter(d['text'] for d in documents(tmp_path / 'out', s)) for s in ('train', 'val'))
-    assert {n for text, n in train.items() if text.startswith('one')} == {3, 4} or {4}
+    assert {n for text, n in train.items() if text.startswith('one')} == {4}
     assert {n for text, n in train.items() if text.startswith('two')} == {1} and set(val.values()) == {1}
     taken = funnel(tmp_path / 'out')['mixture']['text']
     assert abs(taken['a'] / sum(taken.values()) - 0.5) < 0.03  # val is never repeated: 5% of a counts once
     assert not set(train) & set(val)
+
 
 def test_exam_questions_go(tmp_path):
     """A text with thirteen words in a row of a question goes; with twelve it stays; so for conversations."""
@@ -664,24 +738,38 @@ def test_exam_questions_go(tmp_path):
     pages[1]['text'] += ' ' + ' '.join(question.split()[3:15])
     write(tmp_path / 'in' / 'pages.jsonl', pages)
     write(tmp_path / 'in' / 'exam.jsonl', [dict(query=question, choices=['a', 'b'], gold=0)])
-    write(tmp_path / 'in' / 'talk.jsonl', [{'messages': [
-        dict(TALK[0], content=f'{i} {question if i == 7 else "hello"}'), TALK[1]]} for i in range(60)])
+    write(
+        tmp_path / 'in' / 'talk.jsonl',
+        [{'messages': [dict(TALK[0], content=f'{i} {question if i == 7 else "hello"}'), TALK[1]]} for i in range(60)],
+    )
     run(tmp_path / 'out', source='files', files=tmp_path / 'in', filters='dedup,decontaminate', val_fraction=0.3)
     texts, chats = {d['text'][:2] for d in documents(tmp_path / 'out')}, [
-        r for s in ('train', 'val') for r in rows(tmp_path / 'out' / f'chat_{s}.jsonl')]
+        r for s in ('train', 'val') for r in rows(tmp_path / 'out' / f'chat_{s}.jsonl')
+    ]
     assert len(texts) == 59 and '0 ' not in texts and '1 ' in texts and len(chats) == 59
     assert funnel(tmp_path / 'out')['dropped']['decontaminate'] == {'question of exam': 1}
     assert [r['reason'] for r in rows(tmp_path / 'out' / 'dropped.jsonl')] == ['question of exam']
 
+
 def test_block_lists_languages_and_dropped_pages(tmp_path):
     listed = write(tmp_path / 'hosts.txt', '# bad ones\n0.0.0.0 bad.example\nworse.example\n')
     text = lambda i: story(*(f'a{i}b{j}' for j in range(4))) + ' '.join(f'w{i}x{j}' for j in range(40)) + '.'
-    pages = [dict(text=text(i), url=f'http://{host}/{i}') for i, host in enumerate(
-        ['a.bad.example', 'worse.example', 'notworse.example'] + ['good.example'] * 40)]
+    pages = [
+        dict(text=text(i), url=f'http://{host}/{i}')
+        for i, host in enumerate(['a.bad.example', 'worse.example', 'notworse.example'] + ['good.example'] * 40)
+    ]
     pages[5]['text'] += ' My number is 078-05-1120.'
     pages[6]['text'] = 'Der Hund meiner Schwester lebt in dem Haus und hat keine Eile, weil das Wetter gut ist. ' * 2
-    run(tmp_path / 'out', source='files', files=write(tmp_path / 'p.jsonl', pages), blocked_hosts=f'x.example,{listed}',
-        filters='url,language,pii', drop_private='SSN', languages='en', val_fraction=0.3)
+    run(
+        tmp_path / 'out',
+        source='files',
+        files=write(tmp_path / 'p.jsonl', pages),
+        blocked_hosts=f'x.example,{listed}',
+        filters='url,language,pii',
+        drop_private='SSN',
+        languages='en',
+        val_fraction=0.3,
+    )
     drop = funnel(tmp_path / 'out')['dropped']
     assert drop['url'] == {'blocked host': 2} and drop['pii'] == {'has SSN': 1} and drop['language'] == {'de': 1}
     run(tmp_path / 'both', source='files', files=tmp_path / 'p.jsonl', filters='language', languages='en,de')
