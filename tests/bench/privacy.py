@@ -120,9 +120,10 @@ def a_card():
     card = pick(' -').join(parts) if roll() < 0.93 else '.'.join(parts)
     return card, card
 
-NAMES = """Main Oak Elm Maple Cedar Washington Lincoln Park Church Station Victoria Mill Harbour Sunset Lake Hill River Spring
-Walnut     Baker Kingsley Jefferson Franklin Highland Pennsylvania Massachusetts Willow Birch Green Chestnut Market Union
-Queen Albert     Windsor Grove Ridge Meadow Forest Orchard Broad Evergreen Lexington Madison Delancey Peachtree""".split()
+NAMES = """Main Oak Elm Maple Cedar Washington Lincoln Park Church Station Victoria Mill Harbour Sunset Lake Hill
+    River Spring Walnut Baker Kingsley Jefferson Franklin Highland Pennsylvania Massachusetts Willow
+    Birch Green Chestnut Market Union Queen Albert Windsor Grove Ridge Meadow Forest Orchard Broad
+    Evergreen Lexington Madison Delancey Peachtree""".split()
 TWO = [
     "Martin Luther King Jr.", 'San Pablo', 'Old Mill', 'Van Ness', 'La Brea', 'Sir John', 'Fort Worth', 'Cherry Hill',
     "King's", "O'Connell", 'St. Marks', 'Mount Vernon', 'Rose Hill', 'El Camino', 'Stoke-on-Sea', 'McArthur',
