@@ -595,6 +595,7 @@ def test_simulated_ranking():
 
 def test_only_rank_0_speaks(monkeypatch, capsys):
     monkeypatch.setattr(lib, 'RANK', 1)
+    monkeypatch.setattr(lib, 'QUIET', True) # which follows from the rank when model.py is imported
     lib.print0('x')
     with pytest.raises(SystemExit) as e:
         lib.die('x')
