@@ -362,7 +362,7 @@ def read_file(path, source, skipped):
     for the user's own; then the file's name is the source, and a bad row is fatal. `skipped` counts what is left out.
     """
     name = re.sub(r'(\.(txt|md|jsonl?|html?|csv|warc|wet|parquet|bin|tar|tgz|zip|gz|xz))+$', '', os.path.basename(path))
-    label = (re.sub(r'[-_]?\d+$', '', name) or name) if source == 'files' else source
+    label = (re.sub(r'[-_]\d+$|\d{3,}$', '', name) or name) if source == 'files' else source
     if path.endswith('.bin'):
         yield dict(kind='tokens', source=label, path=path)
         return
