@@ -927,3 +927,11 @@ def test_a_loss_that_is_not_finite_is_skipped_then_ends_the_run(chain, scripts, 
                       before='import torch, torch.nn.functional as F\nreal = F.cross_entropy\n'
                              'F.cross_entropy = lambda *a, **k: real(*a, **k) * float("nan")')
     assert r.out.count('skipped') == 5 and not (tmp_path / 'base.pt').exists()
+
+def test_exams_that_need_sampling_are_left_out(tmp_path, capsys):
+    """GSM8K's and HumanEval's rows lie beside the others once they are downloaded: eval.py goes on without them."""
+    from model import die
+    f = cut('eval.py', 'load_benchmark', lib=lib, die=die, max_questions=0)
+    for name, row in ('gsm8k', dict(messages=[], checks={'number': 1})), ('he', dict(task_id='x', prompt='p', test='t')):
+        (tmp_path / name).write_text(json.dumps(row) + '\n', encoding='utf-8')
+        assert f.load_benchmark(tmp_path / name) == [] and f'{name}: left out' in capsys.readouterr().out
