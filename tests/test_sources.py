@@ -43,7 +43,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         act = s.script.pop(0) if len(s.script) > 1 else s.script[0]
         act = act(s, self.path) if callable(act) else act
         body, asked, tag = s.body, self.headers.get('Range'), s.tag
-        s.log.append([self.path, asked, 0, self.headers])
+        row = [self.path, asked, 0, self.headers]
+        s.log.append(row)
         if isinstance(act, tuple) or isinstance(act, int):
             code, headers = act if isinstance(act, tuple) else (act, {})
             self.send_response(code)
@@ -72,9 +73,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header('Content-Length', str(length))
         self.end_headers()
         half = coded[: len(coded) // 2] if act in ('reset', 'stall', 'cut') else coded
+        row[2] = len(half)  # before the client can have it all, and look
         self.wfile.write(half)
         self.wfile.flush()
-        s.log[-1][2] = len(half)
         if act == 'stall':
             s.hang.wait(5)
         if act == 'reset':  # RST, not FIN

@@ -932,6 +932,7 @@ def test_exams_that_need_sampling_are_left_out(tmp_path, capsys):
     """GSM8K's and HumanEval's rows lie beside the others once they are downloaded: eval.py goes on without them."""
     from model import die
     f = cut('eval.py', 'load_benchmark', lib=lib, die=die, max_questions=0)
-    for name, row in ('gsm8k', dict(messages=[], checks={'number': 1})), ('he', dict(task_id='x', prompt='p', test='t')):
+    rows = dict(gsm8k=dict(messages=[], checks={'number': 1}), he=dict(task_id='x', prompt='p', test='t'))
+    for name, row in rows.items():
         (tmp_path / name).write_text(json.dumps(row) + '\n', encoding='utf-8')
         assert f.load_benchmark(tmp_path / name) == [] and f'{name}: left out' in capsys.readouterr().out
