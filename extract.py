@@ -195,8 +195,8 @@ ALIAS = dict(pair.split(':') for pair in '''iso-8859-1:cp1252 iso8859-1:cp1252 l
 CHARSET = re.compile(r'utf-?(8|16-?[lb]e)|(windows-|cp)\d+|iso-?8859-\d+|koi8-[ru]|gb18030|big5hkscs|euc-jp|'
                      r'iso-2022-jp|mac_\w+')
 
-def charset(raw, content_type=''):
-    """By the byte order mark, the HTTP header, the meta tag, as UTF-8, or else as windows-1252."""
+def read_as(raw, content_type=''):
+    """Bytes -> (charset, text) by the byte order mark, the HTTP header, the meta tag, as UTF-8, or as windows-1252."""
     label = lambda text: re.findall(r'charset\s*=\s*["\']?\s*([\w-]+)', text.lower())
     meta = ['utf-8' if 'utf-16' in name else name for name in label(raw[:4096].decode('latin-1'))] # read as ASCII
     mark = ['utf-8'] * raw.startswith(b'\xef\xbb\xbf') + ['utf-16-le'] * raw.startswith(b'\xff\xfe')
@@ -204,12 +204,13 @@ def charset(raw, content_type=''):
         name = ALIAS.get(name, name)
         with contextlib.suppress(LookupError, UnicodeError): # no such charset
             if CHARSET.fullmatch(name):
-                if raw.decode(name, 'replace').count('\ufffd') <= len(raw) / 200: # some broken bytes: still this one
-                    return name
-    return 'cp1252'
+                text = raw.decode(name, 'replace').replace('\ufeff', '')
+                if text.count('\ufffd') <= len(text) / 200: # a few broken bytes: still the right charset
+                    return name, text
+    return 'cp1252', raw.decode('cp1252', 'replace')
 
 def decode(raw, content_type=''):
-    return raw.decode(charset(raw, content_type), 'replace').replace('\ufeff', '')
+    return read_as(raw, content_type)[1]
 
 if __name__ == '__main__':
     try:

@@ -3,7 +3,7 @@ Which language is a text in? Naive Bayes over frequent words, as a reader would 
 
 config/languages.json has for 74 languages the most frequent words and how frequent they are, counted by others
 (wordfreq, FrequencyWords; tests/bench/make_languages.py says what of). FineWeb asks fastText (Joulin et al. 2016), a
-model of 126 MB; how this one compares: tests/bench/language.py.
+model of 126 MB; how this one compares: tests/bench/languages.py.
 """
 import collections, json, os, re
 

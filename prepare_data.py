@@ -34,7 +34,7 @@ from extract import decode, html_to_text
 from language import CODES, language_scores
 from model import RANK, atomic, check_settings, die, print0, read_jsonl, write_jsonl
 from privacy import KINDS, hide
-from sources import SOURCES, download, fetch, read_file
+from sources import KNOWN, SOURCES, download, fetch, read_file
 
 # -----------------------------------------------------------------------------
 # settings
@@ -106,7 +106,8 @@ if wrong := set(languages.split(',')) - set(CODES):
     die(f"languages = '{languages}' has no {', '.join(sorted(wrong))}; known are {','.join(CODES)}")
 if not re.fullmatch(r'([^:,]+:\s*\d*\.?\d+\s*(,|$))*', mixture):
     die(f"mixture = '{mixture}' is not of the form web:0.7,books:0.3")
-weights = {k.strip(): float(v) for k, v in (part.split(':') for part in mixture.split(',') if part)}
+shares_of = lambda text: {k.strip(): float(v) for k, v in (part.split(':') for part in text.split(',') if part)}
+weights = shares_of(mixture)
 if world_size > 1: # days: a rank with a slow file keeps the others waiting
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=30))
 barrier = dist.barrier if world_size > 1 else lambda: None
@@ -114,15 +115,16 @@ barrier = dist.barrier if world_size > 1 else lambda: None
 # -----------------------------------------------------------------------------
 # what comes in. All is made in a folder of its own: what an earlier run left stays whole until the end
 tmp, TASKS = f'{data_dir}/.partial', ('chat', 'preferences', 'prompts')
+is_input = lambda path: re.search(KNOWN, path) and not re.search('raw.truth.jsonl$', path) # what is planted is no input
 ours = [f'{kind}_{side}.jsonl' for kind in TASKS for side in ('train', 'val')]
 ours += ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json'] + ['raw'] * (source == 'toytown')
-inputs, known = [], r'(?<!raw.truth)\.(txt|md|html?|csv|bin|parquet|tar|tgz|zip|((warc|wet|jsonl?|tar)(\.gz)?))$'
+inputs = []
 if 'files' in source.split(','):
     files or die('no files: name them, --files=notes.txt,web/*.warc.gz')
     for name in map(os.path.expanduser, files.split(',')):
         pattern = f'{name}/**' if os.path.isdir(name) else name
         found = [name] if os.path.isfile(name) else glob.glob(pattern, recursive=True)
-        inputs += [('files', path) for path in sorted(found) if re.search(known, path) and os.path.isfile(path)] or die(
+        inputs += [('files', path) for path in sorted(found) if is_input(path) and os.path.isfile(path)] or die(
             f'no file {name} of a known kind: .txt .md .html .jsonl .json .csv .warc .wet .tar .zip .parquet, also .gz')
 if lost := [path for _, path in inputs if os.path.relpath(path, data_dir).split(os.sep)[0] in ours]:
     die(f'{lost[0]} would be replaced by what is made of it: move it out of {data_dir}')
@@ -141,13 +143,14 @@ barrier()
 if source == 'toytown':
     import toytown
     town = toytown.load(world, seed, n_people, val_facts)
-    weights = weights or {k: float(v) for k, v in (part.split(':') for part in town['mixture'].split(','))}
+    weights = weights or shares_of(town['mixture'])
     if RANK == 0 and not os.path.exists(f'{tmp}/raw/truth.jsonl'):
         toytown.write_tasks(town, tmp, n_chat, n_preferences, n_prompts, n_val, flaw_rate, like_rate, labeller_noise)
         toytown.write_benchmarks(town, f'{tmp}/benchmarks')
         toytown.write_web(town, f'{tmp}/raw', n_pages, n_books, n_lessons, n_faults, blocked_hosts, blocked_words)
     barrier()
-    inputs = [('files', path) for path in sorted(glob.glob(f'{glob.escape(tmp)}/raw/*')) if re.search(known, path)]
+    inputs = [('files', path) for path in sorted(glob.glob(f'{glob.escape(tmp)}/raw/*')) if is_input(path)]
+model.QUIET = False # from here each rank has files of its own, and errors of its own
 for name in source.split(','):
     if name in SOURCES:
         inputs += [(name, path) for path in fetch(name, raw_dir, n_files, RANK, world_size, crawl)]
@@ -299,9 +302,11 @@ def exam_grams(folder):
 
 def decontaminate_step(doc):
     """A text with 13 words in a row of an exam question goes (Brown et al. 2020, C): a model must not have read it."""
+    if not len(exam[0]): # no exams at hand
+        return None
     have = grams(words_of(text_of(doc)), 13)
     at = np.searchsorted(exam[0], have)
-    hit = np.flatnonzero(exam[0][np.minimum(at, len(exam[0]) - 1)] == have) if len(exam[0]) else []
+    hit = np.flatnonzero(exam[0][np.minimum(at, len(exam[0]) - 1)] == have)
     return f'question of {exam[1][at[hit[0]]]}' if len(hit) else None
 
 # -----------------------------------------------------------------------------
@@ -312,26 +317,32 @@ steps = dict(url=url_step, text=text_step, language=language_step, repetition=re
              c4=c4_step, fineweb=fineweb_step, dedup=lambda doc: doc['copy'], pii=pii_step,
              decontaminate=decontaminate_step)
 steps = {name: step for name, step in steps.items() if name in ['text', *filters.split(',')]}
-size_of = lambda doc: len(doc['html'] if 'html' in doc else doc['text'].encode('utf-8', 'replace')) # in bytes
 is_val = lambda key: key < int(val_fraction * 2**64) # of texts alike, all are on one side
-groups, size, blocked, bad_words = [], 0, block_list(blocked_hosts), set(blocked_words.split(','))
+blocked, bad_words = block_list(blocked_hosts), set(blocked_words.split(','))
+groups, group_sizes = [], [] # of inputs; in bytes
 for one in inputs: # small files make up a group; a large one is a group of its own
-    size = size * bool(groups) + os.path.getsize(one[1])
-    if not groups or size > 1_000_000:
+    if not groups or group_sizes[-1] + os.path.getsize(one[1]) > 1_000_000:
         groups.append([])
-        size = os.path.getsize(one[1])
+        group_sizes.append(0)
     groups[-1].append(one)
-model.QUIET = False # from here each rank has files of its own, and errors of its own
-
-def side_of(row):
-    """The first question decides, for rows of every kind alike."""
-    return 'val' if is_val(key_of(next(m['content'] for m in row['messages'] if m['role'] == 'user'))) else 'train'
+    group_sizes[-1] += os.path.getsize(one[1])
+results = [f'{tmp}/work/{i:06d}' for i in range(len(groups))] # of each group; stage and kind are added to the name
 
 def text_of(item):
     """What is told in an item, of whatever kind."""
     row = item.get('row', {})
     return item['text'] if 'text' in item else '\n\n'.join(
         [turn['content'] for turn in row.get('messages', ())] + row.get('completions', []))
+
+def size_of(item):
+    """Bytes of a page or text; of a row about."""
+    return len(item['html'] if 'html' in item else item['text'].encode('utf-8', 'replace') if 'text' in item else
+               json.dumps(item['row']))
+
+def side_key(item):
+    """What decides the side: the text, or the first question, for rows of every kind alike."""
+    asked = [turn['content'] for turn in item.get('row', {}).get('messages', ()) if turn['role'] == 'user']
+    return key_of(asked[0] if asked else text_of(item))
 
 def passes(doc, name, step, report):
     """Run a step on a document, count it, keep examples of what it drops; -> does it stay?"""
@@ -351,32 +362,34 @@ def passes(doc, name, step, report):
 
 def over_groups(stage, work):
     """Call work(path of results, group, report) for the groups of this rank that have no report of this stage yet."""
-    sizes = [sum(os.path.getsize(path) for _, path in group) for group in groups]
-    order = sorted(range(len(groups)), key=lambda i: -sizes[i])[RANK::world_size] # large ones first
-    began, done, total = time.time(), 0, sum(sizes[i] for i in order)
+    order = sorted(range(len(groups)), key=lambda i: -group_sizes[i])[RANK::world_size] # large ones first
+    began, done, total = time.time(), 0, sum(group_sizes[i] for i in order)
     for i in order:
-        path = f'{tmp}/work/{i:06d}'
+        path = results[i]
         if os.path.exists(f'{path}.{stage}.json'):
-            total -= sizes[i]
+            total -= group_sizes[i]
             continue
         report = collections.defaultdict(collections.Counter, examples=[], fate={})
         work(path, groups[i], report)
         write_jsonl(f'{path}.{stage}.json', [report]) # the last of its files: it stands for all
-        done += sizes[i]
+        done += group_sizes[i]
         if time.time() - began > 5:
             rate = done / (time.time() - began)
             print0(f'{stage}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s, '
                    f'{(total - done) / rate / 60:.1f} minutes left')
     barrier()
 
-def reports(stage):
-    """Yield the path of the results of each group, and its report."""
-    for i in range(len(groups)):
-        yield f'{tmp}/work/{i:06d}', next(read_jsonl(f'{tmp}/work/{i:06d}.{stage}.json'))[1]
-
-def read_table(path):
-    with np.load(path) as f:
-        return {name: f[name] for name in f.files}
+def add_up(*stages):
+    """The reports of all groups together: counts, what became of each page, examples of what was dropped."""
+    total, fate, examples = collections.defaultdict(collections.Counter), {}, []
+    for stage, path in itertools.product(stages, results):
+        _, report = next(read_jsonl(f'{path}.{stage}.json'))
+        for url, more in report.pop('fate').items():
+            fate[url] = {**fate.get(url, {}), **more}
+        examples += report.pop('examples')
+        for key, counts in report.items():
+            total[key].update(counts)
+    return total, fate, examples
 
 class Table:
     """What is known of each item: its label (kind and source), size, and the key that decides its side; of texts also
@@ -388,9 +401,8 @@ class Table:
         if (label := f"{item['kind']} {item['source']}") not in self.labels:
             self.labels.append(label)
         self.label.append(self.labels.index(label))
-        self.size.append(size_of(item) if 'text' in item else len(json.dumps(item['row'])))
-        asked = [turn['content'] for turn in item.get('row', {}).get('messages', ()) if turn['role'] == 'user']
-        self.key.append(key_of(asked[0] if asked else text_of(item)))
+        self.size.append(size_of(item))
+        self.key.append(side_key(item))
         self.signatures += signature
 
     def save(self, path):
@@ -416,7 +428,7 @@ def read_group(group, report):
                     os.symlink(os.path.abspath(path), shard)
                 continue
             yield item
-            if item['kind'] == 'chat' and chat_as_text and side_of(item['row']) == 'train':
+            if item['kind'] == 'chat' and chat_as_text and not is_val(side_key(item)):
                 yield dict(kind='text', source=item['source'], url=item['url'], text=text_of(item))
 
 def first_pass(path, group, report):
@@ -463,7 +475,7 @@ def third_pass(path, group, report):
             for epoch in range(mine.max(initial=0)):
                 for n, (_, item) in zip(mine, read_jsonl(f'{path}.clean.jsonl.gz')):
                     if n > epoch:
-                        size = size_of(item) if kind == 'text' else len(json.dumps(item['row']))
+                        size = size_of(item)
                         report[f'{kind} {side}'].update(rows=1, bytes=size)
                         report[f'{kind} mixture'][item['source']] += size
                         yield {k: item[k] for k in ('text', 'source', 'url')} if kind == 'text' else item['row']
@@ -476,25 +488,24 @@ def third_pass(path, group, report):
 
 over_groups('kept', first_pass)
 if RANK == 0 and not os.path.exists(f'{tmp}/work/copies'):
-    names = [path for path, _ in reports('kept')]
     texts = [np.array([label[:5] == 'text ' for label in t.labels] or [0], bool)[t.label]
-             for t in (table_of(f'{name}.kept.npz', 'labels', 'label') for name in names)]
+             for t in (table_of(f'{path}.kept.npz', 'labels', 'label') for path in results)]
     ends = np.cumsum([part.sum() for part in texts], dtype=int)
     hashes, signatures = np.zeros(ends[-1], np.uint64), np.zeros((ends[-1], 112), np.uint32)
-    for name, part, end in zip(names, texts, ends) if 'dedup' in steps else ():
-        table, mine = table_of(f'{name}.kept.npz'), slice(end - part.sum(), end)
+    for path, part, end in zip(results, texts, ends) if 'dedup' in steps else ():
+        table, mine = table_of(f'{path}.kept.npz'), slice(end - part.sum(), end)
         hashes[mine], signatures[mine] = table.key[part], table.signatures
-    first = near_duplicates(signatures, hashes) if 'dedup' in steps else np.arange(ends[-1])
+    first = near_duplicates(signatures, hashes, near_duplicate) if 'dedup' in steps else np.arange(ends[-1])
     code = np.where(first == np.arange(len(first)), 0, np.where(hashes == hashes[first], 1, 2))
-    for name, part, end in zip(names, texts, ends):
+    for path, part, end in zip(results, texts, ends):
         copies = np.zeros(len(part), np.uint8)
         copies[part] = code[end - part.sum():end]
-        np.save(f'{name}.copies.npy', copies)
+        np.save(f'{path}.copies.npy', copies)
     del signatures
     exams = collections.defaultdict(dict)
-    for name in names:
-        if any(label.startswith('benchmarks') for label in table_of(f'{name}.kept.npz', 'labels').labels):
-            for _, item in read_jsonl(f'{name}.kept.jsonl.gz'):
+    for path in results:
+        if any(label.startswith('benchmarks') for label in table_of(f'{path}.kept.npz', 'labels').labels):
+            for _, item in read_jsonl(f'{path}.kept.jsonl.gz'):
                 if item['kind'].startswith('benchmarks/'): # two sources may have the same one: each row once
                     exams[item['kind']][json.dumps(item['row'], sort_keys=True)] = item['row']
     for name, rows in exams.items():
@@ -507,21 +518,14 @@ over_groups('clean', second_pass)
 
 # -----------------------------------------------------------------------------
 # the mixture: how often each item is taken. Weights are of bytes, among the sources of one kind
-total, fate, examples = collections.defaultdict(collections.Counter), {}, []
-for stage in 'kept', 'clean':
-    for _, report in reports(stage):
-        for key, counts in report.items():
-            total[key].update(counts) if key not in ('fate', 'examples') else None
-        for url, more in report['fate'].items():
-            fate[url] = {**fate.get(url, {}), **more}
-        examples += report['examples']
-
+if RANK == 0:
+    total, fate, examples = add_up('kept', 'clean')
 if RANK == 0 and not os.path.exists(f'{tmp}/work/times'):
-    tables = [(path, table_of(f'{path}.clean.npz', 'labels', 'label', 'size', 'key')) for path, _ in reports('clean')]
-    labels = sorted({label for _, table in tables for label in table.labels.tolist()})
-    codes = [np.array([labels.index(x) for x in t.labels] or [0])[t.label] for _, t in tables]
+    tables = [table_of(f'{path}.clean.npz', 'labels', 'label', 'size', 'key') for path in results]
+    labels = sorted({label for table in tables for label in table.labels.tolist()})
+    codes = [np.array([labels.index(x) for x in table.labels] or [0])[table.label] for table in tables]
     label, size, key = (np.concatenate(parts) for parts in (
-        codes, [table.size for _, table in tables], [table.key for _, table in tables]))
+        codes, [table.size for table in tables], [table.key for table in tables]))
     n_read = total['read']['documents']
     if not any(name.startswith('text ') for name in labels) and (n_read or not labels and not total['tokens']):
         lost = ', '.join(f"{name} dropped {total[name]['docs_in'] - total[name]['docs_out']:,}" for name in steps)
@@ -545,7 +549,7 @@ if RANK == 0 and not os.path.exists(f'{tmp}/work/times'):
             if again:
                 print0(f'{kind}: {name} runs dry and is repeated: {weight * budget / have[name]:.2f} epochs')
     times[is_val(key)] = np.minimum(times[is_val(key)], 1)
-    for (path, table), part in zip(tables, np.split(times, np.cumsum([len(t.key) for _, t in tables])[:-1])):
+    for path, part in zip(results, np.split(times, np.cumsum([len(table.key) for table in tables])[:-1])):
         np.save(f'{path}.times.npy', part)
     for kind in dict.fromkeys(name.split()[0] for name in labels if name.split()[0] in ('text', *TASKS)):
         mine = np.isin(label, [i for i, name in enumerate(labels) if name.split()[0] == kind]) & (times > 0)
@@ -559,12 +563,9 @@ over_groups('mixed', third_pass)
 if RANK: # the rest is for one
     raise SystemExit
 
-mixed = collections.defaultdict(collections.Counter)
-for path, report in reports('mixed'):
-    for key, counts in report.items():
-        mixed[key].update(counts) if key not in ('fate', 'examples') else None
+mixed = add_up('mixed')[0]
 for kind, side in itertools.product(TASKS, ('train', 'val')):
-    parts = [f'{path}.{kind}_{side}.jsonl' for path, _ in reports('mixed')]
+    parts = [f'{path}.{kind}_{side}.jsonl' for path in results]
     if parts := [part for part in parts if os.path.exists(part)]:
         with atomic(f'{tmp}/{kind}_{side}.jsonl') as partial, open(partial, 'wb') as out:
             for part in parts:

@@ -14,7 +14,7 @@ import zipfile, zlib
 
 import requests
 
-from extract import charset
+from extract import read_as
 from forms import EXAMS, FORMS, read_row
 from model import RANK, die, print0
 from warc import LIMIT, warc_pages
@@ -222,7 +222,7 @@ def read_text(f, whole, skipped):
     Yield the documents of a text file: what stands between <|endoftext|> marks; without any the whole, or pieces of
     about 4,000 characters, each to a blank line, as for all that is very long.
     """
-    stream, buf, marked, end = io.TextIOWrapper(f, charset(f.peek()), 'replace'), '', False, False
+    stream, buf, marked, end = io.TextIOWrapper(f, read_as(f.peek())[0], 'replace'), '', False, False
     while not end:
         buf += (block := stream.read(1 << 20).replace('\ufeff', ''))
         end, marked = not block, marked or '<|endoftext|>' in buf

@@ -330,6 +330,9 @@ def test_duplicates(tmp_path):
         val_fraction=0.5,
     )
     assert funnel(tmp_path / 'out')['dropped']['dedup'] == {'exact': 1, 'near': 1}
+    run(tmp_path / 'all', source='files', files=tmp_path / 'a.jsonl', filters='dedup', val_fraction=0.5,
+        near_duplicate=1.0)
+    assert funnel(tmp_path / 'all')['dropped']['dedup'] == {'exact': 1} # the setting is heard
 
 
 def test_language_and_quality(world):

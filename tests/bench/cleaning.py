@@ -3,18 +3,16 @@ From WARC to clean text: how fast are all steps together, per core, and how does
 pipeline for FineWeb with trafilatura, on the same file in the same run; without its language step, which downloads a
 model, and without duplicates. Ours has both.
 
-$ pip install datatrove[processing] trafilatura warcio        (the peer; without it only our own figures are printed)
+$ pip install 'datatrove[processing]' trafilatura warcio lxml_html_clean orjson spacy    # without: our figures only
 $ python tests/bench/cleaning.py FOLDER_WITH_HTML [copies]    # every page is put into the WARC file so many times
 """
 
-import glob, gzip, json, os, random, resource, socket, subprocess, sys, tempfile, time
+import glob, gzip, os, random, socket, subprocess, sys, tempfile, time
 
 ROOT = os.path.abspath(os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
 PEER = '''
 import sys
 from datatrove.executor import LocalPipelineExecutor
-from datatrove.pipeline.dedup import MinhashDedupSignature
-from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.filters import (C4QualityFilter, FineWebQualityFilter, GopherQualityFilter,
                                         GopherRepetitionFilter, URLFilter)

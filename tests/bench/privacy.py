@@ -10,7 +10,7 @@ Every kind sees the planted items of all kinds, and all traps.
 
 $ python tests/bench/privacy.py [--held] [--misses] [--peers=datatrove,scrubadub]
 """
-import collections, glob, gzip, ipaddress, json, os, random, re, sys, time, uuid, zlib
+import collections, ipaddress, json, os, random, re, sys, time, uuid
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..', '..'))
