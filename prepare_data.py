@@ -45,6 +45,7 @@ data_dir = 'data/toytown'   # where everything is written
 raw_dir = 'data/raw'        # where downloads stay, for every data_dir; one that is there is not asked for again
 n_files = 1                 # how many files of each source that comes in many
 crawl = 'CC-MAIN-2025-51'   # which one of Common Crawl
+wet = False                 # its files of text, a tenth as large, instead of its pages
 chat_as_text = False        # also put the text of conversations into the corpus
 keep_dropped = 20           # of each reason this many dropped documents are put into dropped.jsonl, for looking at
 seed = 1337                 # of the world, and of the choice of documents
@@ -153,7 +154,7 @@ if source == 'toytown':
 model.QUIET = False # from here each rank has files of its own, and errors of its own
 for name in source.split(','):
     if name in SOURCES:
-        inputs += [(name, path) for path in fetch(name, raw_dir, n_files, RANK, world_size, crawl)]
+        inputs += [(name, path) for path in fetch(name, raw_dir, n_files, RANK, world_size, crawl, wet)]
 barrier()
 
 # -----------------------------------------------------------------------------
