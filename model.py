@@ -65,11 +65,14 @@ def atomic(path):
         if os.path.exists(tmp):
             os.remove(tmp)
 
-def read_jsonl(path):
-    """Yield (line number, object) of a .jsonl or .jsonl.gz file; a bad line ends the program with its place."""
+def read_jsonl(path, raw=None):
+    """
+    Yield (line number, object) of a .jsonl or .jsonl.gz file; a bad line ends the program with its place.
+    raw: a .gz that the caller has opened; its raw.tell() says how far we are.
+    """
     number = 0
     try:
-        with (gzip.open if str(path).endswith('.gz') else open)(path, 'rt', encoding='utf-8-sig') as f:
+        with (gzip.open if str(path).endswith('.gz') else open)(raw or path, 'rt', encoding='utf-8-sig') as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     row = json.loads(line)
@@ -96,18 +99,19 @@ SHARD_FORMS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)} # magic: vers
 
 def read_shard(path, tok_hash=0):
     """Token shard -> read-only memory map of its tokens. A hash of 0, here or there, means unknown: not compared."""
+    again = f'run `python tokenizer.py --data_dir={os.path.dirname(path)}` again'
     try:
         header = np.fromfile(path, dtype='<i4', count=256)
     except OSError as e:
         die(f'cannot read {path}: {e.strerror}')
     if len(header) < 256 or header[0] not in SHARD_FORMS or header[1] != SHARD_FORMS[header[0]][0]:
-        die(f'{path} is no token shard (bad header): run tokenizer.py again')
+        die(f'{path} is no token shard (bad header): {again}')
     dtype = np.dtype(SHARD_FORMS[header[0]][1])
     has, says = (os.path.getsize(path) - 1024) / dtype.itemsize, int(header[2])
     if has != says:
-        die(f'{path} is damaged: its header says {says:,} tokens, it holds {has:,.1f}: run tokenizer.py again')
+        die(f'{path} is damaged: its header says {says:,} tokens, it holds {has:,.1f}: {again}')
     if tok_hash and header[3] and header[3] != tok_hash:
-        die(f'{path} was written with another tokenizer than the one in use: run tokenizer.py again')
+        die(f'{path} was written with another tokenizer than the one in use: {again}')
     return np.memmap(path, dtype=dtype, mode='r', offset=1024, shape=(says,)) if says else np.zeros(0, dtype)
 
 # -----------------------------------------------------------------------------
@@ -121,16 +125,16 @@ class Tokenizer:
     def __init__(self, spec):
         try:
             self.tokens = [base64.b64decode(t) for t in spec['ranks']]
-            if not {bytes([b]) for b in range(256)} <= set(self.tokens):
+            if spec['kind'] != 'char' and not {bytes([b]) for b in range(256)} <= set(self.tokens):
                 raise ValueError('not every byte is a token')
             specials = {name: len(self.tokens) + i for i, name in enumerate(spec['special_tokens'])}
             self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], special_tokens=specials,
                                          mergeable_ranks={t: i for i, t in enumerate(self.tokens)})
             self.eot, self.system, self.user, self.assistant, self.end, self.pad = (specials[s] for s in SPECIAL_TOKENS)
+            self.n_vocab = max(spec.get('n_vocab', 0), len(self.tokens) + len(specials)) # may be padded
         except (KeyError, TypeError, ValueError) as e: # binascii.Error is a ValueError
             raise ValueError(f'damaged tokenizer ({type(e).__name__}: {e})') from e
-        self.spec, self.n_vocab = spec, len(self.tokens) + len(specials)
-        self.decode = self.enc.decode # ids -> text; bytes that are no valid UTF-8 become U+FFFD
+        self.spec, self.decode = spec, self.enc.decode # ids -> text; bytes that are no valid UTF-8 become U+FFFD
         self.hash = int(hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:8], 16) & 0x7fffffff
 
     @classmethod

@@ -119,8 +119,9 @@ fingerprint='
 import glob, hashlib, json, os, sys
 script, before, settings = sys.argv[1:]
 digest = hashlib.sha256((before + settings).encode())
-parts = "dedup extract forms language privacy sources toytown warc".split() if script == "prepare_data.py" else []
-for path in [script, "model.py", *(part + ".py" for part in parts)]:
+parts = {"prepare_data.py": "dedup extract forms language privacy sources toytown warc",
+    "tokenizer.py": "bpe huggingface"}
+for path in [script, "model.py", *(part + ".py" for part in parts.get(script, "").split())]:
     digest.update(open(path, "rb").read())
 if script == "prepare_data.py":
     words = [w for v in json.loads(settings).values() if isinstance(v, str) for w in v.split(",") if w]

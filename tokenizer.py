@@ -1,200 +1,265 @@
 """
-Turns text into numbers: trains a byte-level BPE tokenizer on our own documents, then encodes the documents with it.
+Turns text into numbers: learns a byte-level BPE tokenizer from our own documents, then encodes the documents with it.
 
     data_dir/train/*.jsonl.gz, val/*.jsonl.gz  ->  data_dir/tokenizer.json, train_000000.bin .., val_000000.bin ..
 
 Byte pair encoding starts from the 256 bytes, so that no text is ever unknown. It looks for the pair of neighbours that
 is most frequent in the corpus, makes it a new token, and repeats. Encoding applies the same merges in the same order.
-Left out: several processes; corpora whose tokens, 2 bytes each, do not fit in memory.
+bpe.py has the algorithm; here are the corpus, the processes and the files. The corpus is never in memory as a whole.
 
-    python tokenizer.py config/tiny.py                         train and encode: seconds on a laptop
-    python tokenizer.py config/tiny.py --show=understanding    watch the merges of a word, with the trained tokenizer
+    python tokenizer.py config/tiny.py                             learn and encode: seconds on a laptop
+    python tokenizer.py config/tiny.py --show=understanding        watch the merges of a word
+    python tokenizer.py config/tiny.py --compare=true              bytes per token by kind of text, beside GPT-2
+    python tokenizer.py config/tiny.py --export=out/toytown/hf     for Hugging Face's libraries and for tiktoken
     python tokenizer.py --data_dir=data/web --vocab_size=32768 --train_chars=2_000_000_000
 """
-import atexit, base64, glob, heapq, json, os, shutil, signal, sys, time
-from collections import Counter, defaultdict
+import atexit, base64, collections, concurrent.futures, gc, glob, json, multiprocessing, os, shutil, signal, sys, time
 import numpy as np
 import regex # comes with tiktoken; unlike re it knows \p{L}, "any letter"
+import tiktoken
+from bpe import PATTERNS, show_merges, tokens_of, train_bpe, visible
 from configurator import configure
-from model import SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, check_settings, die, print0, read_jsonl
+from huggingface import tokenizer_files
+from model import SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, atomic, check_settings, die, print0, read_jsonl, read_shard
 
 # -----------------------------------------------------------------------------
 # settings
 data_dir = 'data/toytown'  # where prepare_data.py has put train/ and val/; tokenizer.json and the shards go there too
-vocab_size = 4096          # tokens in all: 256 bytes + merges + 6 special tokens
-pattern = 'gpt4'           # how text is split before merging: 'gpt4', 'gpt2' or a regular expression
-train_chars = 0            # learn the merges from this many characters, an equal share of each file (0 = all)
+kind = 'bpe'               # bpe: learned here; char: every character of train/ is a token; gpt2: that of GPT-2
+vocab_size = 4096          # of bpe: tokens in all, 256 bytes + merges + 6 special tokens
+pattern = 'gpt4'           # of bpe: how text is split before merging: gpt4, gpt2 or a regular expression
+train_chars = 0            # learn from this many characters, an equal share of each file (0 = all)
+max_chunks = 2_000_000     # distinct chunks kept while counting; of more, the rarest are forgotten
 shard_tokens = 100_000_000 # tokens per .bin file, at most; a document is never cut (0 = one file)
+processes = 0              # that count chunks; as many threads encode (0 = one per core)
 seed = 1337                # order of the documents in the shards
-show = ''                  # a text: show its merges step by step with the trained tokenizer, then exit
+show = ''                  # a text: show its merges step by step with the tokenizer in data_dir, then exit
+compare = False            # show how well the tokenizer in data_dir packs which kind of text, then exit
+export = ''                # a folder: write the tokenizer in data_dir there in the forms of other libraries, then exit
 config = configure(globals())
 # -----------------------------------------------------------------------------
 # functions
 
-# Merges never cross the borders of these chunks: "dog." and "dog!" share the token "dog". \p{L} is a letter, \p{N} a
-# digit; "++" is a "+" that never gives back what it took, which keeps the matching fast.
-PATTERNS = dict(
-    gpt2=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    gpt4=r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-         r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+EOT = SPECIAL_TOKENS[0] # <|endoftext|>
+gc.disable() # millions of small objects, none in a circle: the collector would walk through them again and again
 
-def whole(text):
+def clean(text):
     """Joins surrogate pairs; a lone half, which no UTF-8 can hold, becomes U+FFFD (tiktoken does the same)."""
-    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    # tiktoken's matcher overflows its stack on a run of a million blanks: runs of more than 10,000 are cut short
+    long = any(text[i:i + 5000].isspace() for i in range(0, len(text), 5000))
+    return regex.sub(r'(?<!\s)(\s{10000})\s++', r'\1', text) if long else text
 
-def documents(path):
-    """Yields the texts of one file; empty documents are skipped and remembered in `empty`."""
-    for line, row in read_jsonl(path):
-        if not isinstance(row.get('text'), str):
-            die(f'{path}:{line}: no text in this document, expected {{"text": "..."}}')
-        if not row['text'].strip():
-            empty.add((path, line))
-        else: # tiktoken's matcher overflows its stack on a run of a million blanks: such runs are cut short
-            yield regex.sub(r'(?<!\s)(\s{10000})\s++', r'\1', whole(row['text']))
+def meter(what, total, unit, size=1):
+    """-> a function to be told what is done: it prints rate and time left at every tenth and twice a minute."""
+    start = last = time.time()
+    tenth = 0
+    def tell(done):
+        nonlocal last, tenth
+        now = time.time()
+        if now > last + (1 if done * 10 // total > tenth else 30):
+            last, tenth, rate = now, done * 10 // total, done / max(now - start, 1e-9)
+            print0(f'{what} | {done / total:4.0%} | {rate / size:,.1f} {unit}/s | {(total - done) / rate:.0f} s left')
+    return tell
 
-def progress(what, done, total, t0):
-    """Prints rate and time left, ten times in all however many steps there are."""
-    if done * 10 // total > (done - 1) * 10 // total:
-        dt = time.time() - t0
-        print0(f'{what} | {done:6,}/{total:,} | {done / dt:7,.0f}/s | {dt / done * (total - done):3.0f} s left')
+def batches(what, files, n_chars=0):
+    """Yields lists of documents, a million characters each; n_chars: of as many in all, an equal share of each file."""
+    sizes, batch, size, before = [os.path.getsize(path) for path in files], [], 0, 0
+    tell = meter(what, sum(sizes), 'MB of files', 1e6)
+    for k, path in enumerate(files):
+        room = (n_chars - seen[what, 'chars']) // (len(files) - k) if n_chars else sys.maxsize
+        with open(path, 'rb') as raw:
+            for line, row in read_jsonl(path, raw):
+                text = row.get('text')
+                if not isinstance(text, str):
+                    die(f'{path}:{line}: no text in this document, expected {{"text": "..."}}')
+                if not text or text.isspace():
+                    seen[what, 'empty'] += 1
+                    continue
+                batch.append(text[:room])
+                room, size = room - len(batch[-1]), size + len(batch[-1])
+                seen[what, 'chars'] += len(batch[-1])
+                if size > 10**6 or not room:
+                    tell(before + raw.tell())
+                    yield batch
+                    batch, size = [], 0
+                if not room:
+                    break
+        before += sizes[k]
+    if batch:
+        yield batch
+    tell(before)
 
-def visible(token):
-    """b' caf\\xc3\\n' -> ' caf<c3><0a>': bytes that are no printable text of their own are shown in hex."""
-    return ''.join(c if c.isprintable() else ''.join(f'<{b:02x}>' for b in c.encode('utf-8', 'surrogateescape'))
-                   for c in token.decode('utf-8', 'surrogateescape'))
+def in_parallel(pool, work, batches):
+    """work(batch) of every batch, in order. Unlike pool.map it does not read the corpus ahead: two batches a worker."""
+    waiting = collections.deque()
+    for batch in batches:
+        waiting.append(pool.submit(work, batch))
+        if len(waiting) > 2 * workers:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
 
-def train_bpe(chunks, n_merges):
-    """
-    {chunk: how often it occurs} -> the merges, as pairs of ids. Bytes are ids 0..255, merge number k makes id 256 + k.
-    Tie rule: the highest count wins; of equal counts, the smallest pair of ids (the left one is compared first).
-    Stops early when no pair occurs twice: such a token would save nothing.
+def begin_worker(parent=os.getpid()):
+    """Of a process that counts: Ctrl-C is for its parent; when that is killed, it leaves within a second."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, lambda *_: os.getppid() == parent or os._exit(1))
+    signal.setitimer(signal.ITIMER_REAL, 1, 1)
 
-        train_bpe({'aaabdaaabac': 1}, 9) -> [(97, 97), (97, 98), (256, 257)]    aa, ab, aaab; then nothing occurs twice
-    """
-    words, times = [list(chunk.encode()) for chunk in chunks], list(chunks.values())
-    count = defaultdict(int)  # pair -> how often it occurs in the whole text
-    where = defaultdict(list) # pair -> indices of the words it occurs in, or once did
-    for w, ids in enumerate(words):
-        for pair in zip(ids, ids[1:]):
-            count[pair] += times[w]
-            where[pair].append(w)
-    # The heap brings up the best pair. An entry may be out of date, but only too high (a count rises only in the step
-    # that makes the pair): then it goes back with the count of today.
-    heap = [(-n, pair) for pair, n in count.items()]
-    heapq.heapify(heap)
-    merges, t0 = [], time.time()
-    while len(merges) < n_merges and heap:
-        best, pair = heapq.heappop(heap)
-        if count[pair] != -best:
-            heapq.heappush(heap, (-count[pair], pair))
-            continue
-        if -best < 2:
-            break
-        (a, b), new = pair, 256 + len(merges)
-        merges.append(pair)
-        fresh = set() # pairs that this merge has made
-        # Only words that hold the pair are touched: the cost grows with the number of *distinct* chunks, not of all.
-        for w in set(where.pop(pair)):
-            ids, merged, i = words[w], [], 0
-            while i < len(ids):
-                found = ids[i] == a and ids[i + 1:i + 2] == [b]
-                merged.append(new if found else ids[i])
-                i += 1 + found
-            words[w] = merged
-            for old in zip(ids, ids[1:]):
-                count[old] -= times[w]
-            for now in zip(merged, merged[1:]):
-                count[now] += times[w]
-                if new in now:
-                    where[now].append(w)
-                    fresh.add(now)
-        for now in fresh:
-            heapq.heappush(heap, (-count[now], now))
-        progress(f'merge, {-best:9,} times', len(merges), n_merges, t0)
-    return merges
+def count_chunks(texts):
+    """-> how often each chunk occurs in these documents."""
+    chunks = collections.Counter()
+    for text in texts:
+        chunks.update(regex.findall(split_by, clean(text)))
+    return chunks
+
+def encode_documents(texts):
+    """-> (ids of the documents, each after an <|endoftext|>; their bytes). One call for all: short ones are slow."""
+    texts = [clean(text) for text in texts]
+    plain = [text for text in texts if EOT not in text] # a text that spells it goes alone: it must not become one
+    parts = [[tok.eot, *tok.encode(text)] for text in texts if EOT in text]
+    if plain:
+        parts.append(tok.enc.encode_to_numpy(EOT + EOT.join(plain), allowed_special={EOT}, disallowed_special=()))
+    return np.concatenate(parts).astype(dtype), sum(len(text.encode()) for text in texts)
 
 def write_shard(path, ids, tok_hash):
     """Token shard: a header of 256 int32 (magic, version, number of tokens, hash of the tokenizer), then the tokens."""
     magic, version = next((magic, form[0]) for magic, form in SHARD_FORMS.items() if form[1] == ids.dtype)
-    with open(path, 'wb') as f:
+    with atomic(path) as tmp, open(tmp, 'wb') as f:
         f.write(np.array([magic, version, len(ids), tok_hash] + [0] * 252, '<i4').tobytes())
         f.write(ids.tobytes())
 
+def gpt2():
+    """GPT-2's encoding, from tiktoken's cache or the network; RuntimeError if neither has it."""
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except Exception as e: # whatever requests, the disk or the check of the file raises
+        raise RuntimeError(f"GPT-2's vocabulary is not at hand ({type(e).__name__}): once downloaded on a machine with "
+                           'a network, the folder that TIKTOKEN_CACHE_DIR names holds it') from None
+
+def print_largest(tok):
+    largest = sorted(range(len(tok.tokens)), key=lambda i: (-len(tok.tokens[i]), i))[:10]
+    print0('largest tokens: ' + ' '.join(f"'{visible(tok.tokens[i])}'" for i in largest))
+
 # -----------------------------------------------------------------------------
-# show the merges of a text
+# look at the tokenizer, or take it along
 
 again = ' '.join(a for a in sys.argv[1:] if a.endswith('.py') or a.startswith('--data_dir=')) # for the hints below
 tokenizer_json = os.path.join(data_dir, 'tokenizer.json')
 sys.stdout.reconfigure(errors='backslashreplace') # what a terminal cannot show is shown by its number, without a crash
+check_settings(config)
+files = {split: sorted(glob.glob(f'{glob.escape(data_dir)}/{split}/*.jsonl.gz')) for split in ('train', 'val')}
+shards = {split: sorted(glob.glob(f'{glob.escape(data_dir)}/{split}_*.bin')) for split in files}
+seen = collections.Counter() # (what, 'chars' or 'empty'): how much has been read
 
 if show:
     tok = Tokenizer.load(tokenizer_json)
-    ranks = {tok.bytes_of(i): i for i in range(tok.n_vocab - len(SPECIAL_TOKENS))}
-    colour = sys.stdout.isatty() and 'NO_COLOR' not in os.environ # the newest token on yellow, the others on two blues
-    form = '\033[30;{}m{}\033[0m' if colour else '{1}'
-    for chunk in regex.findall(tok.spec['pattern'], whole(show)):
-        pieces, newest, choices = [bytes([b]) for b in chunk.encode()], -1, True
-        print0(f"\n'{visible(chunk.encode())}' is {len(pieces)} bytes")
-        while choices:
-            line = ('' if colour else '|').join(form.format(43 if i == newest else (46, 104)[i % 2], visible(p))
-                                                for i, p in enumerate(pieces))
-            print0(f'rank {ranks[pieces[newest]]:6} |' if newest >= 0 else 'bytes       |', line)
-            # What may merge now? The lowest rank does, the merge that was learned first; the leftmost one of equals.
-            pairs = [a + b for a, b in zip(pieces, pieces[1:])]
-            choices = sorted((ranks[p], i) for i, p in enumerate(pairs) if p in ranks)
-            if choices:
-                names = list(dict.fromkeys(f"{rank} '{visible(pairs[i])}'" for rank, i in choices))
-                print0('            | lowest rank:', ', not '.join(names[:4]))
-                newest = choices[0][1]
-                pieces[newest:newest + 2] = [pairs[newest]]
-        print0('ids         |', *(ranks[p] for p in pieces))
+    if tok.spec['kind'] == 'char':
+        die('every token is one character: nothing is merged')
+    for chunk in regex.findall(tok.spec['pattern'], clean(show)):
+        show_merges(chunk.encode(), {token: i for i, token in enumerate(tok.tokens)},
+                    colour=sys.stdout.isatty() and 'NO_COLOR' not in os.environ)
+
+if compare:
+    tok = Tokenizer.load(tokenizer_json)
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config/samples.json'), encoding='utf-8') as f:
+        texts = json.load(f)
+    for path in files['val']:
+        for _, row in read_jsonl(path):
+            name = f"val: {row.get('source', 'documents')}"
+            texts[name] = (texts.get(name, '') + clean(row['text']) + '\n')[:100_000]
+    try:
+        other = gpt2()
+    except RuntimeError as e:
+        other = print0(e)
+    print0(f'\n{"bytes per token":30} GPT-2   ours')
+    for name, text in texts.items():
+        ids, theirs = tok.encode(text), f'{len(text.encode()) / len(other.encode_ordinary(text)):.2f}' if other else '-'
+        rate = sum(len(tok.bytes_of(i)) for i in ids) / max(1, len(ids)) # of char, without the characters it left out
+        print0(f'{name[:28]:28} {theirs:>7} {rate:6.2f} ' + '█' * min(round(4 * rate), 60))
+    print_largest(tok)
+    used = np.zeros(tok.n_vocab, int)
+    for path in shards['train']:
+        for part in np.array_split(read_shard(path, tok.hash), 100): # bincount needs 8 bytes a token
+            used += np.bincount(part, minlength=tok.n_vocab)
+    unused = [token for token, n in zip(tok.tokens, used) if not n]
+    print0(f'{len(unused):,} of {len(tok.tokens):,} tokens never occur in the training shards' + ', the largest: ' *
+           bool(unused) + ' '.join(f"'{visible(token)}'" for token in sorted(unused, key=len)[:-11:-1]))
+
+if export:
+    tok = Tokenizer.load(tokenizer_json)
+    for name, text in tokenizer_files(tok).items():
+        with atomic(os.path.join(export, name)) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
+            f.write(text)
+        print0(f'wrote {os.path.join(export, name)}')
+
+if show or compare or export:
     sys.exit()
 
 # -----------------------------------------------------------------------------
-# count the chunks, learn the merges
+# learn the tokens
 
 t_start = time.time()
-check_settings(config)
+spec = dict(version=1, kind=kind, pattern=PATTERNS.get(pattern, pattern), special_tokens=SPECIAL_TOKENS)
 n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
-if n_merges < 1:
+if kind not in ('bpe', 'char', 'gpt2'):
+    die(f"kind is 'bpe', 'char' or 'gpt2', not {kind!r}")
+if kind == 'bpe' and n_merges < 1:
     die(f'vocab_size = {vocab_size} is too small: bytes, special tokens and one merge make {257 + len(SPECIAL_TOKENS)}')
-tokens = [bytes([b]) for b in range(256)] # the id of a byte is its value
-spec = dict(version=1, kind='bpe', pattern=PATTERNS.get(pattern, pattern), special_tokens=SPECIAL_TOKENS,
-            ranks=[base64.b64encode(t).decode() for t in tokens])
 try: # both engines must understand the pattern: `regex` counts the chunks here, tiktoken encodes with it later
-    if regex.compile(spec['pattern']).groups:
+    split_by = regex.compile(spec['pattern'] if kind == 'bpe' else r'[\s\S]')
+    if split_by.groups:
         raise ValueError('write (?:...) instead of (...), which would return only the group')
-    if regex.match(spec['pattern'], ''):
+    if split_by.match(''):
         raise ValueError('it matches the empty text')
-    Tokenizer(spec)
+    tiktoken.Encoding('try', pat_str=split_by.pattern, mergeable_ranks={b'a': 0}, special_tokens={})
 except (regex.error, ValueError) as e:
     die(f'pattern = {pattern!r} is neither gpt4, gpt2 nor a regular expression: {e}')
-files = {split: sorted(glob.glob(f'{glob.escape(data_dir)}/{split}/*.jsonl.gz')) for split in ('train', 'val')}
+heads = {path: np.fromfile(path, '<i4', 4).tolist() for found in shards.values() for path in found}
+foreign = {path for path, head in heads.items() if head[:1] in ([magic] for magic in SHARD_FORMS) and head[3:] == [0]}
+if foreign and kind != 'gpt2':
+    die(f'{min(foreign)} was not made here, its tokens are those of GPT-2: add --kind=gpt2, or take another data_dir')
 for split in files:
-    if not files[split]:
+    if not files[split] and not foreign & set(shards[split]): # FineWeb's shards come without documents
         die(f'no documents {data_dir}/{split}/*.jsonl.gz: make them with `python prepare_data.py {again}`')
 
-empty = set() # (file, line) of the documents without text
-chunks, n_chars = Counter(), 0
-for k, path in enumerate(files['train']):
-    share = (train_chars - n_chars) // (len(files['train']) - k) if train_chars > 0 else sys.maxsize
-    for text in documents(path):
-        if share <= 0:
-            break
-        chunks.update(regex.findall(spec['pattern'], text[:share]))
-        n_chars += len(text[:share])
-        share -= len(text)
-    progress('count, files', k + 1, len(files['train']), t_start)
-print0(f'{n_chars:,} characters in {sum(chunks.values()):,} chunks, {len(chunks):,} of them distinct')
-
-merges = train_bpe(chunks, n_merges)
-for a, b in merges:
-    tokens.append(tokens[a] + tokens[b])
-spec['ranks'] = [base64.b64encode(t).decode() for t in tokens]
+workers = processes or os.cpu_count() or 1
+if kind == 'gpt2':
+    try:
+        tokens, spec['pattern'] = [gpt2().decode_single_token_bytes(i) for i in range(50256)], gpt2()._pat_str
+    except RuntimeError as e:
+        die(e)
+    spec['n_vocab'] = 50304 # 50,256 + 6 tokens, padded to a multiple of 128: GPUs multiply such matrices faster
+else:
+    small = sum(map(os.path.getsize, files['train'])) < 10**6 # soon done: processes would only take time to start
+    if workers == 1 or small or 'fork' not in multiprocessing.get_all_start_methods():
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+    else:
+        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('fork'), begin_worker)
+    chunks, rare = collections.Counter(), 0
+    with pool:
+        for found in in_parallel(pool, count_chunks, batches('count', files['train'], train_chars)):
+            chunks.update(found)
+            while len(chunks) > max_chunks > 0:
+                rare += 1
+                chunks = collections.Counter({chunk: n for chunk, n in chunks.items() if n > rare})
+    print0(f"{seen['count', 'chars']:,} characters in {chunks.total():,} chunks, {len(chunks):,} of them distinct")
+    if rare:
+        print0(f'max_chunks = {max_chunks:,}: chunks seen up to {rare} times were forgotten while counting')
+    if kind == 'char':
+        tokens = [char.encode() for char in sorted(chunks)]
+        spec['pattern'] = '[' + ''.join(c if c.isalnum() else f'\\U{ord(c):08x}' for c in sorted(chunks)) + ']'
+    else:
+        merges = train_bpe(chunks, n_merges, meter('learn', n_merges, 'merges'))
+        tokens = tokens_of(merges)
+        print0(f'256 bytes + {len(merges):,} merges + {len(SPECIAL_TOKENS)} special tokens | '
+               f'{time.time() - t_start:.1f} s')
+        if len(merges) < n_merges:
+            print0(f'stopped early at {vocab_size - n_merges + len(merges):,} instead of {vocab_size:,}: no pair of '
+                   'tokens occurs twice any more')
+spec['ranks'] = [base64.b64encode(token).decode() for token in tokens]
 tok = Tokenizer(spec)
-print0(f'256 bytes + {len(merges):,} merges + {len(SPECIAL_TOKENS)} special tokens = {tok.n_vocab:,} tokens')
-if len(merges) < n_merges:
-    print0(f'stopped early at {tok.n_vocab:,} instead of {vocab_size:,}: no pair of tokens occurs twice any more')
 
 # -----------------------------------------------------------------------------
 # encode the documents, then put the new files in the place of the old
@@ -203,52 +268,60 @@ if len(merges) < n_merges:
 partial = os.path.join(data_dir, 'tokenizer.partial')
 shutil.rmtree(partial, ignore_errors=True) # of a run that was killed
 atexit.register(shutil.rmtree, partial, ignore_errors=True)
-os.makedirs(partial)
-with open(os.path.join(partial, 'tokenizer.json'), 'w', encoding='utf-8') as f:
+with atomic(os.path.join(partial, 'tokenizer.json')) as tmp, open(tmp, 'w', encoding='utf-8') as f:
     json.dump(spec, f, indent=1)
 dtype = np.uint16 if tok.n_vocab <= 2**16 else np.uint32
 
 for split in files:
-    docs, n_bytes, used, t0 = [], 0, np.zeros(tok.n_vocab, int), time.time() # used: how often each token occurs
-    for k, path in enumerate(files[split]):
-        for text in documents(path):
-            # <|endoftext|> stands *before* each document: also the first one begins after it.
-            docs.append(np.array([tok.eot] + tok.encode(text), dtype))
-            np.add.at(used, docs[-1], 1)
-            n_bytes += len(text.encode())
-        progress(f'encode {split}, files', k + 1, len(files[split]), t0)
-    if not docs:
+    if not files[split]:
+        continue
+    # First all tokens go into one file, in the order of the documents; then each shard takes its documents from there,
+    # wherever they are. So any document can land in any shard, and no more than one shard is in memory.
+    starts, used, n_bytes, n_tokens = [], np.zeros(tok.n_vocab, int), 0, 0 # used: how often each token occurs
+    flat, t0 = os.path.join(partial, 'tokens'), time.time()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool, atomic(flat) as tmp, open(tmp, 'wb') as f:
+        for ids, n in in_parallel(pool, encode_documents, batches(f'encode {split}', files[split])):
+            f.write(ids.tobytes())
+            starts.append(n_tokens + np.flatnonzero(ids == tok.eot))
+            used += np.bincount(ids, minlength=tok.n_vocab)
+            n_bytes, n_tokens = n_bytes + n, n_tokens + len(ids)
+    if not starts:
         die(f'all documents in {data_dir}/{split} are empty: look at what `python prepare_data.py {again}` prints')
-    if used @ [len(tok.bytes_of(i)) for i in range(tok.n_vocab)] != n_bytes:
+    lost = n_bytes - used @ [len(tok.bytes_of(i)) for i in range(tok.n_vocab)]
+    if lost and kind == 'char':
+        print0(f'{split}: {lost:,} bytes left out, of characters that {data_dir}/train does not have')
+    elif lost:
         die(f'pattern = {pattern!r} loses text: it must match every character. A typo of gpt4? Else add |[\\s\\S]')
 
-    np.random.default_rng(seed).shuffle(docs)
-    shards, room = [], 0 # whole documents, as many in a shard as fit
-    for doc in docs:
-        if len(doc) > room:
-            shards.append([])
-            room = shard_tokens if shard_tokens > 0 else sys.maxsize
-        shards[-1].append(doc)
-        room -= len(doc)
-    for k, shard in enumerate(shards):
-        write_shard(os.path.join(partial, f'{split}_{k:06d}.bin'), np.concatenate(shard), tok.hash)
-    n_empty = sum(path in files[split] for path, line in empty)
-    sizes = [f'{sum(map(len, shard)):,}' for shard in shards]
-    print0(f'{split}: {len(docs):,} documents, {n_empty:,} empty ones skipped | {n_bytes:,} bytes | '
-           f'{n_bytes / (used.sum() - len(docs)):.2f} bytes per token | {np.sum(used == 0):,} tokens never used | '
-           f'{np.dtype(dtype).name} shards of ' + ', '.join(sizes[:5]) + ' ..' * (len(sizes) > 5) + ' tokens')
+    starts = np.concatenate(starts)
+    sizes = np.diff(starts, append=n_tokens)
+    order = np.random.default_rng(seed).permutation(len(starts))
+    ends, tokens, first, names = np.cumsum(sizes[order]), np.asarray(np.memmap(flat, dtype, 'r')), 0, []
+    free = (path for k in range(10**6) if (path := f'{split}_{k:06d}.bin') not in map(os.path.basename, foreign))
+    while first < len(order): # whole documents, as many in a shard as fit
+        last = np.searchsorted(ends, (ends[first - 1] if first else 0) + (shard_tokens or n_tokens), 'right')
+        last = max(last, first + 1)
+        docs = order[first:last]
+        docs = [tokens[i:i + n] for i, n in zip(starts[docs].tolist(), sizes[docs].tolist())]
+        names.append((next(free), sum(map(len, docs))))
+        write_shard(os.path.join(partial, names[-1][0]), np.concatenate(docs), tok.hash)
+        first = last
+    os.remove(flat)
+    print0(f"{split}: {len(order):,} documents, {seen[f'encode {split}', 'empty']:,} empty ones skipped | "
+           f'{n_bytes:,} bytes | {n_bytes / max(1, n_tokens - len(order)):.2f} bytes per token | '
+           f'{np.sum(used == 0):,} tokens never used | {np.dtype(dtype).name} shards of ' +
+           ', '.join(f'{n:,}' for _, n in names[:5]) + ' ..' * (len(names) > 5) + f' tokens | {time.time() - t0:.2f} s')
 
 for number in (signal.SIGINT, signal.SIGTERM): # not in these milliseconds
     signal.signal(number, signal.SIG_IGN)
 new = os.listdir(partial)
 for name in sorted(os.listdir(data_dir)): # tokenizer.json goes first and comes back last: where it is, its shards are
-    if regex.fullmatch(r'tokenizer\.json|(train|val)_\d{6}\.bin', name): # also of an older run with more shards
-        os.remove(os.path.join(data_dir, name))
+    if regex.fullmatch(r'tokenizer\.json|(train|val)_\d{6}\.bin', name) and os.path.join(data_dir, name) not in foreign:
+        os.remove(os.path.join(data_dir, name)) # also of an older run with more shards
 for name in sorted(new, reverse=True):
     os.replace(os.path.join(partial, name), os.path.join(data_dir, name))
 
-largest = sorted(range(len(tokens)), key=lambda i: (-len(tokens[i]), i))[:10]
-print0('largest tokens: ' + ' '.join(f"'{visible(tokens[i])}'" for i in largest))
+print_largest(tok)
 for word in ('understanding', ' understanding', ' unhappily', ' 1234567', ' naïve', ' 🙂'):
     print0(f'{word:14} -> ' + '|'.join(visible(tok.bytes_of(i)) for i in tok.encode(word)))
-print0(f'wrote {tokenizer_json} and {len(new) - 1} shards in {time.time() - t_start:.1f} s')
+print0(f'wrote {tokenizer_json}, {tok.n_vocab:,} tokens, and {len(new) - 1} shards in {time.time() - t_start:.1f} s')

@@ -1,6 +1,8 @@
 """tokenizer.py: the merges against a naive oracle, the encoder against merging by rank, shards, bad input, Ctrl-C."""
 import ast
 import atexit
+import base64
+import gc
 import gzip
 import json
 import os
@@ -22,14 +24,16 @@ SCRIPT = ROOT / 'tokenizer.py'
 sys.path.insert(0, str(ROOT))
 from model import SPECIAL_TOKENS, Tokenizer, read_shard
 
-# A stage script runs when it is imported, so only its imports, functions and patterns are taken here.
+import bpe
+import huggingface
+from bpe import BYTES, PATTERNS, merge, tokens_of, train_bpe, visible
+
+# A stage script runs when it is imported, so only its functions are taken here.
 tree = ast.parse(SCRIPT.read_text(encoding='utf-8'))
 wanted = [n for n in tree.body if isinstance(n, (ast.Import, ast.FunctionDef))
-          or isinstance(n, ast.ImportFrom) and n.module != 'configurator'
-          or isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == 'PATTERNS']
+          or isinstance(n, ast.ImportFrom) and n.module != 'configurator']
 stage = {}
 exec(compile(ast.Module(wanted, []), str(SCRIPT), 'exec'), stage)
-train_bpe, visible, PATTERNS = stage['train_bpe'], stage['visible'], stage['PATTERNS']
 
 STORIES = ['The cat sat on the mat. The cat was fat.', 'A dog and a cat ran to the lantern, and the dog sat.',
            'Anna keeps a parrot. The parrot said: the cat, the cat, the cat!',
@@ -58,6 +62,7 @@ def run(tmp_path, monkeypatch, capsys):
             code = e.code or 0
         finally:
             signal.signal(signal.SIGINT, before)
+            gc.enable()
             for f, a, k in exits:
                 f(*a, **k)
         return capsys.readouterr().out, code
@@ -66,14 +71,10 @@ def run(tmp_path, monkeypatch, capsys):
 def outputs(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
 
-def make_tokenizer(texts, n_merges=60, pattern=PATTERNS['gpt4']):
-    import base64
-    merges = train_bpe(Counter(c for t in texts for c in regex.findall(pattern, t)), n_merges)
-    tokens = [bytes([b]) for b in range(256)]
-    for a, b in merges:
-        tokens.append(tokens[a] + tokens[b])
+def make_tokenizer(texts, n_merges=60, pattern=PATTERNS['gpt4'], **more):
+    tokens = tokens_of(train_bpe(Counter(c for t in texts for c in regex.findall(pattern, t)), n_merges))
     return Tokenizer(dict(version=1, kind='bpe', pattern=pattern, special_tokens=SPECIAL_TOKENS,
-                          ranks=[base64.b64encode(t).decode() for t in tokens]))
+                          ranks=[base64.b64encode(t).decode() for t in tokens], **more))
 
 # -----------------------------------------------------------------------------
 # merges
@@ -88,7 +89,7 @@ def replace(ids, pair, new):
 
 def naive_bpe(chunks, n_merges):
     """The definition: count all pairs anew for each merge."""
-    words = {chunk: list(chunk.encode('utf-8')) for chunk in chunks}
+    words = {chunk: [BYTES.index(b) for b in chunk.encode('utf-8')] for chunk in chunks}
     merges = []
     while len(merges) < n_merges:
         count = Counter()
@@ -104,9 +105,22 @@ def naive_bpe(chunks, n_merges):
 
 def test_wikipedia_example():
     # aaabdaaabac: aa 4 times (overlaps count) -> Z=256: ZabdZabac. Now Za and ab occur twice; the smaller pair of ids
-    # is (97, 98) -> Y=257: ZYdZYac. ZY twice -> X=258: XdXac. Nothing occurs twice any more: it stops.
-    assert train_bpe({'aaabdaaabac': 1}, 9) == [(97, 97), (97, 98), (256, 257)]
-    assert train_bpe({'aaabdaaabac': 1}, 2) == [(97, 97), (97, 98)]
+    # is ab (a is the 65th byte that prints, id 64) -> Y=257: ZYdZYac. ZY twice -> X=258: XdXac. No pair occurs twice.
+    assert train_bpe({'aaabdaaabac': 1}, 9) == [(64, 64), (64, 65), (256, 257)]
+    assert train_bpe({'aaabdaaabac': 1}, 2) == [(64, 64), (64, 65)]
+    assert tokens_of([(64, 64), (64, 65), (256, 257)])[256:] == [b'aa', b'ab', b'aaab']
+
+def test_the_example_in_the_docstring():
+    tokens = tokens_of(train_bpe(Counter(regex.findall(PATTERNS['gpt4'], 'low lower lowest')), 3))
+    # lo and ow occur 3 times, lo is the smaller pair; then lo+w 3 times; now ' '+low and low+e occur twice: the blank
+    # has id 220 (it does not print), low has 257, so (220, 257) is the smaller pair
+    assert tokens[256:] == [b'lo', b'low', b' low']
+    assert [*merge(b' lower', {t: i for i, t in enumerate(tokens)})][-1][0] == [b' low', b'e', b'r']
+
+def test_bytes_have_the_ids_of_gpt2():
+    # GPT-2's vocabulary begins with ! .. ~ (94), \xa1 .. \xac, \xae .. \xff (94), then 0 .. 32, 127 .. 160, 173
+    assert sorted(BYTES) == list(range(256)) and BYTES[:3] == b'!"#' and BYTES[93:95] == b'~\xa1'
+    assert BYTES[188:] == bytes([*range(33), *range(127, 161), 173])
 
 def test_merges_equal_the_naive_oracle():
     text = SCRIPT.read_text(encoding='utf-8')[:6000] + ' '.join(STORIES)
@@ -200,7 +214,7 @@ def test_end_to_end(tmp_path):
     assert '2 empty ones skipped' in r.stdout and 'bytes per token' in r.stdout and 'largest tokens' in r.stdout
 
     tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
-    assert tok.n_vocab == 300 and [tok.bytes_of(i) for i in range(256)] == [bytes([b]) for b in range(256)]
+    assert tok.n_vocab == 300 and [tok.bytes_of(i) for i in range(256)] == [bytes([b]) for b in BYTES]
     names = sorted(p.name for p in tmp_path.iterdir())
     trains = [n for n in names if n.startswith('train_0')]
     assert names == ['tokenizer.json', 'train', *trains, 'train_notes.bin', 'val', 'val_000000.bin']
@@ -301,11 +315,172 @@ def test_show(run, tmp_path, monkeypatch):
     out, code = run('--show=abc')
     assert 'tokenizer.json' in code and 'python tokenizer.py' in code and '\n' not in code
 
+def test_processes_make_no_difference(tmp_path):
+    """Two counting processes and one, in real runs on enough text (small corpora are counted by one)."""
+    rng = random.Random(0)
+    words = [''.join(rng.choices('abcdefghijklmnop', k=rng.randint(2, 9))) for _ in range(20_000)]
+    texts = [' '.join(rng.choices(words, k=500)) for _ in range(800)] # 2.5 MB
+    for n in 1, 2:
+        write_documents(tmp_path / f'{n}', texts, texts[:2])
+        flags = ['--vocab_size=400', f'--processes={n}', '--max_chunks=15000', '--shard_tokens=300000']
+        r = subprocess.run([sys.executable, SCRIPT, f'--data_dir={tmp_path}/{n}', *flags],
+                           capture_output=True, encoding='utf-8')
+        assert r.returncode == 0 and r.stderr == ''
+        # 20,000 words, and many more chunks than that: the rarest had to go, and it is said
+        assert 'max_chunks = 15,000: chunks seen up to' in r.stdout
+    one, two = (outputs(tmp_path / f'{n}') for n in (1, 2))
+    assert one == two and len(one) > 5
+    texts_of = {name: Tokenizer.load(str(tmp_path / '1' / 'tokenizer.json')).decode(
+        read_shard(str(tmp_path / '1' / name))[:6000].tolist()) for name in one if name.startswith('train')}
+    places = [texts.index(text.split('<|endoftext|>')[1]) for text in texts_of.values()]
+    assert places != sorted(places) # shards do not follow the order of the documents
+
+def test_char(run, tmp_path):
+    write_documents(tmp_path, ['abca', 'é🙂\n'], ['abxé', 'xyz'])
+    out, code = run('--kind=char')
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    assert code == 0 and 'val: 4 bytes left out' in out # x; x, y, z
+    assert tok.tokens == ['\n'.encode(), b'a', b'b', b'c', 'é'.encode(), '🙂'.encode()] # by number of the character
+    assert tok.n_vocab == 6 + 6 and tok.encode('cab🙂\n') == [3, 1, 2, 5, 0] and tok.encode('a\0ÿa') == [1, 1]
+    docs = read_shard(str(tmp_path / 'val_000000.bin'), tok.hash).tolist()
+    assert sorted(docs) == sorted([6, 1, 2, 4, 6])
+    assert max(tok.encode('<|end|>a')) < 6 and tok.decode([1, 4, 5]) == 'aé🙂'
+    ids, mask = tok.render([dict(role='user', content='a'), dict(role='assistant', content='b')])
+    assert ids == [6, 8, 1, 10, 9, 2, 10] # no blank in this vocabulary
+    assert run('--show=ab')[1] and 'one character' in run('--show=ab')[1]
+    write_documents(tmp_path, ['^-]\\[a', '.*'], ['a-b']) # characters that mean something inside [...]
+    assert run('--kind=char')[1] == 0
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    assert tok.decode(tok.encode('^-]\\[a.*Z_')) == '^-]\\[a.*'
+
+class FakeGPT2:
+    """50,256 tokens as GPT-2 has them: bytes, then what is made of two earlier ones."""
+    _pat_str = PATTERNS['gpt2']
+    tokens = [bytes([b]) for b in BYTES] + [bytes([b, c]) for b in BYTES[:200] for c in BYTES[:250]]
+    def decode_single_token_bytes(self, i):
+        return self.tokens[i]
+    def encode_ordinary(self, text):
+        return list(text.encode())
+
+def test_gpt2(run, tmp_path, monkeypatch):
+    monkeypatch.setattr('tiktoken.get_encoding', lambda name: FakeGPT2())
+    write_documents(tmp_path)
+    assert run('--kind=gpt2')[1] == 0
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    assert (tok.eot, tok.pad, tok.n_vocab) == (50256, 50261, 50304) and 50304 % 128 == 0
+    assert tok.bytes_of(50303) == b'' and tok.said([50300, 64]) == 'a'
+    assert read_shard(str(tmp_path / 'train_000000.bin'), tok.hash).dtype == np.uint16
+
+def test_shards_that_came_from_elsewhere(run, tmp_path, monkeypatch):
+    """FineWeb's shards, in GPT-2's tokens, need no documents; they stay, and no other tokenizer goes beside them."""
+    monkeypatch.setattr('tiktoken.get_encoding', lambda name: FakeGPT2())
+    for name in 'train_000001.bin', 'val_000000.bin':
+        stage['write_shard'](str(tmp_path / name), np.array([50256, 5, 6], np.uint16), 0)
+    before = outputs(tmp_path)
+    assert run('--kind=gpt2')[1] == 0
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    assert outputs(tmp_path) == {**before, 'tokenizer.json': (tmp_path / 'tokenizer.json').read_bytes()}
+    assert read_shard(str(tmp_path / 'train_000001.bin'), tok.hash).tolist() == [50256, 5, 6]
+    write_documents(tmp_path, STORIES, STORIES)
+    assert run('--kind=gpt2', '--shard_tokens=200')[1] == 0
+    after = outputs(tmp_path)
+    assert all(after[name] == before[name] for name in before)
+    assert {'train_000000.bin', 'train_000002.bin', 'val_000001.bin'} <= set(after)
+    out, code = run()
+    assert 'train_000001.bin' in code and '--kind=gpt2' in code and outputs(tmp_path) == after
+
+def test_gpt2_without_a_network(run, tmp_path, monkeypatch):
+    def fail(name):
+        raise ConnectionError('no route')
+    monkeypatch.setattr('tiktoken.get_encoding', fail)
+    write_documents(tmp_path)
+    out, code = run('--kind=gpt2')
+    assert 'TIKTOKEN_CACHE_DIR' in str(code) and '\n' not in str(code)
+    assert run('--vocab_size=300')[1] == 0
+    out, code = run('--compare=true') # without GPT-2 it compares the rest
+    assert code == 0 and 'not at hand' in out and 'English' in out
+
+@pytest.mark.skipif(not (ROOT / '../shared/data/tiktoken_cache').exists(), reason='no copy of GPT-2 at hand')
+def test_our_merging_equals_the_real_gpt2(run, tmp_path, monkeypatch):
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(ROOT / '../shared/data/tiktoken_cache'))
+    import tiktoken
+    gpt2 = tiktoken.get_encoding('gpt2')
+    write_documents(tmp_path)
+    assert run('--kind=gpt2')[1] == 0
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    ranks = {token: i for i, token in enumerate(tok.tokens)}
+    for text in HARD[:-1] + STORIES + [SCRIPT.read_text(encoding='utf-8')[:3000]]:
+        chunks = regex.findall(PATTERNS['gpt2'], text)
+        ours = [ranks[p] for chunk in chunks if len(chunk) < 1000 for p in [*merge(chunk.encode(), ranks)][-1][0]]
+        assert tok.encode(text) == gpt2.encode_ordinary(text)
+        assert max(map(len, chunks), default=0) >= 1000 or ours == gpt2.encode_ordinary(text)
+    assert tok.eot == gpt2.eot_token
+    assert [*map(len, huggingface.merges_of(tok.tokens[:3000]))] == [2] * (3000 - 256)
+
+def test_compare(run, tmp_path, monkeypatch):
+    monkeypatch.setattr('tiktoken.get_encoding', lambda name: FakeGPT2())
+    write_documents(tmp_path, ['the cat, the hat'] * 3, ['the cat'])
+    run('--vocab_size=264')
+    # at, he and th occur 6 times; by id, a 64, h 71, t 83, at is the smallest pair, then he
+    out, code = run('--compare=true')
+    row = next(line.split() for line in out.splitlines() if line.startswith('val: documents'))
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    assert [b'at', b'he'] == sorted(tok.tokens[256:])
+    # 'the cat\n': t he _ c at \n, 8 bytes in 6 tokens; the fake GPT-2 has a token a byte
+    assert code == 0 and row[2:4] == ['1.00', f'{8 / 6:.2f}'] and row[4] == '█' * round(4 * 8 / 6)
+    # used in train: t he _ c at , h: 7 of 258
+    assert '251 of 258 tokens never occur' in out and "largest tokens: 'at' 'he'" in out
+
+def test_export(run, tmp_path):
+    """What we tell Hugging Face's engine, read by an engine of its kind: merges in their order, on spelled bytes."""
+    write_documents(tmp_path)
+    run('--vocab_size=330')
+    out, code = run(f'--export={tmp_path}/hf')
+    assert code == 0
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    spec = json.loads((tmp_path / 'hf/tokenizer.json').read_text('utf-8'))
+    vocab, rank = spec['model']['vocab'], {tuple(m.split(' ')): i for i, m in enumerate(spec['model']['merges'])}
+    assert len(vocab) == 324 and len(rank) == 324 - 256 and vocab['Ġthe'] == tok.tokens.index(b' the')
+    added = [(t['content'], t['id']) for t in spec['added_tokens']]
+    assert added == [(t, 324 + i) for i, t in enumerate(SPECIAL_TOKENS)]
+    for text in HARD[:-1] + STORIES:
+        ids = []
+        for chunk in regex.findall(spec['pre_tokenizer']['pretokenizers'][0]['pattern']['Regex'], text[:500]):
+            parts = [huggingface.CHARS[b] for b in chunk.encode()]
+            while pairs := [(rank[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in rank]:
+                i = min(pairs)[1]
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            ids += [vocab[p] for p in parts]
+        assert ids == tok.encode(text[:500])
+    lines = (tmp_path / 'hf/tokenizer.tiktoken').read_text('ascii').splitlines()
+    assert [base64.b64decode(line.split()[0]) for line in lines] == tok.tokens
+    assert [line.split()[1] for line in lines] == [str(i) for i in range(324)]
+    template = json.loads((tmp_path / 'hf/tokenizer_config.json').read_text('utf-8'))['chat_template']
+    assert template.count('<|endoftext|>') == 1 and "'<|assistant|>'" in template
+
+def test_merges_of_what_is_no_bpe():
+    with pytest.raises(ValueError, match='token 256'): # two blanks and an a: neither '  ' nor ' a' came before
+        huggingface.merges_of([bytes([b]) for b in BYTES] + [b'  a'])
+
+@pytest.mark.parametrize('kind', ['bpe', 'char'])
+def test_export_in_tokenizers(run, tmp_path, kind):
+    tokenizers = pytest.importorskip('tokenizers')
+    write_documents(tmp_path, STORIES + HARD[:-2])
+    run(f'--kind={kind}', '--vocab_size=330')
+    run(f'--export={tmp_path}/hf')
+    tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
+    other = tokenizers.Tokenizer.from_file(str(tmp_path / 'hf/tokenizer.json'))
+    for text in HARD + STORIES + [Path(huggingface.__file__).read_text(encoding='utf-8')[:200]]:
+        ids = other.encode(text, add_special_tokens=False).ids
+        assert ids == tok.encode(text)
+        assert other.decode(ids) == tok.decode(ids)
+
 # -----------------------------------------------------------------------------
 # bad input: one line that helps, and what was there stays whole
 
 @pytest.mark.parametrize('flag, says', [
     ('--vocab_size=262', '263'), ('--vocab_size=0', '263'),
+    ('--kind=word', 'gpt2'), ('--processes=-1', 'processes'),
     ('--pattern=[a', 'regular expression'), ('--pattern=(a)|b', '(?:'),
     ('--pattern=gpt3', 'typo of gpt4'), (r'--pattern=\p{L}+', 'must match every character')])
 def test_bad_settings(run, tmp_path, flag, says):
@@ -365,8 +540,9 @@ def test_stopped_while_encoding_keeps_the_old_files(run, tmp_path, how):
         def stop(*args):
             {how}
         n = [0]
-        encode = model.Tokenizer.encode
-        model.Tokenizer.encode = lambda tok, text: (n.append(0), stop() if len(n) > 20 else encode(tok, text))[1]
+        import numpy as np
+        nonzero = np.flatnonzero # called for the merges, for the documents of train, for those of val
+        np.flatnonzero = lambda x: (n.append(0), stop() if len(n) > 3 else nonzero(x))[1]
         sys.argv = ['tokenizer.py', {f'--data_dir={tmp_path}'!r}, '--vocab_size=300']
         runpy.run_path({str(SCRIPT)!r}, run_name='__main__')'''
     r = subprocess.run([sys.executable, '-c', code], capture_output=True, encoding='utf-8')
@@ -384,7 +560,7 @@ def test_failure_between_the_renames_leaves_no_tokenizer_beside_missing_shards(r
         replace = os.replace
         done = []
         def fail(a, b):
-            done.append(b)
+            done.extend([b] * (Path(b).parent == tmp_path)) # not those into tokenizer.partial
             if len(done) == 2:
                 raise RuntimeError('power cut')
             replace(a, b)
