@@ -114,6 +114,13 @@ def read_shard(path, tok_hash=0):
         die(f'{path} was written with another tokenizer than the one in use: {again}')
     return np.memmap(path, dtype=dtype, mode='r', offset=1024, shape=(says,)) if says else np.zeros(0, dtype)
 
+def write_shard(path, ids, tok_hash):
+    """Token shard: a header of 256 int32 (magic, version, number of tokens, hash of the tokenizer), then the tokens."""
+    magic, version = next((magic, form[0]) for magic, form in SHARD_FORMS.items() if form[1] == ids.dtype)
+    with atomic(path) as tmp, open(tmp, 'wb') as f:
+        f.write(np.array([magic, version, len(ids), tok_hash] + [0] * 252, '<i4').tobytes())
+        f.write(ids.tobytes())
+
 # -----------------------------------------------------------------------------
 # 2. the tokenizer and chat form
 

@@ -20,7 +20,8 @@ import tiktoken
 from bpe import PATTERNS, show_merges, tokens_of, train_bpe, visible
 from configurator import configure
 from huggingface import tokenizer_files
-from model import SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, atomic, check_settings, die, print0, read_jsonl, read_shard
+from model import (SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, atomic, check_settings, die, print0, read_jsonl, read_shard,
+                   write_shard)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -122,13 +123,6 @@ def encode_documents(texts):
     if plain:
         parts.append(tok.enc.encode_to_numpy(EOT + EOT.join(plain), allowed_special={EOT}, disallowed_special=()))
     return np.concatenate(parts).astype(dtype), sum(len(text.encode()) for text in texts)
-
-def write_shard(path, ids, tok_hash):
-    """Token shard: a header of 256 int32 (magic, version, number of tokens, hash of the tokenizer), then the tokens."""
-    magic, version = next((magic, form[0]) for magic, form in SHARD_FORMS.items() if form[1] == ids.dtype)
-    with atomic(path) as tmp, open(tmp, 'wb') as f:
-        f.write(np.array([magic, version, len(ids), tok_hash] + [0] * 252, '<i4').tobytes())
-        f.write(ids.tobytes())
 
 def gpt2():
     """GPT-2's encoding, from tiktoken's cache or the network; RuntimeError if neither has it."""

@@ -185,12 +185,11 @@ def user(text):
 
 def make_data(folder):
     """A data folder as prepare_data.py and tokenizer.py leave it behind."""
-    from model import Tokenizer, SHARD_FORMS
+    from model import Tokenizer, write_shard
     rng = np.random.default_rng(7)
     folder.mkdir(parents=True)
     (folder / 'tokenizer.json').write_text(json.dumps(make_spec()), encoding='utf-8')
     tok = Tokenizer.load(folder / 'tokenizer.json')
-    write_shard = cut('tokenizer.py', 'write_shard', np=np, SHARD_FORMS=SHARD_FORMS).write_shard
     for split, n in (('train_000000', 60), ('train_000001', 40), ('val_000000', 20)):
         docs = []
         for _ in range(n):

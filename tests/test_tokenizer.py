@@ -22,9 +22,8 @@ import regex
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'tokenizer.py'
 sys.path.insert(0, str(ROOT))
-from model import SPECIAL_TOKENS, Tokenizer, read_shard
+from model import SPECIAL_TOKENS, Tokenizer, read_shard, write_shard
 
-import bpe
 import huggingface
 from bpe import BYTES, PATTERNS, merge, tokens_of, train_bpe, visible
 
@@ -375,7 +374,7 @@ def test_shards_that_came_from_elsewhere(run, tmp_path, monkeypatch):
     """FineWeb's shards, in GPT-2's tokens, need no documents; they stay, and no other tokenizer goes beside them."""
     monkeypatch.setattr('tiktoken.get_encoding', lambda name: FakeGPT2())
     for name in 'train_000001.bin', 'val_000000.bin':
-        stage['write_shard'](str(tmp_path / name), np.array([50256, 5, 6], np.uint16), 0)
+        write_shard(str(tmp_path / name), np.array([50256, 5, 6], np.uint16), 0)
     before = outputs(tmp_path)
     assert run('--kind=gpt2')[1] == 0
     tok = Tokenizer.load(str(tmp_path / 'tokenizer.json'))
@@ -524,7 +523,7 @@ def test_damaged_or_foreign_shard(run, tmp_path):
         with pytest.raises(SystemExit, match='tokenizer.py') as e:
             read_shard(str(tmp_path / 'broken.bin'), tok.hash)
         assert '\n' not in str(e.value)
-    stage['write_shard'](str(tmp_path / 'big.bin'), ids.astype(np.uint32), 0) # 0: of unknown origin, fits any tokenizer
+    write_shard(str(tmp_path / 'big.bin'), ids.astype(np.uint32), 0) # 0: of unknown origin, fits any tokenizer
     big = read_shard(str(tmp_path / 'big.bin'), tok.hash)
     assert big.dtype == np.uint32 and (big == ids).all()
 
