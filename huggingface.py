@@ -1,7 +1,7 @@
 """
 What Hugging Face's libraries read: the tokenizer as tokenizer.json, with the two parts that each token was made of.
-A part of tokenizer.py (--export). The ids are the same, and so is the text; only where a text spells a special token do
-they differ: those libraries make it one, ours never do.
+A part of tokenizer.py (--export). Ids and text are those of ours, but for two things: a text that spells a special
+token makes one there, never here; their engine may read a pattern of your own in another way (gpt4, gpt2: the same).
 """
 import base64, json, re
 from bpe import BYTES, merge

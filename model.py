@@ -119,7 +119,7 @@ def write_shard(path, ids, tok_hash):
     magic, version = next((magic, form[0]) for magic, form in SHARD_FORMS.items() if form[1] == ids.dtype)
     with atomic(path) as tmp, open(tmp, 'wb') as f:
         f.write(np.array([magic, version, len(ids), tok_hash] + [0] * 252, '<i4').tobytes())
-        f.write(ids.tobytes())
+        f.write(ids.data)
 
 # -----------------------------------------------------------------------------
 # 2. the tokenizer and chat form
@@ -131,14 +131,20 @@ class Tokenizer:
 
     def __init__(self, spec):
         try:
-            self.tokens = [base64.b64decode(t) for t in spec['ranks']]
+            self.tokens = [base64.b64decode(t, validate=True) for t in spec['ranks']]
+            if spec['kind'] not in ('bpe', 'char', 'gpt2') or spec['special_tokens'] != SPECIAL_TOKENS:
+                raise ValueError('of another kind, or with other special tokens')
             if spec['kind'] != 'char' and not {bytes([b]) for b in range(256)} <= set(self.tokens):
                 raise ValueError('not every byte is a token')
+            if len({b'', *self.tokens}) != len(self.tokens) + 1:
+                raise ValueError('a token is empty or there twice')
             specials = {name: len(self.tokens) + i for i, name in enumerate(spec['special_tokens'])}
             self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], special_tokens=specials,
                                          mergeable_ranks={t: i for i, t in enumerate(self.tokens)})
             self.eot, self.system, self.user, self.assistant, self.end, self.pad = (specials[s] for s in SPECIAL_TOKENS)
-            self.n_vocab = max(spec.get('n_vocab', 0), len(self.tokens) + len(specials)) # may be padded
+            self.n_vocab = spec.get('n_vocab', len(self.tokens) + len(specials)) # padded, of GPT-2
+            if type(self.n_vocab) is not int or not 0 <= self.n_vocab - len(self.tokens) - len(specials) < 2**16:
+                raise ValueError(f'n_vocab = {self.n_vocab} of {len(self.tokens)} tokens')
         except (KeyError, TypeError, ValueError) as e: # binascii.Error is a ValueError
             raise ValueError(f'damaged tokenizer ({type(e).__name__}: {e})') from e
         self.spec, self.decode = spec, self.enc.decode # ids -> text; bytes that are no valid UTF-8 become U+FFFD

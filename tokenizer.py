@@ -101,7 +101,7 @@ def in_parallel(pool, work, batches):
     for future in waiting:
         yield future.result()
 
-def begin_worker(parent=os.getpid()):
+def begin_worker(parent=os.getpid()): # the default is of the process that reads this line: the parent
     """Of a process that counts: Ctrl-C is for its parent; when that is killed, it leaves within a second."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -146,6 +146,8 @@ check_settings(config)
 files = {split: sorted(glob.glob(f'{glob.escape(data_dir)}/{split}/*.jsonl.gz')) for split in ('train', 'val')}
 shards = {split: sorted(glob.glob(f'{glob.escape(data_dir)}/{split}_*.bin')) for split in files}
 seen = collections.Counter() # (what, 'chars' or 'empty'): how much has been read
+with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config/samples.json'), encoding='utf-8') as f:
+    samples = json.load(f) # kind of text: a text
 
 if show:
     tok = Tokenizer.load(tokenizer_json)
@@ -156,19 +158,18 @@ if show:
                     colour=sys.stdout.isatty() and 'NO_COLOR' not in os.environ)
 
 if compare:
-    tok = Tokenizer.load(tokenizer_json)
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config/samples.json'), encoding='utf-8') as f:
-        texts = json.load(f)
-    for path in files['val']:
-        for _, row in read_jsonl(path):
-            name = f"val: {row.get('source', 'documents')}"
-            texts[name] = (texts.get(name, '') + clean(row['text']) + '\n')[:100_000]
+    tok, other = Tokenizer.load(tokenizer_json), None
     try:
         other = gpt2()
     except RuntimeError as e:
-        other = print0(e)
+        print0(e)
+    for path in files['val']:
+        for _, row in read_jsonl(path):
+            name, text = f"val: {row.get('source', 'documents')}", row.get('text')
+            if isinstance(text, str) and len(samples.get(name, '')) < 10**5 and (name in samples or len(samples) < 50):
+                samples[name] = samples.get(name, '') + clean(text) + '\n'
     print0(f'\n{"bytes per token":30} GPT-2   ours')
-    for name, text in texts.items():
+    for name, text in samples.items():
         ids, theirs = tok.encode(text), f'{len(text.encode()) / len(other.encode_ordinary(text)):.2f}' if other else '-'
         rate = sum(len(tok.bytes_of(i)) for i in ids) / max(1, len(ids)) # of char, without the characters it left out
         print0(f'{name[:28]:28} {theirs:>7} {rate:6.2f} ' + '█' * min(round(4 * rate), 60))
@@ -183,7 +184,15 @@ if compare:
 
 if export:
     tok = Tokenizer.load(tokenizer_json)
-    for name, text in tokenizer_files(tok).items():
+    if os.path.realpath(export) == os.path.realpath(data_dir):
+        die(f'--export={export} is data_dir: its tokenizer.json would be overwritten; take another folder')
+    try:
+        forms = tokenizer_files(tok)
+    except ValueError as e:
+        die(f'{tokenizer_json} cannot be exported: {e}')
+    if tok.spec['pattern'] not in PATTERNS.values() and tok.spec['kind'] == 'bpe':
+        print0('a pattern of your own: other engines may split it in another way, compare the ids')
+    for name, text in forms.items():
         with atomic(os.path.join(export, name)) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
             f.write(text)
         print0(f'wrote {os.path.join(export, name)}')
@@ -195,6 +204,8 @@ if show or compare or export:
 # learn the tokens
 
 t_start = time.time()
+partial = os.path.join(data_dir, 'tokenizer.partial')
+shutil.rmtree(partial, ignore_errors=True) # of a run that was killed
 spec = dict(version=1, kind=kind, pattern=PATTERNS.get(pattern, pattern), special_tokens=SPECIAL_TOKENS)
 n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
 if kind not in ('bpe', 'char', 'gpt2'):
@@ -205,9 +216,17 @@ try: # both engines must understand the pattern: `regex` counts the chunks here,
     split_by = regex.compile(spec['pattern'] if kind == 'bpe' else r'[\s\S]')
     if split_by.groups:
         raise ValueError('write (?:...) instead of (...), which would return only the group')
-    if split_by.match(''):
+    pieces = [piece.encode() for text in samples.values() for piece in split_by.findall(text)]
+    if split_by.match('') or b'' in pieces:
         raise ValueError('it matches the empty text')
-    tiktoken.Encoding('try', pat_str=split_by.pattern, mergeable_ranks={b'a': 0}, special_tokens={})
+    words = dict.fromkeys([bytes([b]) for b in range(256)] + pieces) # where these are tokens, each piece becomes itself
+    trial = tiktoken.Encoding('trial', pat_str=split_by.pattern, mergeable_ranks={w: i for i, w in enumerate(words)},
+                              special_tokens={})
+    theirs = [trial.decode_single_token_bytes(i) for text in samples.values() for i in trial.encode_ordinary(text)]
+    if theirs != pieces:
+        ours, theirs = next(((a, b) for a, b in zip(pieces, theirs) if a != b), (b'', b''))
+        raise ValueError(f'`regex`, which learns, finds {visible(ours)!r} where tiktoken, which encodes, finds '
+                         f'{visible(theirs)!r}')
 except (regex.error, ValueError) as e:
     die(f'pattern = {pattern!r} is neither gpt4, gpt2 nor a regular expression: {e}')
 heads = {path: np.fromfile(path, '<i4', 4).tolist() for found in shards.values() for path in found}
@@ -235,12 +254,12 @@ else:
     with pool:
         for found in in_parallel(pool, count_chunks, batches('count', files['train'], train_chars)):
             chunks.update(found)
-            while len(chunks) > max_chunks > 0:
+            while len(chunks) > max_chunks > 0 and kind == 'bpe':
                 rare += 1
                 chunks = collections.Counter({chunk: n for chunk, n in chunks.items() if n > rare})
     print0(f"{seen['count', 'chars']:,} characters in {chunks.total():,} chunks, {len(chunks):,} of them distinct")
     if rare:
-        print0(f'max_chunks = {max_chunks:,}: chunks seen up to {rare} times were forgotten while counting')
+        print0(f'more than max_chunks = {max_chunks:,}: {rare} times the rarest were forgotten, first those seen once')
     if kind == 'char':
         tokens = [char.encode() for char in sorted(chunks)]
         spec['pattern'] = '[' + ''.join(c if c.isalnum() else f'\\U{ord(c):08x}' for c in sorted(chunks)) + ']'
@@ -259,8 +278,6 @@ tok = Tokenizer(spec)
 # encode the documents, then put the new files in the place of the old
 
 # Everything is written to a folder of its own first, so that a run that is stopped leaves the old files as they were.
-partial = os.path.join(data_dir, 'tokenizer.partial')
-shutil.rmtree(partial, ignore_errors=True) # of a run that was killed
 atexit.register(shutil.rmtree, partial, ignore_errors=True)
 with atomic(os.path.join(partial, 'tokenizer.json')) as tmp, open(tmp, 'w', encoding='utf-8') as f:
     json.dump(spec, f, indent=1)
@@ -275,7 +292,7 @@ for split in files:
     flat, t0 = os.path.join(partial, 'tokens'), time.time()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool, atomic(flat) as tmp, open(tmp, 'wb') as f:
         for ids, n in in_parallel(pool, encode_documents, batches(f'encode {split}', files[split])):
-            f.write(ids.tobytes())
+            f.write(ids.data)
             starts.append(n_tokens + np.flatnonzero(ids == tok.eot))
             used += np.bincount(ids, minlength=tok.n_vocab)
             n_bytes, n_tokens = n_bytes + n, n_tokens + len(ids)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 
-CAPS = dict(configurator=100, model=740, prepare_data=620, sources=400, forms=150, warc=145, extract=225, language=45,
-            dedup=75, privacy=105, toytown=275, tokenizer=330, bpe=145, huggingface=60, pretrain=380, sft=280,
+CAPS = dict(configurator=100, model=750, prepare_data=620, sources=400, forms=150, warc=145, extract=225, language=45,
+            dedup=75, privacy=105, toytown=275, tokenizer=345, bpe=145, huggingface=60, pretrain=380, sft=280,
             reward=320, rlhf=460, eval=480, chat=300)
 PARTS = {'toytown', 'sources', 'forms', 'warc', 'extract', 'language', 'dedup', 'privacy'}  # of prepare_data.py
 STAGES = ['prepare_data', 'tokenizer', 'pretrain', 'sft', 'reward', 'rlhf', 'eval', 'chat']

@@ -199,7 +199,8 @@ def memory(data_dir):
                 while size > 0:  # real words; one in fifty is new, as names, numbers and typing errors are
                     k = rng.randrange(len(words))
                     text = ' '.join(
-                        w if rng.random() > 0.02 else w + hex(rng.getrandbits(32)) for w in words[k : k + 5000]
+                        w if rng.random() > 0.02 else w + ''.join(rng.choices('aeiounrstlk', k=7))
+                        for w in words[k:k + 5000]
                     )
                     f.write(json.dumps(dict(text=text), ensure_ascii=False) + '\n')
                     size -= len(text.encode())
