@@ -676,6 +676,42 @@ def load_model(ckpt, device, kind=GPT):
     model.load_state_dict(weights)
     return model.to(device)
 
+def pretrained(init_from, tok, block_size, dropout):
+    """
+    (arguments, weights) of a model to go on with: a checkpoint STAGE.pt, a folder of Hugging Face's form (config.json,
+    model.safetensors), or a name on its Hub: gpt2, gpt2-medium, .. Our special tokens, where it has none, start as the
+    mean of all tokens (Hewitt 2021).
+    """
+    import huggingface
+    if init_from.endswith('.pt'):
+        ckpt = load_checkpoint(init_from, ('base', 'sft', 'rlhf'), 'python pretrain.py')
+        args, weights = ckpt['model_args'], ckpt['weights']
+        if Tokenizer(ckpt['tokenizer']).hash != tok.hash:
+            die(f'{init_from} was trained with another tokenizer than the one in data_dir')
+    else:
+        folder = init_from
+        if not os.path.isdir(folder):
+            from sources import download
+            name = init_from if '/' in init_from else f'openai-community/{init_from}'
+            folder = os.path.join('data/models', name)
+            for file in ('config.json', 'model.safetensors'):
+                download(f'https://huggingface.co/{name}/resolve/main/{file}', os.path.join(folder, file))
+        try:
+            args, weights = huggingface.read_model(folder)
+        except (ValueError, OSError) as e:
+            die(f'--init_from={init_from}: {e}')
+    if block_size > args['block_size']:
+        die(f"--block_size={block_size} is more than the {args['block_size']} positions of {init_from}")
+    if len(tok.tokens) > args['vocab_size']:
+        die(f"{init_from} knows {args['vocab_size']:,} tokens, the tokenizer in data_dir has {len(tok.tokens):,}: take "
+            'that of the model (of GPT-2: `python tokenizer.py --kind=gpt2`)')
+    more = max(0, tok.n_vocab - args['vocab_size'])
+    for name in ('wte.weight', 'head.weight') if more else ():
+        weights[name] = torch.cat((weights[name], weights[name].mean(0, keepdim=True).expand(more, -1)))
+    if args['arch'] == 'gpt2':
+        weights['wpe.weight'] = weights['wpe.weight'][:block_size]
+    return {**args, 'vocab_size': args['vocab_size'] + more, 'block_size': block_size, 'dropout': dropout}, weights
+
 def save_resume(path, step, modules, optimizers, config, **more):
     """STAGE.resume.pt: what a killed run needs to go on to the same numbers: weights, optimizer states, step."""
     with atomic(path) as tmp:
@@ -741,3 +777,22 @@ def simulated_ranking(scores, noise, rng):
     seen = np.asarray(scores) + noise * rng.standard_normal(len(scores))
     first = {s: i for i, s in reversed(list(enumerate(scores)))}
     return sorted(first.values(), key=lambda i: -seen[i])
+
+# -----------------------------------------------------------------------------
+# python model.py export out/x/sft.pt folder: for AutoModelForCausalLM, llama.cpp, vLLM
+
+if __name__ == '__main__':
+    import huggingface
+    if len(sys.argv) != 4 or sys.argv[1] != 'export':
+        die('python model.py export CHECKPOINT.pt FOLDER')
+    ckpt = load_checkpoint(sys.argv[2], ('base', 'sft', 'rlhf'), 'python sft.py')
+    tok = Tokenizer(ckpt['tokenizer'])
+    try:
+        os.makedirs(sys.argv[3], exist_ok=True)
+        huggingface.model_files(sys.argv[3], ckpt['model_args'], ckpt['weights'], tok)
+        for name, text in huggingface.tokenizer_files(tok).items():
+            with open(os.path.join(sys.argv[3], name), 'w', encoding='utf-8', newline='') as f:
+                f.write(text)
+    except ValueError as e:
+        die(e)
+    print0(f'wrote {sys.argv[3]}: ' + ', '.join(sorted(os.listdir(sys.argv[3]))))

@@ -31,6 +31,7 @@ from model import GPT, GPTConfig, Tokenizer, die, print0
 # data
 data_dir = 'data/toytown'   # where the token shards are
 out_dir = 'out/toytown'     # where the checkpoint goes
+init_from = ''              # go on with this model: base.pt, a folder of Hugging Face's form, or a name there: gpt2, ..
 # model
 arch = 'gpt2'               # gpt2 (LayerNorm, learned positions, GELU) or llama (RMSNorm, rotary positions, gated MLP)
 n_layer = 12                # blocks
@@ -117,15 +118,20 @@ def get_batch(step, micro):
 
 # -----------------------------------------------------------------------------
 # model, optimizer
-raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, 0, dropout,
-                          tie_embeddings, qk_norm, key_shift)).to(run.device)
+if init_from: # its shape counts, not the settings above
+    model_args, weights = lib.pretrained(init_from, tok, block_size, dropout)
+    raw_model = GPT(GPTConfig(**model_args)).to(run.device)
+    raw_model.load_state_dict(weights)
+else:
+    raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, 0, dropout,
+                              tie_embeddings, qk_norm, key_shift)).to(run.device)
 optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), kind=optimizer)
 resume_path, out_path = os.path.join(out_dir, 'base.resume.pt'), os.path.join(out_dir, 'base.pt')
 config['tokenizer'] = tok.hash # a run does not go on with other tokens
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 n_params, flops_per_token = raw_model.n_params(), raw_model.flops_per_token(block_size)
-print0(f'model: {arch}, {n_params:,} parameters ({raw_model.n_params(embedding=False):,} without embeddings), '
-       f'{max_iters * tokens_per_step / n_params:.1f} tokens a parameter, '
+print0(f'model: {raw_model.config.arch}, {n_params:,} parameters ({raw_model.n_params(embedding=False):,} without '
+       f'embeddings), {max_iters * tokens_per_step / n_params:.1f} tokens a parameter, '
        f'{flops_per_token * tokens_per_step:.2e} FLOPs a step')
 model = torch.compile(raw_model) if compile else raw_model
 model = DDP(model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else model
