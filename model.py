@@ -7,7 +7,7 @@ What the stages share, and nothing else. Sections, in order; a reader can skip b
 
 Letters in shape comments: B batch, T tokens, S keys seen so far (cache + T), C n_embd, H heads, D = C/H, V vocabulary.
 """
-import base64, contextlib, gzip, hashlib, json, math, os, re, signal, sys, zlib
+import base64, contextlib, gzip, hashlib, json, math, os, re, signal, sys, time, zlib
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
@@ -546,15 +546,16 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
 # 7. devices and processes, checkpoints
 
 AT_LEAST_1 = ('batch_size minibatch_size micro_batch_size gradient_accumulation_steps sample_answers sample_batch '
-              'epochs max_iters ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters eval_prompts '
-              'eval_interval log_interval save_interval sample_interval kl_horizon shard_bytes n_files max_epochs '
-              'n_people n_pages n_books n_lessons n_chat n_preferences n_val').split()
+              'epochs max_iters tokens_per_param ppo_epochs n_layer n_head n_embd block_size max_new_tokens eval_iters '
+              'eval_prompts eval_interval log_interval save_interval sample_interval kl_horizon shard_bytes n_files '
+              'max_epochs n_people n_pages n_books n_lessons n_chat n_preferences n_val').split()
 
 def check_settings(config):
     """Refuse numbers that no stage can work with: negative ones, shares of more than everything, nothing held out."""
     for name, value in config.items():
-        if isinstance(value, (int, float)) and not value >= (name in AT_LEAST_1): # `not >=`: NaN too
-            die(f'{name} must be at least {int(name in AT_LEAST_1)}, not {value}')
+        least = name in AT_LEAST_1 and not (name == 'max_iters' and 'tokens_per_param' in config)
+        if isinstance(value, (int, float)) and not value >= least: # `not >=`: NaN too
+            die(f'{name} must be at least {int(least)}, not {value}')
         below = name in ('dropout', 'beta1', 'beta2', 'val_fraction', 'val_facts')
         none = name in ('val_fraction', 'val_facts') and value == 0
         if none or below and value >= 1 or name in ('flaw_rate', 'like_rate') and value > 1:
@@ -600,6 +601,23 @@ def start(config):
     run.catch_signals = lambda: [signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)]
     print0(f'device: {device}, {dtype}, {world} process{"es" if world > 1 else ""}, {torch.get_num_threads()} threads')
     return run
+
+PEAKS = dict(B200=2250, H200=989, H100=989, A100=312, L40S=362, L4=121, A10=125, T4=65, V100=125, MI300X=1307) # dense
+PEAKS.update({'RTX 4090': 165, 'RTX 3090': 71}) # bf16, or fp16 where there is none, TFLOP/s, of the makers' data sheets
+
+def peak_flops(run):
+    """FLOP/s that the device can do at best: a GPU's by its name (NaN if unknown); of a CPU, what a product reaches."""
+    if run.type == 'cuda':
+        name = torch.cuda.get_device_name(run.device)
+        return next((1e12 * peak for key, peak in PEAKS.items() if key in name), float('nan'))
+    if run.type != 'cpu':
+        return float('nan')
+    a, best = torch.ones(768, 768), math.inf
+    for _ in range(5):
+        t0 = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - t0)
+    return 2 * 768 ** 3 / best
 
 def all_sum(*values):
     """Sum each number over all ranks; returns a list of floats."""

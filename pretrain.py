@@ -46,7 +46,9 @@ dropout = 0.1               # share of activations dropped while training; 0 whe
 # training
 batch_size = 12             # windows in a micro-batch, on each process
 gradient_accumulation_steps = 1 # micro-batches in a step
-max_iters = 600000          # steps
+max_iters = 600000          # steps; 0: as many as tokens_per_param asks for
+tokens_per_param = 20.0     # tokens to train on for each parameter where max_iters = 0 (Hoffmann et al. 2022)
+sanity = False              # instead of training, learn one batch by heart: passes if the loss falls to nearly nothing
 # optimizer
 optimizer = 'adamw'         # adamw, or muon (for the matrices in the blocks; the rest stays with AdamW)
 learning_rate = 3e-4        # at its highest
@@ -64,7 +66,7 @@ save_interval = 2000        # steps between saves of base.resume.pt
 # system
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16
-compile = False             # torch.compile: slow to start, then faster on a GPU
+compile = False             # torch.compile: slow to start, then faster on a GPU; where it fails, training goes without
 seed = 1337                 # of the initial weights and the order of the data
 resume = True               # go on from base.resume.pt if a killed run left one
 config = configure(globals())
@@ -88,8 +90,6 @@ for split in windows:
 token_bytes = torch.tensor([len(tok.bytes_of(i)) for i in range(tok.n_vocab)], device=run.device)
 tokens_per_step = gradient_accumulation_steps * run.world * batch_size * block_size
 n_train = sum(map(len, shards['train']))
-print0(f'data: {n_train:,} train and {sum(map(len, shards["val"])):,} val tokens; {tokens_per_step:,} tokens a step, '
-       f'{max_iters:,} steps = {max_iters * tokens_per_step / n_train:.1f} epochs')
 
 def get_windows(split, index):
     """Windows number `index` (list) of a split -> x, y (B, T) on the device; y is x one token later."""
@@ -130,10 +130,22 @@ resume_path, out_path = os.path.join(out_dir, 'base.resume.pt'), os.path.join(ou
 config['tokenizer'] = tok.hash # a run does not go on with other tokens
 first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
 n_params, flops_per_token = raw_model.n_params(), raw_model.flops_per_token(block_size)
+max_iters = max_iters or math.ceil(tokens_per_param * n_params / tokens_per_step)
+print0(f'data: {n_train:,} train and {sum(map(len, shards["val"])):,} val tokens; {tokens_per_step:,} tokens a step, '
+       f'{max_iters:,} steps = {max_iters * tokens_per_step / n_train:.1f} epochs')
 print0(f'model: {raw_model.config.arch}, {n_params:,} parameters ({raw_model.n_params(embedding=False):,} without '
        f'embeddings), {max_iters * tokens_per_step / n_params:.1f} tokens a parameter, '
        f'{flops_per_token * tokens_per_step:.2e} FLOPs a step')
-model = torch.compile(raw_model) if compile else raw_model
+model = raw_model
+if compile:
+    try: # the first call compiles
+        model = torch.compile(raw_model)
+        with run.autocast():
+            model(get_batch(0, 0)[0]).mean().backward()
+    except Exception as e:
+        print0(f'compile: failed, going on without: {type(e).__name__}: {str(e).strip().splitlines()[0][:200]}')
+        model = raw_model
+    raw_model.zero_grad(set_to_none=True)
 model = DDP(model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else model
 
 # -----------------------------------------------------------------------------
@@ -163,22 +175,55 @@ def get_lr(step):
     return min_lr + 0.5 * (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1.0, t)))
 
 # -----------------------------------------------------------------------------
+# sanity: can it learn one batch by heart? If not, the data, the model or the learning rate is wrong
+if sanity:
+    raw_model.eval() # without dropout
+    x, y = get_batch(0, 0)
+    for step in range(301):
+        with run.autocast():
+            loss = F.cross_entropy(raw_model(x).float().flatten(0, 1), y.flatten())
+        if step % 50 == 0 or loss < 0.1:
+            print0(f'sanity: step {step}, loss {loss.item():.3f} on one batch')
+        if not math.isfinite(loss) or loss < 0.1:
+            break
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf'))
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group['lr'] = learning_rate * min(1, (step + 1) / 20)
+            opt.step()
+        raw_model.zero_grad(set_to_none=True)
+    print0(f'sanity: {"pass" if loss < 0.1 else "FAIL"}')
+    lib.finish(run)
+    raise SystemExit(int(not loss < 0.1))
+
+# -----------------------------------------------------------------------------
 # the loop
 log = lib.open_log(os.path.join(out_dir, 'base.jsonl'), first_step)
 run.catch_signals()
 smooth, seconds = more.get('smooth', 0.0), more.get('seconds', 0.0)
 bad, t0 = 0, time.time()
 val_loss = val_bpb = float('nan')
+peak, notes = lib.peak_flops(run), more.get('notes', {}) # notes: what the lines of diagnosis below compare with
 for step in range(first_step, max_iters + 1):
     # evaluate: all ranks take part
     if step % eval_interval == 0 or step == max_iters:
         val_loss, val_bpb = estimate_loss()
         print0(f'step {step:6d} | val loss {val_loss:.4f} | {val_bpb:.4f} bits per byte'
-               + (f' | an untrained model guesses: ln({vocab_size}) = {math.log(vocab_size):.4f}' if step == 0 else ''))
+               + (f' | an untrained model guesses: ln({vocab_size}) = {math.log(vocab_size):.4f}'
+                  if step == 0 and not init_from else ''))
         log(step=step, val_loss=val_loss, val_bpb=val_bpb)
+        if step:
+            train_loss = smooth / (1 - 0.9 ** step)
+            if val_loss > notes.get('val', val_loss) and train_loss < notes['train']:
+                print0(f'  val loss rises, {notes["val"]:.4f} -> {val_loss:.4f}, while the training loss falls, '
+                       f'{notes["train"]:.4f} -> {train_loss:.4f}: it memorises. More text, fewer steps or --dropout')
+            if step > warmup_iters and train_loss > notes['start']:
+                print0(f'  loss {train_loss:.4f} is above its start, {notes["start"]:.4f}: lower --learning_rate')
+            notes.update(val=val_loss, train=train_loss)
     leave = lib.stopping(run)
     if leave or step == max_iters or step > first_step and step % save_interval == 0:
-        more = dict(seconds=seconds + time.time() - t0, smooth=smooth)
+        more = dict(seconds=seconds + time.time() - t0, smooth=smooth, notes=notes)
         if run.master and step < max_iters:
             lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
     if leave and step < max_iters:
@@ -201,6 +246,12 @@ for step in range(first_step, max_iters + 1):
         lossf += loss.item() # waits for the device
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf')).item()
     lossf = lib.all_sum(lossf)[0] / run.world
+    notes.setdefault('start', lossf)
+    epoch = (step + 1) * tokens_per_step // block_size // sum(windows['train'])
+    if epoch > notes.get('epoch', 0):
+        print0(f'step {step}: every window has been seen {epoch} times' if epoch > 1 else
+               f'step {step}: every window has been seen once; from here on text repeats')
+        notes['epoch'] = epoch
 
     # update, unless the step would ruin the weights
     if math.isfinite(lossf) and math.isfinite(norm):
@@ -221,7 +272,8 @@ for step in range(first_step, max_iters + 1):
     if step % log_interval == 0 or step == max_iters - 1:
         dt, left = time.time() - t1, (time.time() - t0) / (step - first_step + 1) * (max_iters - step - 1)
         print0(f'step {step:6d} | loss {smooth / (1 - 0.9 ** (step + 1)):.4f} | lr {lr:.2e} | norm {norm:.3f} | '
-               f'{tokens_per_step / dt:,.0f} tok/s | {100 * (step + 1) / max_iters:.0f}%, {left:.0f} s left')
+               f'{tokens_per_step / dt:,.0f} tok/s, {flops_per_token * tokens_per_step / dt / run.world / peak:.0%} MFU'
+               f' | {100 * (step + 1) / max_iters:.0f}%, {left:.0f} s left')
         log(step=step, loss=lossf, lr=lr, norm=norm, tokens_per_second=tokens_per_step / dt)
 
 # -----------------------------------------------------------------------------
