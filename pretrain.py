@@ -218,7 +218,7 @@ for step in range(first_step, max_iters + 1):
             if val_loss > notes.get('val', val_loss) and train_loss < notes['train']:
                 print0(f'  val loss rises, {notes["val"]:.4f} -> {val_loss:.4f}, while the training loss falls, '
                        f'{notes["train"]:.4f} -> {train_loss:.4f}: it memorises. More text, fewer steps or --dropout')
-            if step > warmup_iters and train_loss > notes['start']:
+            if step > warmup_iters and train_loss > notes.get('start', train_loss):
                 print0(f'  loss {train_loss:.4f} is above its start, {notes["start"]:.4f}: lower --learning_rate')
             notes.update(val=val_loss, train=train_loss)
     leave = lib.stopping(run)
