@@ -182,9 +182,10 @@ if sanity:
     for step in range(301):
         with run.autocast():
             loss = F.cross_entropy(raw_model(x).float().flatten(0, 1), y.flatten())
-        if step % 50 == 0 or loss < 0.1:
-            print0(f'sanity: step {step}, loss {loss.item():.3f} on one batch')
-        if not math.isfinite(loss) or loss < 0.1:
+        lossf = loss.item()
+        if step % 50 == 0 or lossf < 0.1:
+            print0(f'sanity: step {step}, loss {lossf:.3f} on one batch')
+        if not math.isfinite(lossf) or lossf < 0.1:
             break
         loss.backward()
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf'))
@@ -193,9 +194,9 @@ if sanity:
                 group['lr'] = learning_rate * min(1, (step + 1) / 20)
             opt.step()
         raw_model.zero_grad(set_to_none=True)
-    print0(f'sanity: {"pass" if loss < 0.1 else "FAIL"}')
+    print0(f'sanity: {"pass" if lossf < 0.1 else "FAIL"}')
     lib.finish(run)
-    raise SystemExit(int(not loss < 0.1))
+    raise SystemExit(int(not lossf < 0.1))
 
 # -----------------------------------------------------------------------------
 # the loop
