@@ -77,7 +77,7 @@ def train_bpe(chunks, n_merges, tell=lambda done: None):
                     free = right[i]
             at = np.array(keep, np.int32)
         gone = right[at]
-        row[at], row[gone] = new, -1
+        row[at], row[gone] = new, EDGE
         right[at] = after = right[gone]
         left[after] = at
         before = left[at]

@@ -95,6 +95,12 @@ def write_jsonl(path, rows):
         for row in rows:
             out.write((json.dumps(row, ensure_ascii=False) + '\n').encode('utf-8', 'replace'))
 
+def write_texts(folder, texts):
+    """Write {file name: text} into a folder, each file whole or not at all."""
+    for name, text in texts.items():
+        with atomic(os.path.join(folder, name)) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
+            f.write(text)
+
 SHARD_FORMS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)} # magic: version, dtype; llm.c and modded-nanogpt
 
 def read_shard(path, tok_hash=0):
@@ -808,9 +814,7 @@ if __name__ == '__main__':
     try:
         os.makedirs(sys.argv[3], exist_ok=True)
         huggingface.model_files(sys.argv[3], ckpt['model_args'], ckpt['weights'], tok)
-        for name, text in huggingface.tokenizer_files(tok).items():
-            with open(os.path.join(sys.argv[3], name), 'w', encoding='utf-8', newline='') as f:
-                f.write(text)
+        write_texts(sys.argv[3], huggingface.tokenizer_files(tok))
     except ValueError as e:
         die(e)
     print0(f'wrote {sys.argv[3]}: ' + ', '.join(sorted(os.listdir(sys.argv[3]))))

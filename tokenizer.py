@@ -21,7 +21,7 @@ from bpe import PATTERNS, show_merges, tokens_of, train_bpe, visible
 from configurator import configure
 from huggingface import tokenizer_files
 from model import (SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, atomic, check_settings, die, print0, read_jsonl, read_shard,
-                   write_shard)
+                   write_shard, write_texts)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -153,9 +153,9 @@ if show:
     tok = Tokenizer.load(tokenizer_json)
     if tok.spec['kind'] == 'char':
         die('every token is one character: nothing is merged')
+    ranks = {token: i for i, token in enumerate(tok.tokens)}
     for chunk in regex.findall(tok.spec['pattern'], clean(show)):
-        show_merges(chunk.encode(), {token: i for i, token in enumerate(tok.tokens)},
-                    colour=sys.stdout.isatty() and 'NO_COLOR' not in os.environ)
+        show_merges(chunk.encode(), ranks, colour=sys.stdout.isatty() and 'NO_COLOR' not in os.environ)
 
 if compare:
     tok, other = Tokenizer.load(tokenizer_json), None
@@ -192,9 +192,8 @@ if export:
         die(f'{tokenizer_json} cannot be exported: {e}')
     if tok.spec['pattern'] not in PATTERNS.values() and tok.spec['kind'] == 'bpe':
         print0('a pattern of your own: other engines may split it in another way, compare the ids')
-    for name, text in forms.items():
-        with atomic(os.path.join(export, name)) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
-            f.write(text)
+    write_texts(export, forms)
+    for name in forms:
         print0(f'wrote {os.path.join(export, name)}')
 
 if show or compare or export:
@@ -240,9 +239,10 @@ for split in files:
 workers = processes or os.cpu_count() or 1
 if kind == 'gpt2':
     try:
-        tokens, spec['pattern'] = [gpt2().decode_single_token_bytes(i) for i in range(50256)], gpt2()._pat_str
+        enc = gpt2()
     except RuntimeError as e:
         die(e)
+    tokens, spec['pattern'] = [enc.decode_single_token_bytes(i) for i in range(50256)], enc._pat_str
     spec['n_vocab'] = 50304 # 50,256 + 6 tokens, padded to a multiple of 128: GPUs multiply such matrices faster
 else:
     small = sum(map(os.path.getsize, files['train'])) < 10**6 # soon done: processes would only take time to start
@@ -261,8 +261,9 @@ else:
     if rare:
         print0(f'more than max_chunks = {max_chunks:,}: {rare} times the rarest were forgotten, first those seen once')
     if kind == 'char':
-        tokens = [char.encode() for char in sorted(chunks)]
-        spec['pattern'] = '[' + ''.join(c if c.isalnum() else f'\\U{ord(c):08x}' for c in sorted(chunks)) + ']'
+        chars = sorted(chunks)
+        tokens = [c.encode() for c in chars]
+        spec['pattern'] = '[' + ''.join(c if c.isalnum() else f'\\U{ord(c):08x}' for c in chars) + ']'
     else:
         merges = train_bpe(chunks, n_merges, meter('learn', n_merges, 'merges'))
         tokens = tokens_of(merges)
@@ -307,21 +308,22 @@ for split in files:
     starts = np.concatenate(starts)
     sizes = np.diff(starts, append=n_tokens)
     order = np.random.default_rng(seed).permutation(len(starts))
-    ends, tokens, first, names = np.cumsum(sizes[order]), np.asarray(np.memmap(flat, dtype, 'r')), 0, []
+    ends, tokens, first, written = np.cumsum(sizes[order]), np.asarray(np.memmap(flat, dtype, 'r')), 0, []
     free = (path for k in range(10**6) if (path := f'{split}_{k:06d}.bin') not in map(os.path.basename, foreign))
     while first < len(order): # whole documents, as many in a shard as fit
         last = np.searchsorted(ends, (ends[first - 1] if first else 0) + (shard_tokens or n_tokens), 'right')
         last = max(last, first + 1)
         docs = order[first:last]
-        docs = [tokens[i:i + n] for i, n in zip(starts[docs].tolist(), sizes[docs].tolist())]
-        names.append((next(free), sum(map(len, docs))))
-        write_shard(os.path.join(partial, names[-1][0]), np.concatenate(docs), tok.hash)
+        ids = np.concatenate([tokens[i:i + n] for i, n in zip(starts[docs].tolist(), sizes[docs].tolist())])
+        write_shard(os.path.join(partial, next(free)), ids, tok.hash)
+        written.append(len(ids))
         first = last
     os.remove(flat)
     print0(f"{split}: {len(order):,} documents, {seen[f'encode {split}', 'empty']:,} empty ones skipped | "
            f'{n_bytes:,} bytes | {n_bytes / max(1, n_tokens - len(order)):.2f} bytes per token | '
-           f'{np.sum(used == 0):,} tokens never used | {np.dtype(dtype).name} shards of ' +
-           ', '.join(f'{n:,}' for _, n in names[:5]) + ' ..' * (len(names) > 5) + f' tokens | {time.time() - t0:.2f} s')
+           f'{np.sum(used == 0):,} tokens never used | {np.dtype(dtype).name} shards of '
+           + ', '.join(f'{n:,}' for n in written[:5]) + ' ..' * (len(written) > 5)
+           + f' tokens | {time.time() - t0:.2f} s')
 
 for number in (signal.SIGINT, signal.SIGTERM): # not in these milliseconds
     signal.signal(number, signal.SIG_IGN)
