@@ -264,14 +264,15 @@ class Attention(nn.Module):
     def forward(self, x, pos, rope, mask, cache, layer):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)      # (B, H + 2 H_kv, T, D)
-        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
+        qk, v = qkv.split([self.n_head + self.n_kv_head, self.n_kv_head], dim=1)
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (self.head_dim,))
+        q, k = qk.split([self.n_head, self.n_kv_head], dim=1)
         if self.key_shift:
             half = self.n_kv_head // 2
             first = torch.zeros_like(k[:, :, :1]) if cache is None else cache.last_key(layer, k)
             before = torch.cat((first, k[:, :, :-1]), dim=2) * (pos > 0).view(-1, 1, T, 1)  # nothing is before a text
             k = torch.cat((k[:, :half], before[:, half:]), dim=1)
-        if self.qk_norm:
-            q, k = F.rms_norm(q, (self.head_dim,)), F.rms_norm(k, (self.head_dim,))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
@@ -287,8 +288,7 @@ class Attention(nn.Module):
 
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021): turn each pair (x1, x2) by an angle that grows with its position."""
-    x1, x2 = x.chunk(2, dim=-1)                                                   # (B, H, T, D/2)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).type_as(x)    # (B, H, T, D)
 
 class MLP(nn.Module):
     """gpt2: GELU(x W) W'. llama: SiLU(x W_gate) * (x W_up) W' (Shazeer 2020), gate and up in one matrix."""
@@ -334,8 +334,8 @@ class GPT(nn.Module):
             half = c.n_embd // c.n_head // 2
             rates = c.rope_theta ** (-torch.arange(half).float() / half)
             angles = torch.outer(torch.arange(c.block_size).float(), rates)
-            self.register_buffer('cos', angles.cos(), persistent=False)          # (block_size, D/2)
-            self.register_buffer('sin', angles.sin(), persistent=False)
+            self.register_buffer('cos', angles.cos().repeat(1, 2), persistent=False)                  # (block_size, D)
+            self.register_buffer('sin', torch.cat((-angles.sin(), angles.sin()), 1), persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -367,7 +367,7 @@ class GPT(nn.Module):
         pos = torch.arange(start, S, device=idx.device) if pos is None else pos   # (T,) or (B, T)
         x = self.wte(idx) + (0 if self.wpe is None else self.wpe(pos))            # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        rope = None if self.wpe else [t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin)] # (.., 1, T, D/2)
+        rope = None if self.wpe else [t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin)]   # (.., 1, T, D)
         if mask is not None or 0 < start < S - 1: # else plain causal attention, or one query that may see all keys
             seen = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(start)  # (T, S)
             if mask is not None:
@@ -519,14 +519,20 @@ class Muon(torch.optim.Optimizer):
                     p.mul_(1 - lr * decay).add_(update, alpha=-lr * 0.2 * math.sqrt(max(shape))) # sized as AdamW's
 
 def orthogonalize(x):
-    """Newton-Schulz: U S V' -> about U V', all singular values near 1, by products alone. x (matrices, n, m)."""
+    """
+    Newton-Schulz: U S V' -> about U V', all singular values near 1, by products alone. x (matrices, n, m).
+    Five times x <- p x with p = a + b xx' + c (xx')^2; all of it can be done on the small square xx' <- p xx' p.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     flip = x.size(1) > x.size(2)
     x = x.mT if flip else x
+    xx, q = x @ x.mT, None
     for _ in range(5):
-        xx = x @ x.mT
-        x = a * x + (b * xx + c * xx @ xx) @ x
+        p = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        xx, q = p @ (p @ xx), p if q is None else p @ q
+    x = q @ x
     return x.mT if flip else x
 
 def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='adamw'):

@@ -38,6 +38,7 @@ n_layer = 12                # blocks
 n_head = 12                 # attention heads in a block
 n_kv_head = 0               # heads of keys and values, 0 = n_head
 n_embd = 768                # width
+n_hidden = 0                # width of the MLP, 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
 block_size = 1024           # tokens of context
 tie_embeddings = True       # one matrix for the input and the output embedding
 qk_norm = False             # normalise queries and keys
@@ -123,7 +124,7 @@ if init_from: # its shape counts, not the settings above
     raw_model = GPT(GPTConfig(**model_args)).to(run.device)
     raw_model.load_state_dict(weights)
 else:
-    raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, 0, dropout,
+    raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, n_hidden, dropout,
                               tie_embeddings, qk_norm, key_shift)).to(run.device)
 optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), kind=optimizer)
 resume_path, out_path = os.path.join(out_dir, 'base.resume.pt'), os.path.join(out_dir, 'base.pt')
