@@ -134,9 +134,9 @@ def names_of(args):
 
 def model_files(folder, args, weights, tok):
     """Writes config.json and model.safetensors. ValueError for what no standard class can hold."""
-    if args['qk_norm'] or args['key_shift']:
-        raise ValueError('qk_norm and key_shift have no place in LlamaForCausalLM or GPT2LMHeadModel: to take a model '
-                         'along, train one without them')
+    if args['qk_norm'] or args['key_shift'] or args.get('smear'):
+        raise ValueError('qk_norm, key_shift and smear have no place in LlamaForCausalLM or GPT2LMHeadModel: to take a '
+                         'model along, train one without them')
     D = args['n_embd'] // args['n_head']
     common = dict(vocab_size=args['vocab_size'], tie_word_embeddings=args['tie_embeddings'], torch_dtype='float32',
                   bos_token_id=tok.eot, eos_token_id=tok.end, pad_token_id=tok.pad)

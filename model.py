@@ -233,6 +233,7 @@ class GPTConfig:
     tie_embeddings: bool = True  # input and output embedding are one matrix
     qk_norm: bool = False        # RMSNorm on queries and keys: attention logits stay bounded at high learning rates
     key_shift: bool = False      # half of the heads know a key by the token before it: copying takes one layer, not two
+    smear: int = 0               # an embedding also holds, in a learned mix, those of as many tokens before it
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
 
@@ -328,6 +329,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = make_norm(c)
         self.head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.smear:
+            self.smear = nn.Parameter(torch.zeros(c.smear, c.n_embd))
         if c.tie_embeddings:
             self.head.weight = self.wte.weight
         if c.arch == 'llama':
@@ -344,11 +347,11 @@ class GPT(nn.Module):
         matrices              N(0, 0.02) in gpt2; N(0, 1/sqrt(fan in)) in llama
         into the residual     gpt2: divided by sqrt(2 n_layer), so that the sum of all blocks keeps its size;
                               llama: 0, every block starts as the identity
-        biases 0, norms 1
+        biases and smear 0, norms 1
         with key_shift, keys start as queries do, so that like attends to like (Trockman and Kolter 2023)
         """
         for name, p in self.named_parameters():
-            if p.dim() < 2:
+            if p.dim() < 2 or name == 'smear':
                 nn.init.constant_(p, float('norm' in name and name.endswith('weight')))
             elif self.config.arch == 'gpt2' or not name.startswith('blocks'):
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layer) if 'proj' in name else 1))
@@ -358,6 +361,24 @@ class GPT(nn.Module):
             w = attn.qkv.weight.data.view(-1, attn.head_dim, self.config.n_embd)              # (H + 2 H_kv, D, C)
             w[attn.n_head:-attn.n_kv_head] = w[:attn.n_head:attn.n_head // attn.n_kv_head]
 
+    def embed(self, idx, pos, cache=None):
+        """idx (B, T), pos (T,) or (B, T) -> (B, T, C)."""
+        T, K = idx.size(1), self.config.smear
+        x = self.wte(idx) + (0 if self.wpe is None else self.wpe(pos))
+        if K: # short-range context from the start: the first layer need not gather it
+            idx = torch.cat((idx.new_zeros(len(idx), K) if cache is None else cache.last_ids, idx), dim=1)
+            for j in range(1, K + 1):
+                x = x + self.smear[j - 1] * self.wte(idx[:, K - j:K - j + T]) * (pos >= j)[..., None]
+            x = F.rms_norm(x, x.shape[-1:])
+            if cache is not None:
+                cache.last_ids = idx[:, -K:]
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def rope(self, pos):
+        """Cosines and sines for `rotate`, (1 or B, 1, T, D) each; None in gpt2."""
+        if self.config.arch == 'llama':
+            return [t[pos].view(-1, 1, pos.size(-1), t.size(1)) for t in (self.cos, self.sin)]
+
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """idx (B, T) -> (B, T, C). pos (B, T): positions where rows are padded left; mask (B, S): True at real keys."""
         T, start = idx.size(1), cache.n if cache is not None else 0
@@ -365,9 +386,7 @@ class GPT(nn.Module):
         if S > self.config.block_size:
             raise ValueError(f'{S} tokens do not fit in a block_size of {self.config.block_size}')
         pos = torch.arange(start, S, device=idx.device) if pos is None else pos   # (T,) or (B, T)
-        x = self.wte(idx) + (0 if self.wpe is None else self.wpe(pos))            # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        rope = None if self.wpe else [t[pos].view(-1, 1, T, t.size(1)) for t in (self.cos, self.sin)]   # (.., 1, T, D)
+        x, rope = self.embed(idx, pos, cache), self.rope(pos)
         if mask is not None or 0 < start < S - 1: # else plain causal attention, or one query that may see all keys
             seen = torch.ones(T, S, dtype=torch.bool, device=idx.device).tril(start)  # (T, S)
             if mask is not None:
@@ -387,7 +406,7 @@ class GPT(nn.Module):
 
     def n_params(self, embedding=True):
         """Number of parameters; embedding=False leaves out embeddings, as scaling laws count (Kaplan et al. 2020)."""
-        skip = () if embedding else ('wte', 'wpe', 'head')
+        skip = () if embedding else ('wte', 'wpe', 'smear', 'head')
         return sum(p.numel() for n, p in self.named_parameters() if not n.startswith(skip))
 
     def flops_per_token(self, T):
@@ -405,6 +424,7 @@ class KVCache:
         heads = config.n_kv_head, length, config.n_embd // config.n_head
         self.kv, self.n = torch.zeros(config.n_layer, 2, batch, *heads, device=device, dtype=dtype), 0
         self.last = torch.zeros_like(self.kv[:, 0, :, :, :1]) # of key_shift: each layer's last key, not yet shifted
+        self.last_ids = torch.zeros(batch, config.smear, device=device, dtype=torch.long)
 
     def last_key(self, layer, k):
         before = self.last[layer].clone()
@@ -412,7 +432,7 @@ class KVCache:
         return before
 
     def keep(self, rows):
-        self.kv, self.last = self.kv[:, :, rows], self.last[:, rows]
+        self.kv, self.last, self.last_ids = self.kv[:, :, rows], self.last[:, rows], self.last_ids[rows]
 
     def append(self, layer, k, v):
         S = self.n + k.size(2)
@@ -512,9 +532,10 @@ class Muon(torch.optim.Optimizer):
             lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
             for shape in dict.fromkeys(p.shape for p in group['params']):
                 params = [p for p in group['params'] if p.shape == shape]
-                grad = torch.stack([p.grad for p in params])                      # (matrices, n, m)
-                buf = self.state[params[0]].setdefault('momentum_buffer', torch.zeros_like(grad)) # of all of them
-                buf.lerp_(grad, 1 - momentum)
+                bufs = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
+                for p, buf in zip(params, bufs):
+                    buf.lerp_(p.grad, 1 - momentum)
+                grad, buf = torch.stack([p.grad for p in params]), torch.stack(bufs)       # (matrices, n, m)
                 for p, update in zip(params, orthogonalize(grad.lerp(buf, momentum))): # Nesterov
                     p.mul_(1 - lr * decay).add_(update, alpha=-lr * 0.2 * math.sqrt(max(shape))) # sized as AdamW's
 
@@ -535,7 +556,7 @@ def orthogonalize(x):
     x = q @ x
     return x.mT if flip else x
 
-def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='adamw'):
+def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='adamw', momentum=0.95):
     """
     Matrices decay, vectors (norms, biases) do not (Brown et al. 2020). With kind 'muon' the matrices inside the blocks
     go to Muon, at the same learning rate, since its update is scaled to the size of AdamW's.
@@ -546,12 +567,13 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
     for name, p in model.named_parameters():
         (vectors if p.dim() < 2 else inner if kind == 'muon' and 'blocks.' in name else matrices).append(p)
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-    device = matrices[0].device.type
+    device = next(model.parameters()).device.type
     optimizers = [torch.optim.AdamW(groups, learning_rate, betas, eps, fused=device in ('cuda', 'cpu'))]
     if inner and device == 'cuda':
-        optimizers.append(torch.optim.Muon(inner, learning_rate, weight_decay, adjust_lr_fn='match_rms_adamw'))
+        optimizers.append(torch.optim.Muon(inner, learning_rate, weight_decay, momentum,
+                                           adjust_lr_fn='match_rms_adamw'))
     elif inner:
-        optimizers.append(Muon(inner, learning_rate, weight_decay))
+        optimizers.append(Muon(inner, learning_rate, weight_decay, momentum))
     return optimizers
 
 # -----------------------------------------------------------------------------
@@ -568,14 +590,14 @@ def check_settings(config):
         least = name in AT_LEAST_1 and not (name == 'max_iters' and 'tokens_per_param' in config)
         if isinstance(value, (int, float)) and not value >= least: # `not >=`: NaN too
             die(f'{name} must be at least {int(least)}, not {value}')
-        below = name in ('dropout', 'beta1', 'beta2', 'val_fraction', 'val_facts')
+        below = name in ('dropout', 'beta1', 'beta2', 'momentum', 'val_fraction', 'val_facts')
         none = name in ('val_fraction', 'val_facts') and value == 0
         if none or below and value >= 1 or name in ('flaw_rate', 'like_rate') and value > 1:
             die(f'{name} is a share and lies in 0..1, not at {value}')
     if config['seed'] >= 2**32 or 0 < config.get('temperature', 1) < 0.01:
         die(f"seed is below 2**32, not {config['seed']}; temperature is 0 or at least 0.01")
 
-def start(config):
+def start(config, fp16=False):
     """
     Find device, precision, process group (torchrun sets RANK, LOCAL_RANK, WORLD_SIZE); seed torch; refuse bad settings.
     Returns device, type, dtype, rank, world, ddp, master, autocast (use as `with run.autocast():`), stop (see below).
@@ -597,10 +619,11 @@ def start(config):
         torch.set_float32_matmul_precision('high') # TF32
     elif world == 1 and 'OMP_NUM_THREADS' not in os.environ: # all that this process may use (taskset, Slurm)
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    if dtype == 'auto': # fp32 except on GPUs with bf16 units; fp16 would need loss scaling
-        dtype = 'bfloat16' if kind == 'cuda' and torch.cuda.is_bf16_supported() else 'float32'
-    if dtype not in ('float32', 'bfloat16'):
-        die(f"dtype is 'auto', 'float32' or 'bfloat16', not {dtype!r}")
+    old = kind == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False) # T4, V100: it would be slow
+    if dtype == 'auto': # fp16 needs loss scaling, which only pretrain.py has
+        dtype = 'float32' if kind != 'cuda' or old and not fp16 else 'float16' if old else 'bfloat16'
+    if dtype not in ('float32', 'bfloat16') + ('float16',) * fp16:
+        die(f"dtype is 'auto', 'float32', 'bfloat16' or, in pretrain.py, 'float16', not {dtype!r}")
     torch.manual_seed(config['seed'])
     config['processes'] = world # a killed run goes on with as many as it had: the batches depend on it
     run = SimpleNamespace(device=torch.device(device), type=kind, dtype=getattr(torch, dtype), rank=rank, world=world,
@@ -750,7 +773,7 @@ def save_resume(path, step, modules, optimizers, config, **more):
 
 RESUMABLE = set('device dtype compile resume out_dir log_interval eval_interval save_interval sample_interval'.split())
 
-def load_resume(path, modules, optimizers, config, wanted=True):
+def load_resume(path, modules, optimizers, config, wanted=True, free=RESUMABLE):
     """Put a killed run's state back; returns (step, more), or (0, {}) for a fresh start. Other settings: refused."""
     if not wanted or not os.path.exists(path):
         return 0, {}
@@ -759,7 +782,7 @@ def load_resume(path, modules, optimizers, config, wanted=True):
         old = saved['config']
     except Exception as e:
         die(f'{path} is damaged ({type(e).__name__}): start over with --resume=false')
-    changed = [k for k in config if k not in RESUMABLE and old.get(k) != config[k]]
+    changed = [k for k in config if k not in free and old.get(k) != config[k]]
     if changed:
         what = ', '.join(f'{k} {old.get(k)!r} -> {config[k]!r}' for k in changed[:3])
         die(f'{path} is of an unfinished run with other settings ({what}): start over with --resume=false')

@@ -4,6 +4,7 @@
 #   bash speedrun.sh                                   config/tiny.py: a laptop without a GPU, about ten minutes
 #   bash speedrun.sh my_profile.py                     another profile; where there are several GPUs, training uses all
 #   bash speedrun.sh config/tiny.py --max_iters=100    flags go to every stage that has such a setting
+#   bash speedrun.sh scaling                           instead: loss against size and data (scaling.py), 15 minutes
 #   bash speedrun.sh setup                             only make .venv and install requirements.txt
 #
 # Run it again whenever you like: finished stages are skipped, a killed one goes on, and where a setting, a script or an
@@ -56,6 +57,15 @@ setup() {
     fi
 }
 
+scaling() { # on the tokens of Toytown, unless a --data_dir is named
+    local python=$PWD/.venv/bin/python
+    if [[ " $* " != *" --data_dir="* ]] && [ ! -f data/toytown/val_000000.bin ]; then
+        "$python" prepare_data.py config/tiny.py
+        "$python" tokenizer.py config/tiny.py
+    fi
+    PYTHONUNBUFFERED=1 "$python" scaling.py "$@"
+}
+
 # -----------------------------------------------------------------------------
 # arguments: profiles are found from where you stand, everything else happens beside this script
 
@@ -65,6 +75,7 @@ for arg in "$@"; do
     case $arg in
         -h | --help) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p;}' speedrun.sh; exit ;;
         setup) setup; exit ;;
+        scaling) setup; scaling "${@:2}"; exit ;;
         --*) flags+=("$arg") ;;
         *.py)
             if [ ! -f "$arg" ] && [ -f "$from/$arg" ]; then arg=$from/$arg; fi
@@ -120,7 +131,7 @@ import glob, hashlib, json, os, sys
 script, before, settings = sys.argv[1:]
 digest = hashlib.sha256((before + settings).encode())
 parts = {"prepare_data.py": "dedup extract forms language privacy sources toytown warc",
-    "tokenizer.py": "bpe huggingface"}
+    "tokenizer.py": "bpe huggingface", "pretrain.py": "parallel"}
 for path in [script, "model.py", *(part + ".py" for part in parts.get(script, "").split())]:
     digest.update(open(path, "rb").read())
 if script == "prepare_data.py":

@@ -17,7 +17,8 @@ from model import GPT, GPTConfig, ScalarModel, Tokenizer
 V, T = 278, 24
 KINDS = [dict(arch='gpt2'), dict(arch='llama'), dict(arch='llama', n_kv_head=2, qk_norm=True, tie_embeddings=False),
          dict(arch='gpt2', n_kv_head=1), dict(arch='llama', qk_norm=True, key_shift=True),
-         dict(arch='llama', n_kv_head=2, key_shift=True)]
+         dict(arch='llama', n_kv_head=2, key_shift=True), dict(arch='gpt2', smear=2),
+         dict(arch='llama', smear=3, key_shift=True)]
 
 def config(arch='gpt2', **more):
     return GPTConfig(**{**dict(arch=arch, vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32), **more})

@@ -140,12 +140,16 @@ def test_a_run_on_other_settings_is_not_resumed(chain, scripts, tmp_path):
     before = (tmp_path / 'base.resume.pt').read_bytes()
     scripts.fails('learning_rate 0.01 -> 0.002.*--resume=false', *command, '--learning_rate=0.002')
     assert (tmp_path / 'base.resume.pt').read_bytes() == before
-    other = 'import model; start = model.start; model.start = lambda c: (start(c), c.update(processes=2))[0]'
-    scripts.fails('processes 1 -> 2.*--resume=false', *command, before=other) # other ranks would see other batches
+    scripts.fails('total_batch_size 4 -> 2.*--resume=false', *command, '--batch_size=2')
     (tmp_path / 'base.resume.pt').write_bytes(before[:1000])
     scripts.fails('damaged.*--resume=false', *command)
     scripts.ok(*command, '--resume=false') # starts over
     assert log(tmp_path / 'base.jsonl')[0]['step'] == 0
+    out = stocked(tmp_path / 'sft', chain, 'base')
+    command = ('sft.py', chain.short, f'--data_dir={chain.data}', f'--out_dir={out}')
+    scripts.fails('stopped at step 4', *command, before=kill_at(3, signal.SIGTERM))
+    other = 'import model; start = model.start; model.start = lambda c: (start(c), c.update(processes=2))[0]'
+    scripts.fails('processes 1 -> 2.*--resume=false', *command, before=other) # other ranks would see other batches
 
 # -----------------------------------------------------------------------------
 # the same numbers, however the batch is cut
@@ -167,7 +171,7 @@ def test_pretrain_under_torchrun(chain, scripts, tmp_path):
     common = [str(chain.short), f'--data_dir={chain.data}', '--learning_rate=1e-3', '--eval_iters=100']
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
                 str(ROOT / 'pretrain.py')]
-    r = subprocess.run([*torchrun, *common, '--batch_size=1', '--gradient_accumulation_steps=2',
+    r = subprocess.run([*torchrun, *common, '--batch_size=1', '--total_batch_size=4',
                         f'--out_dir={tmp_path / "two"}'], capture_output=True, text=True, timeout=100)
     assert r.returncode == 0, r.stderr[-3000:]
     assert r.stdout.count('saved ') == 1 and '2 processes' in r.stdout # only rank 0 speaks
@@ -240,9 +244,9 @@ def test_every_window_once_an_epoch_and_y_is_x_later():
     windows = [(len(s) - 1) // T for s in shards]
     space = dict(np=np, torch=torch, shards=dict(train=shards), windows=dict(train=windows), block_size=T,
                  vocab_size=300, seed=3,
-                 gradient_accumulation_steps=2, batch_size=1, functools=functools, die=lib.die)
+                 total_batch_size=4, shares=2, batch_size=1, functools=functools, die=lib.die)
     ranks = [cut('pretrain.py', 'get_windows', 'get_order', 'get_batch', **space,
-                 run=SimpleNamespace(device='cpu', type='cpu', rank=r, world=2)) for r in range(2)]
+                 share=r, run=SimpleNamespace(device='cpu', type='cpu')) for r in range(2)]
     firsts = []
     for step in range(7): # 2 micro-batches x 2 ranks x 1 = 4 windows a step, so 28 = 4 epochs of 7
         for micro in range(2):

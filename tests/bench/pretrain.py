@@ -8,7 +8,7 @@ model.py and pretrain.py beside nanoGPT (a checkout of karpathy/nanoGPT) and tra
 Times are medians, ours and theirs in turn.
 """
 
-import importlib.util, os, re, statistics, subprocess, sys, tempfile, time
+import importlib.util, os, pickle, re, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 import model as lib
 
-CPU = dict(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128)  # of nanoGPT's README, "I only have a macbook"
+CPU = dict(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128)  # of nanoGPT's README
 
 
 def nanogpt(folder, **args):
@@ -51,7 +51,8 @@ def peak(work):
 def step(folder):
     for name, args, batch in (
         ('4 layers, 128 wide, batch 12 x 64', CPU, 12),
-        ('6 layers, 384 wide, batch 16 x 256', dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384), 16),
+        ('6 layers, 384 wide, batch 16 x 256',
+         dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384), 16),
         ('4 layers, 256 wide, vocabulary 4,096, batch 8 x 256',
          dict(vocab_size=4096, block_size=256, n_layer=4, n_head=4, n_embd=256), 8),
     ):
@@ -83,6 +84,68 @@ def step(folder):
         n = batch * args['block_size']
         print(f'{name}: nanoGPT {n / t[0]:,.0f} tok/s, ours {n / t[1]:,.0f}: {t[0] / t[1]:.2f}x; memory of a step '
               f'{memory[0] / 1e6:.1f} MB, ours {memory[1] / 1e6:.1f}: {memory[1] / memory[0]:.2f}x', flush=True)
+
+
+RECIPE = (
+    '--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 '
+    '--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'
+).split()  # nanoGPT's README
+
+
+@torch.no_grad()
+def whole_loss(net, ids):
+    """Mean loss on all windows of 64."""
+    n = (len(ids) - 1) // 64
+    x, y = torch.tensor(ids[: n * 64]).view(n, 64), torch.tensor(ids[1 : n * 64 + 1]).view(n, 64)
+    logits = torch.cat([net(part) for part in x.split(64)])
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()).item()
+
+
+def timed(*command, cwd):
+    t0 = time.time()
+    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, encoding='utf-8')
+    assert done.returncode == 0, done.stderr
+    return done.stdout, time.time() - t0
+
+
+def shakespeare(folder, path, *seeds):
+    """Training time is steps x median time of a step, evaluations left out; process time is all of it."""
+    with open(path, encoding='utf-8') as f:
+        text = f.read()
+    cut, chars = int(0.9 * len(text)), sorted(set(text))  # as its prepare.py does
+    with tempfile.TemporaryDirectory() as tmp:
+        code, data = os.path.join(tmp, 'nanoGPT'), os.path.join(tmp, 'data')
+        subprocess.run(['cp', '-r', folder, code], check=True)
+        for split, part in ('train', text[:cut]), ('val', text[cut:]):
+            np.array([chars.index(c) for c in part], np.uint16).tofile(f'{code}/data/shakespeare_char/{split}.bin')
+            lib.write_jsonl(f'{data}/{split}/0.jsonl.gz', [dict(text=part)])
+        with open(f'{code}/data/shakespeare_char/meta.pkl', 'wb') as f:
+            pickle.dump(dict(vocab_size=len(chars), stoi={c: i for i, c in enumerate(chars)}), f)
+        timed(f'{ROOT}/tokenizer.py', f'--data_dir={data}', '--kind=char', cwd=tmp)
+
+        out, whole = timed('train.py', 'config/train_shakespeare_char.py', *RECIPE, f'--out_dir={tmp}/theirs', cwd=code)
+        times = [float(t) for t in re.findall(r'time ([\d.]+)ms', out)]
+        train = 2000 * statistics.median(times) / 1000
+        net, _ = nanogpt(code, **CPU)
+        net.load_state_dict(torch.load(f'{tmp}/theirs/ckpt.pt', weights_only=False)['model'])
+        net.eval()
+        # without targets it gives the last position only, so they are given
+        loss = whole_loss(lambda x: net(x, x)[0], [chars.index(c) for c in text[cut:]])
+        n = sum(p.numel() for p in net.transformer.h.parameters()) + net.transformer.ln_f.weight.numel()
+        print(f'nanoGPT, {n:,} parameters: loss {loss:.4f}, training {train:.1f} s, process {whole:.1f} s', flush=True)
+
+        tok = lib.Tokenizer.load(f'{data}/tokenizer.json')
+        for seed in seeds or (101, 102, 103, 104):
+            out, ours_whole = timed(f'{ROOT}/pretrain.py', f'{ROOT}/config/shakespeare.py', f'--data_dir={data}',
+                                    f'--out_dir={tmp}/{seed}', '--log_interval=1', f'--seed={seed}', cwd=tmp)
+            rows = [r for _, r in lib.read_jsonl(f'{tmp}/{seed}/base.jsonl') if 'loss' in r]
+            n_step = int(re.search(r'([\d,]+) tokens a step', out)[1].replace(',', ''))
+            ours_train = len(rows) * statistics.median(n_step / r['tokens_per_second'] for r in rows)
+            net = lib.load_model(torch.load(f'{tmp}/{seed}/base.pt', weights_only=True), 'cpu').eval()
+            loss = whole_loss(net, tok.encode(text[cut:]))
+            print(f'ours, seed {seed}, {net.n_params(embedding=False):,} parameters: loss {loss:.4f}, training '
+                  f'{ours_train:.1f} s = 1/{train / ours_train:.1f}, process {ours_whole:.1f} s = '
+                  f'1/{whole / ours_whole:.1f}', flush=True)
 
 
 if __name__ == '__main__':
