@@ -12,8 +12,10 @@ bpe.py has the algorithm; here are the corpus, the processes and the files. The 
     python tokenizer.py config/tiny.py --compare=true              bytes per token by kind of text, beside GPT-2
     python tokenizer.py config/tiny.py --export=out/toytown/hf     for Hugging Face's libraries and for tiktoken
     python tokenizer.py --data_dir=data/web --vocab_size=32768 --train_chars=2_000_000_000
+    python tokenizer.py config/midtrain.py                         with another's tokenizer, conversations mixed in
 """
-import atexit, base64, collections, concurrent.futures, gc, glob, json, multiprocessing, os, shutil, signal, sys, time
+import atexit, base64, collections, concurrent.futures, gc, glob, itertools, json, multiprocessing, os, shutil, signal
+import sys, time
 import numpy as np
 import regex # comes with tiktoken; unlike re it knows \p{L}, "any letter"
 import tiktoken
@@ -29,6 +31,8 @@ data_dir = 'data/toytown'  # where prepare_data.py has put train/ and val/; toke
 kind = 'bpe'               # bpe: learned here; char: every character of train/ is a token; gpt2: that of GPT-2
 vocab_size = 4096          # of bpe: tokens in all, 256 bytes + merges + 6 special tokens
 pattern = 'gpt4'           # of bpe: how text is split before merging: gpt4, gpt2 or a regular expression
+use = ''                   # a tokenizer.json to encode with, instead of learning one: that of a model to go on with
+conversations = 0          # how often chat_train.jsonl is mixed in, with the special tokens, as sft.py sees it
 train_chars = 0            # learn from this many characters, an equal share of each file (0 = all)
 max_chunks = 2_000_000     # distinct chunks kept while counting; of more, the rarest are forgotten
 shard_tokens = 100_000_000 # tokens per .bin file, at most; a document is never cut (0 = one file)
@@ -123,6 +127,18 @@ def encode_documents(texts):
     if plain:
         parts.append(tok.enc.encode_to_numpy(EOT + EOT.join(plain), allowed_special={EOT}, disallowed_special=()))
     return np.concatenate(parts).astype(dtype), sum(len(text.encode()) for text in texts)
+
+def encode_conversations(path):
+    """Yields the same of the conversations of a file, a thousand at a time."""
+    rows = read_jsonl(path)
+    while part := list(itertools.islice(rows, 1000)):
+        ids = []
+        for line, row in part:
+            try:
+                ids += tok.render(row.get('messages'))[0]
+            except ValueError as e:
+                die(f'{path}:{line}: {e}')
+        yield np.array(ids, dtype), sum(len(tok.bytes_of(i)) for i in ids)
 
 def gpt2():
     """GPT-2's encoding, from tiktoken's cache or the network; RuntimeError if neither has it."""
@@ -237,7 +253,10 @@ for split in files:
         die(f'no documents {data_dir}/{split}/*.jsonl.gz: make them with `python prepare_data.py {again}`')
 
 workers = processes or os.cpu_count() or 1
-if kind == 'gpt2':
+if use:
+    known = Tokenizer.load(use)
+    spec, tokens, kind = known.spec, known.tokens, known.spec['kind']
+elif kind == 'gpt2':
     try:
         enc = gpt2()
     except RuntimeError as e:
@@ -292,7 +311,11 @@ for split in files:
     starts, used, n_bytes, n_tokens = [], np.zeros(tok.n_vocab, int), 0, 0 # used: how often each token occurs
     flat, t0 = os.path.join(partial, 'tokens'), time.time()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool, atomic(flat) as tmp, open(tmp, 'wb') as f:
-        for ids, n in in_parallel(pool, encode_documents, batches(f'encode {split}', files[split])):
+        encoded = [in_parallel(pool, encode_documents, batches(f'encode {split}', files[split]))]
+        chat = os.path.join(data_dir, f'chat_{split}.jsonl')
+        if conversations and os.path.exists(chat):
+            encoded += [encode_conversations(chat) for _ in range(conversations if split == 'train' else 1)]
+        for ids, n in itertools.chain(*encoded):
             f.write(ids.data)
             starts.append(n_tokens + np.flatnonzero(ids == tok.eot))
             used += np.bincount(ids, minlength=tok.n_vocab)

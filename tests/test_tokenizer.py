@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import regex
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'tokenizer.py'
 sys.path.insert(0, str(ROOT))
-from model import SPECIAL_TOKENS, Tokenizer, read_shard, write_shard
+from model import SPECIAL_TOKENS, Tokenizer, read_shard, write_jsonl, write_shard
 
 import huggingface
 from bpe import BYTES, PATTERNS, merge, tokens_of, train_bpe, visible
@@ -604,3 +605,27 @@ def test_failure_between_the_renames_leaves_no_tokenizer_beside_missing_shards(r
         with pytest.raises(RuntimeError):
             run('--vocab_size=280')
     assert not (tmp_path / 'tokenizer.json').exists()
+
+def test_conversations_with_another_tokenizer(run, tmp_path):
+    """Mid-training: another folder's tokens, each conversation as render spells it, twice in train and once in val."""
+    write_documents(tmp_path / 'base')
+    run('--vocab_size=300', data=tmp_path / 'base')
+    write_documents(tmp_path / 'mid', train=['A page about owls.', 'Another page.'], val=['A page.'])
+    answer = dict(role='assistant', content='A number.')
+    chats = [[dict(role='user', content=f'What is {i}?'), answer] for i in range(3)]
+    for split in 'train', 'val':
+        write_jsonl(str(tmp_path / 'mid' / f'chat_{split}.jsonl'), [dict(messages=m) for m in chats])
+    use = f'--use={tmp_path / "base" / "tokenizer.json"}'
+    run(use, '--conversations=2', data=tmp_path / 'mid')
+    tok, same = (Tokenizer.load(tmp_path / n / 'tokenizer.json') for n in ('mid', 'base'))
+    assert tok.spec == same.spec and tok.hash == same.hash
+    for split, pages, times in (('train', ['A page about owls.', 'Another page.'], 2), ('val', ['A page.'], 1)):
+        ids = read_shard(str(tmp_path / 'mid' / f'{split}_000000.bin'), tok.hash).tolist()
+        starts = [i for i, t in enumerate(ids) if t == tok.eot] + [len(ids)]
+        found = sorted(ids[a:b] for a, b in zip(starts, starts[1:]))
+        assert found == sorted([[tok.eot, *tok.encode(p)] for p in pages] + [tok.render(m)[0] for m in chats] * times)
+    write_jsonl(str(tmp_path / 'mid' / 'chat_train.jsonl'), [dict(messages=chats[0]), dict(messages=chats[0][:1])])
+    before = outputs(tmp_path / 'mid')
+    out, code = run(use, '--conversations=1', data=tmp_path / 'mid')
+    assert re.search(r'chat_train\.jsonl:2: turns are of user', str(code)), code
+    assert outputs(tmp_path / 'mid') == before

@@ -8,7 +8,7 @@ model.py and pretrain.py beside nanoGPT (a checkout of karpathy/nanoGPT) and tra
 Times are medians, ours and theirs in turn.
 """
 
-import importlib.util, os, pickle, re, statistics, subprocess, sys, tempfile, time
+import base64, importlib.util, os, pickle, re, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -51,10 +51,16 @@ def peak(work):
 def step(folder):
     for name, args, batch in (
         ('4 layers, 128 wide, batch 12 x 64', CPU, 12),
-        ('6 layers, 384 wide, batch 16 x 256',
-         dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384), 16),
-        ('4 layers, 256 wide, vocabulary 4,096, batch 8 x 256',
-         dict(vocab_size=4096, block_size=256, n_layer=4, n_head=4, n_embd=256), 8),
+        (
+            '6 layers, 384 wide, batch 16 x 256',
+            dict(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384),
+            16,
+        ),
+        (
+            '4 layers, 256 wide, vocabulary 4,096, batch 8 x 256',
+            dict(vocab_size=4096, block_size=256, n_layer=4, n_head=4, n_embd=256),
+            8,
+        ),
     ):
         rows = torch.randint(args['vocab_size'], (batch, args['block_size'] + 1))
         x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -82,8 +88,72 @@ def step(folder):
                 t.append((time.perf_counter() - t0) / count)
         t = [statistics.median(x) for x in times]
         n = batch * args['block_size']
-        print(f'{name}: nanoGPT {n / t[0]:,.0f} tok/s, ours {n / t[1]:,.0f}: {t[0] / t[1]:.2f}x; memory of a step '
-              f'{memory[0] / 1e6:.1f} MB, ours {memory[1] / 1e6:.1f}: {memory[1] / memory[0]:.2f}x', flush=True)
+        print(
+            f'{name}: nanoGPT {n / t[0]:,.0f} tok/s, ours {n / t[1]:,.0f}: {t[0] / t[1]:.2f}x; memory of a step '
+            f'{memory[0] / 1e6:.1f} MB, ours {memory[1] / 1e6:.1f}: {memory[1] / memory[0]:.2f}x',
+            flush=True,
+        )
+
+
+def sample():
+    """4 layers, 256 wide, vocabulary 4,096: 64 prompts of 32 tokens, 128 new ones each, temperature 1."""
+    import huggingface
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    args = dict(arch='llama', vocab_size=4096, block_size=256, n_layer=4, n_head=4, n_embd=256, tie_embeddings=True)
+    net = lib.GPT(lib.GPTConfig(**args)).eval()
+    prompts = torch.randint(4000, (64, 32))
+
+    @torch.no_grad()
+    def again():  # the whole sequence for every new token, the output matrix on the last position only
+        x = prompts
+        for _ in range(128):
+            probs = F.softmax(net.head(net.hidden(x)[:, -1]), dim=-1)
+            x = torch.cat((x, torch.multinomial(probs, 1)), dim=1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        spec = dict(version=1, kind='bpe', pattern=r'[\s\S]', special_tokens=lib.SPECIAL_TOKENS, ranks=ranks())
+        huggingface.model_files(folder, dict(net.config.__dict__), net.state_dict(), lib.Tokenizer(spec))
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+    theirs.generation_config.eos_token_id = None
+    with torch.no_grad():
+        gap = (theirs(prompts).logits - net(prompts)).abs().max().item()
+    runs = {
+        'cache': lambda: lib.generate(net, prompts.tolist(), 128),
+        'transformers': lambda: theirs.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=128,
+            max_new_tokens=128,
+            pad_token_id=0,
+        ),
+        'no cache': again,
+    }
+    times = {name: [] for name in runs}
+    for i in range(4):
+        for name, run in runs.items():
+            t0 = time.perf_counter()
+            if name != 'no cache' or i < 3:
+                run()
+                times[name] += [time.perf_counter() - t0] * (i > 0)
+    t = {name: statistics.median(x) for name, x in times.items()}
+    print(
+        f'same weights, logits {gap:.1e} apart; ' + ', '.join(f'{n} {64 * 128 / x:,.0f} tok/s' for n, x in t.items())
+    )
+    print(
+        f'{t["no cache"] / t["cache"]:.1f}x the whole sequence again, '
+        f'{t["transformers"] / t["cache"]:.2f}x transformers'
+    )
+
+
+def ranks():
+    """4,090 tokens, of no meaning."""
+    pairs = [bytes([a, b]) for a in range(32, 127) for b in range(32, 127)]
+    tokens = [bytes([b]) for b in range(256)] + pairs[: 4090 - 256]
+    return [base64.b64encode(t).decode() for t in tokens]
 
 
 RECIPE = (
@@ -123,7 +193,9 @@ def shakespeare(folder, path, *seeds):
             pickle.dump(dict(vocab_size=len(chars), stoi={c: i for i, c in enumerate(chars)}), f)
         timed(f'{ROOT}/tokenizer.py', f'--data_dir={data}', '--kind=char', cwd=tmp)
 
-        out, whole = timed('train.py', 'config/train_shakespeare_char.py', *RECIPE, f'--out_dir={tmp}/theirs', cwd=code)
+        out, whole = timed(
+            'train.py', 'config/train_shakespeare_char.py', *RECIPE, f'--out_dir={tmp}/theirs', cwd=code
+        )
         times = [float(t) for t in re.findall(r'time ([\d.]+)ms', out)]
         train = 2000 * statistics.median(times) / 1000
         net, _ = nanogpt(code, **CPU)
@@ -132,20 +204,32 @@ def shakespeare(folder, path, *seeds):
         # without targets it gives the last position only, so they are given
         loss = whole_loss(lambda x: net(x, x)[0], [chars.index(c) for c in text[cut:]])
         n = sum(p.numel() for p in net.transformer.h.parameters()) + net.transformer.ln_f.weight.numel()
-        print(f'nanoGPT, {n:,} parameters: loss {loss:.4f}, training {train:.1f} s, process {whole:.1f} s', flush=True)
+        print(
+            f'nanoGPT, {n:,} parameters: loss {loss:.4f}, training {train:.1f} s, process {whole:.1f} s', flush=True
+        )
 
         tok = lib.Tokenizer.load(f'{data}/tokenizer.json')
         for seed in seeds or (101, 102, 103, 104):
-            out, ours_whole = timed(f'{ROOT}/pretrain.py', f'{ROOT}/config/shakespeare.py', f'--data_dir={data}',
-                                    f'--out_dir={tmp}/{seed}', '--log_interval=1', f'--seed={seed}', cwd=tmp)
+            out, ours_whole = timed(
+                f'{ROOT}/pretrain.py',
+                f'{ROOT}/config/shakespeare.py',
+                f'--data_dir={data}',
+                f'--out_dir={tmp}/{seed}',
+                '--log_interval=1',
+                f'--seed={seed}',
+                cwd=tmp,
+            )
             rows = [r for _, r in lib.read_jsonl(f'{tmp}/{seed}/base.jsonl') if 'loss' in r]
             n_step = int(re.search(r'([\d,]+) tokens a step', out)[1].replace(',', ''))
             ours_train = len(rows) * statistics.median(n_step / r['tokens_per_second'] for r in rows)
             net = lib.load_model(torch.load(f'{tmp}/{seed}/base.pt', weights_only=True), 'cpu').eval()
             loss = whole_loss(net, tok.encode(text[cut:]))
-            print(f'ours, seed {seed}, {net.n_params(embedding=False):,} parameters: loss {loss:.4f}, training '
-                  f'{ours_train:.1f} s = 1/{train / ours_train:.1f}, process {ours_whole:.1f} s = '
-                  f'1/{whole / ours_whole:.1f}', flush=True)
+            print(
+                f'ours, seed {seed}, {net.n_params(embedding=False):,} parameters: loss {loss:.4f}, training '
+                f'{ours_train:.1f} s = 1/{train / ours_train:.1f}, process {ours_whole:.1f} s = '
+                f'1/{whole / ours_whole:.1f}',
+                flush=True,
+            )
 
 
 if __name__ == '__main__':
