@@ -440,6 +440,14 @@ class KVCache:
         self.kv[layer, 1, :, :, self.n:S] = v
         return self.kv[layer, 0, :, :, :S], self.kv[layer, 1, :, :, :S]
 
+def draw(probs):
+    """probs (B, V), not necessarily normed -> (B, 1), one id each. multinomial would draw B x V random numbers."""
+    cdf = probs.double().cumsum(-1) if probs.device.type != 'mps' else probs.cumsum(-1)
+    if not cdf[:, -1].isfinite().all():
+        raise RuntimeError('probability tensor with inf or nan') # on_error says what it means
+    u = torch.rand_like(cdf[:, :1]) * cdf[:, -1:] * (1 - 1e-7) # never all of it: what is cut off cannot be drawn
+    return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
+
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=None, on_token=None):
     """
@@ -471,7 +479,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, warp=No
             idx = logits.argmax(-1, keepdim=True)                                 # (B, 1)
         else:
             probs = F.softmax(logits / temperature, dim=-1)
-            idx = torch.multinomial(warp(probs) if warp else probs, 1)            # (B, 1)
+            idx = draw(warp(probs) if warp else probs)                            # (B, 1)
         new = idx[~done, 0].tolist()
         for row, token in zip(alive[~done].tolist(), new):
             out[row].append(token)

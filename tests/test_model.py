@@ -187,6 +187,17 @@ def test_seeds_and_top_k_1():
     torch.manual_seed(6)
     assert one == two != lib.generate(net, prompts, 12, temperature=3.0)
 
+def test_draw():
+    """Shares of 40,000 draws, within 4 standard deviations; what has no share is never drawn; NaN is an error."""
+    torch.manual_seed(0)
+    p = torch.tensor([[0.5, 0.0, 0.3, 0.2, 0.0], [0.0, 0.0, 0.0, 7.0, 0.0]])
+    drawn = torch.stack([lib.draw(p.repeat(1000, 1)).view(1000, 2) for _ in range(40)]).view(-1, 2)
+    share = torch.bincount(drawn[:, 0], minlength=5) / len(drawn)
+    assert share[[1, 4]].tolist() == [0, 0] and (drawn[:, 1] == 3).all()
+    assert ((share - p[0]).abs() <= 4 * (p[0] * (1 - p[0]) / len(drawn)).sqrt()).all()
+    with pytest.raises(RuntimeError, match='probability tensor'):
+        lib.draw(torch.tensor([[0.5, float('nan')]]))
+
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_rows_that_stop_leave_without_changing_the_others(kind):
     net = wild(**kind)
