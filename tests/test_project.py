@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import configurator
 
-CAPS = dict(configurator=100, model=850, parallel=190, estimate=115, scaling=175, prepare_data=620, sources=400,
+CAPS = dict(configurator=100, model=860, parallel=190, estimate=115, scaling=175, prepare_data=620, sources=400,
             forms=150, warc=145, extract=225, language=45,
             dedup=75, privacy=105, toytown=275, tokenizer=370, bpe=145, huggingface=240, pretrain=380, sft=280,
             reward=320, rlhf=460, eval=480, chat=300)
