@@ -143,8 +143,10 @@ class Layers(nn.Module):
 # -----------------------------------------------------------------------------
 # whole states, by name, however they lie
 
-def whole(t):
-    return (t.full_tensor() if hasattr(t, 'full_tensor') else t).detach().cpu()
+def whole(t, keep=True):
+    """The whole of a tensor, on the CPU; where it is not kept, only taken part in: nothing."""
+    t = t.full_tensor() if hasattr(t, 'full_tensor') else t
+    return t.detach().cpu() if keep else None
 
 def lie_as(t, other):
     """A whole tensor, in pieces if `other` is: this process's piece."""
@@ -161,8 +163,9 @@ class Whole:
 
     def gather(self):
         """Bring all of it together on rank 0, in memory of the CPU; all ranks must ask. Returns self."""
-        weights = {k: whole(v) for k, v in self.gpt.state_dict().items()}
-        states = {self.names[p]: {k: whole(v) for k, v in state.items()}
+        keep = self.run.master or self.pipeline # with fsdp all of it on each process of a machine would not fit
+        weights = {k: whole(v, keep) for k, v in self.gpt.state_dict().items()}
+        states = {self.names[p]: {k: whole(v, keep) for k, v in state.items()}
                   for o in self.optimizers for p, state in o.state.items()}
         if self.pipeline:
             parts = [None] * self.run.world if self.run.master else None
