@@ -25,14 +25,14 @@ from model import check_settings, die, print0, read_jsonl, write_texts
 
 # -----------------------------------------------------------------------------
 # settings
-data_dir = 'data/toytown'                       # where the token shards are
-out_dir = 'out/scaling'                         # where the runs, the fit and the drawing go
-widths = (32, 48, 64, 96, 128)                  # n_embd of the models: 3 layers, heads of 16
-lengths = (100_000, 200_000, 400_000, 800_000)  # tokens each of them is trained on
-learning_rate = 1.2e-2                          # of Muon, for all widths: its update has a size of its own
-batch_size = 8                                  # windows in a step
-block_size = 128                                # tokens in a window
-seed = 1337                                     # of weights and order
+data_dir = 'data/toytown'                          # where the token shards are
+out_dir = 'out/scaling'                            # where the runs, the fit and the drawing go
+widths = (32, 48, 64, 96)                          # n_embd of the models: 3 layers, heads of 16
+lengths = (400_000, 800_000, 1_600_000, 2_400_000) # tokens each of them is trained on
+learning_rate = 1.2e-2                             # of Muon, for all widths: its update has a size of its own
+batch_size = 8                                     # windows in a step
+block_size = 128                                   # tokens in a window
+seed = 1337                                        # of weights and order
 config = configure(globals())
 check_settings(config)
 
