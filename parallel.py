@@ -47,7 +47,7 @@ class Engine:
         for micro in range(self.accumulation):
             last = micro == self.accumulation - 1 # gradients travel only with the last micro-batch
             if self.sharded:
-                self.model.set_requires_gradient_sync(last)
+                self.gpt.set_requires_gradient_sync(last)
             elif self.replicated:
                 self.model.require_backward_grad_sync = last
             x, y = get_batch(micro)
