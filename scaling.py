@@ -6,7 +6,7 @@ Scaling laws, measured: train a grid of small models for different lengths, fit
 and read off how to spend a compute budget C = 6 N D: more parameters, or more tokens? E is what no model can know of
 this text, A / N^a the price of a small model, B / D^b that of a short run.
 
-    bash speedrun.sh scaling                       on Toytown, about a quarter of an hour on two cores
+    bash speedrun.sh scaling                       on Toytown, 17 minutes on two cores
     python scaling.py --data_dir=data/shakespeare  on other tokens: any folder that tokenizer.py has filled
 
 Reads  data_dir/train_*.bin, val_*.bin, tokenizer.json

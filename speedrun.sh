@@ -4,7 +4,7 @@
 #   bash speedrun.sh                                   config/tiny.py: a laptop without a GPU, about ten minutes
 #   bash speedrun.sh my_profile.py                     another profile; where there are several GPUs, training uses all
 #   bash speedrun.sh config/tiny.py --max_iters=100    flags go to every stage that has such a setting
-#   bash speedrun.sh scaling                           instead: loss against size and data (scaling.py), 15 minutes
+#   bash speedrun.sh scaling                           instead: loss against size and data (scaling.py), 17 minutes
 #   bash speedrun.sh setup                             only make .venv and install requirements.txt
 #
 # Run it again whenever you like: finished stages are skipped, a killed one goes on, and where a setting, a script or an
