@@ -45,7 +45,7 @@ def activations(model_args, batch_size, dtype=torch.bfloat16):
     F.scaled_dot_product_attention = lambda q, k, v, **_: Flash.apply(q, k, v)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss = F.cross_entropy(gpt(x).float().flatten(0, 1), x.flatten())
+            F.cross_entropy(gpt(x).float().flatten(0, 1), x.flatten())
     finally:
         F.scaled_dot_product_attention = real
     gradients = x.numel() * model_args.vocab_size * (4 + torch.finfo(dtype).bits // 8) # of the logits, fp32 and dtype

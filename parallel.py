@@ -80,8 +80,7 @@ class Engine:
 class Pipeline(Engine):
     def __init__(self, gpt, run, loss_fn, accumulation, scaler):
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-        self.gpt, self.run, self.accumulation, self.scaler, self.sharded = gpt, run, accumulation, scaler, False
-        self.replicated = False
+        super().__init__(gpt, 'pipeline', run, loss_fn, accumulation, scaler)
         self.first, self.last, L = run.rank == 0, run.rank == run.world - 1, len(gpt.blocks)
         self.tied = gpt.config.tie_embeddings
         if L < run.world or accumulation < run.world:
@@ -161,12 +160,12 @@ class Whole:
         self.gpt, self.optimizers, self.run, self.pipeline = gpt, optimizers, run, parallel == 'pipeline' and run.ddp
         self.names, self.saved = {p: name for name, p in gpt.named_parameters()}, None
 
-    def gather(self):
-        """Bring all of it together on rank 0, in memory of the CPU; all ranks must ask. Returns self."""
+    def gather(self, optimizers=True):
+        """Bring it together on rank 0, in memory of the CPU; all ranks must ask. Returns self."""
         keep = self.run.master or self.pipeline # with fsdp all of it on each process of a machine would not fit
         weights = {k: whole(v, keep) for k, v in self.gpt.state_dict().items()}
         states = {self.names[p]: {k: whole(v, keep) for k, v in state.items()}
-                  for o in self.optimizers for p, state in o.state.items()}
+                  for o in self.optimizers if optimizers for p, state in o.state.items()}
         if self.pipeline:
             parts = [None] * self.run.world if self.run.master else None
             dist.gather_object((weights, states), parts)

@@ -327,7 +327,7 @@ for step in range(first_step, max_iters + 1):
 
 # -----------------------------------------------------------------------------
 # save
-weights = whole.gather().saved['weights']
+weights = whole.gather(optimizers=False).saved['weights']
 if run.master:
     flops = flops_per_token * tokens_per_step * max_iters
     metrics = dict(val_loss=val_loss, val_bpb=val_bpb, seconds=more['seconds'], flops=flops,

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from configurator import configure
-from model import check_settings, die, print0, read_jsonl, write_texts
+from model import check_settings, die, print0, write_texts
 
 # -----------------------------------------------------------------------------
 # settings

@@ -12,7 +12,7 @@ bpe.py has the algorithm; here are the corpus, the processes and the files. The 
     python tokenizer.py config/tiny.py --compare=true              bytes per token by kind of text, beside GPT-2
     python tokenizer.py config/tiny.py --export=out/toytown/hf     for Hugging Face's libraries and for tiktoken
     python tokenizer.py --data_dir=data/web --vocab_size=32768 --train_chars=2_000_000_000
-    python tokenizer.py config/midtrain.py                         with another's tokenizer, conversations mixed in
+    python tokenizer.py config/tiny.py config/midtrain.py          with another's tokenizer, conversations mixed in
 """
 import atexit, base64, collections, concurrent.futures, gc, glob, itertools, json, multiprocessing, os, shutil, signal
 import sys, time

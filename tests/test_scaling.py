@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # pretrain.py's place is taken by the law L = 1 + 60 / N^0.4 + 300 / D^0.5; N is 36 width^2
-LAW = '''
+LAW = r'''
 import os, subprocess, types, torch
 def law(command, **more):
     flags = dict(word[2:].split('=') for word in command[2:])
     N, D = 36 * int(flags['n_embd']) ** 2, int(flags['max_iters']) * int(flags['batch_size']) * int(flags['block_size'])
-    print('trained', N, D, flush=True)
+    os.write(1, f'trained {N} {D}\n'.encode()) # whole, though two threads write
     os.makedirs(flags['out_dir'], exist_ok=True)
     torch.save(dict(weights={'blocks.0': torch.zeros(N), 'wte.weight': torch.zeros(99)}, metrics=dict(
         tokens=D, val_loss=1 + 60 / N ** 0.4 + 300 / D ** 0.5)), os.path.join(flags['out_dir'], 'base.pt'))
