@@ -1,100 +1,172 @@
 """
-Settings are plain globals at the top of a script; profiles (Python files) change them first, then flags:
-    python pretrain.py config/tiny.py --max_iters=100 --compile=false     (--help prints every setting)
-A setting is a line `name = literal  # comment` above `config = configure(globals())`; nothing else can be changed.
-In a profile a plain name is for every stage that has it, `pretrain = dict(n_layer=4)` for that one, _names are its own.
+Settings are plain globals at the top of a script. Profiles (Python files) change them, then flags:
+
+    python pretrain.py config/tiny.py --max_iters=100 --compile=false
+    python pretrain.py config/tiny.py --help            # every setting, its value and its comment
+    python configurator.py pretrain.py config/tiny.py   # the settings as JSON, without a run
+
+A setting is a line `name = literal  # comment` above `config = configure(globals())`. In a profile,
+`n_layer = 4` is for every stage that has n_layer; `sft = dict(epochs=1)` is for sft.py only.
 """
-import ast, difflib, json, os, pathlib, re, sys, textwrap
+import ast
+import difflib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
 
-RANK0 = os.environ.get('RANK', '0') == '0'
-BOOLS = {'true': True, '1': True, 'yes': True, 'on': True, 'false': False, '0': False, 'no': False, 'off': False}
+RANK = int(os.environ.get('RANK', 0)) # set by torchrun
+BOOLS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
 
-def fail(message):
-    sys.exit(message if RANK0 else 1)  # one line on stderr and exit code 1; all ranks leave, one speaks
-
+# -----------------------------------------------------------------------------
+# reading: a change is (source, stage, name, value); stage None means every stage that has the name
 def read_settings(path):
-    """-> {name: (default, comment, the heading above it)} of a script; None if it does not call configure."""
-    text = path.read_text(encoding='utf-8', errors='replace') if path.is_file() else ''
-    try:
-        tree = ast.parse(text if 'configure(' in text else '')
-    except SyntaxError as e:
-        fail(f'{path}:{e.lineno}: {e.msg}')
-    lines, settings = text.split('\n'), {}
-    for node in tree.body:
-        if re.match(r'(\w+ = )?(configurator\.)?configure\(globals\(', ast.unparse(node)):
-            return settings
-        names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]  # in a setting: its own, and no other
-        if isinstance(node, ast.Assign) and names == [ast.unparse(node.targets[0])] and names[0][0] != '_':
-            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode().strip('# ')
-            heading = lines[node.lineno - 2].strip('#-= ') if lines[node.lineno - 2].startswith('#') else ''
-            settings[names[0]] = eval(ast.unparse(node.value)), comment, heading  # eval: `64 * 1024` is a literal too
+    """The settings of a script: {name: (default, comment, heading)}. Empty if it is no such script."""
+    text = path.read_text(encoding='utf-8', errors='replace')
+    text, call, _ = text.partition('\nconfig = configure(globals()')
+    if not call:
+        return {}
+    lines = text.split('\n')
+    settings = {}
+    for node in ast.parse(text, str(path)).body:
+        # A literal refers to no other name. `import os`, `x = os.sep` and `_x = 1` are not settings.
+        names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+        if isinstance(node, ast.Assign) and len(names) == 1 and not names[0].startswith('_'):
+            default = eval(ast.unparse(node.value)) # literal_eval would refuse 64 * 1024
+            rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:] # ast counts in bytes
+            above = lines[node.lineno - 2]
+            heading = above.strip('# ') if above.startswith('# ') else ''
+            settings[names[0]] = default, rest.decode().strip('# '), heading
+    return settings
 
 def read_profile(path, stages):
-    """-> [(source, stage, name, value)]: first the plain names (stage None), then those in the dict of one stage."""
+    """Run a profile and return its changes: plain names first, then the dicts of stages, which win."""
+    space = {'__file__': str(path)}
     try:
-        text, space = path.read_text(encoding='utf-8'), {'__file__': str(path)}
-        exec(compile(text, str(path), 'exec'), space)
-    except Exception as e:
-        line = getattr(e, 'lineno', getattr(e.__traceback__.tb_next, 'tb_lineno', 1))
-        fail(f'{path}:{line}: {type(e).__name__}: {e}')
-    imported = {(a.asname or a.name).split('.')[0] for node in ast.parse(text).body for a in getattr(node, 'names', [])}
-    items = [(k, v) for k, v in space.items() if k[0] != '_' and not callable(v) and k not in imported]
-    dicts = [(k, v) for k, v in items if k in stages and isinstance(v, dict)]
-    return [(path, None, *i) for i in items if i not in dicts] + [(path, s, *i) for s, d in dicts for i in d.items()]
+        exec(path.read_text(encoding='utf-8'), space)
+    except Exception as e: # the line number of a SyntaxError is part of its text
+        raise AssertionError(f'{path}: {type(e).__name__}: {e}') from None
+    plain = []
+    of_stages = []
+    for name, value in space.items():
+        is_other = name.startswith('_') or callable(value) or isinstance(value, type(os)) # a module
+        if name in stages and isinstance(value, dict):
+            of_stages += [(path, name, key, v) for key, v in value.items()]
+        elif not is_other:
+            plain.append((path, None, name, value))
+    return plain + of_stages
 
-def cast(value, default, where, name):
-    """A value of a profile, or a word of the command line, as the type of the default: 1 is a float too, 1e4 an int."""
-    kind, new = type(default), value
-    try:
-        if where == 'command line' and kind is not str:
-            new = BOOLS[value.lower()] if kind is bool else ast.literal_eval(value)
-        if {kind, type(new)} in ({int, float}, {tuple, list}) and (type(new) is not float or new == int(new)):
-            new = kind(new)
-    except Exception:
-        pass  # it stays as it is, which suits only a default of None
-    if type(new) is not kind and default is not None:
-        fail(f'{where}: {name} = {value!r} is not {kind.__name__} (the default is {default!r})')
-    return new
+def read_command_line(words, script, stages):
+    """Return the changes of all words: profiles first, so that flags win wherever they stand."""
+    profiles = []
+    flags = []
+    for word in words:
+        name, equals, text = word.partition('=')
+        path = Path(word) if Path(word).is_file() else script.parent / word
+        if word.startswith('--'):
+            value = text if equals else True # `--compile` alone means true
+            flags.append(('command line', script.stem, name[2:].replace('-', '_'), value))
+        elif equals and name.isidentifier(): # without dashes it is like a line of a profile
+            flags.append(('command line', None, name, text))
+        else:
+            is_profile = path.suffix == '.py' and path.is_file() and not read_settings(path)
+            assert is_profile, f"no config file '{word}' (settings are written --name=value)"
+            profiles += read_profile(path, stages)
+    return profiles + flags
+
+# -----------------------------------------------------------------------------
+# checking and setting
+def find_owners(source, stage, name, stages):
+    """The stages that a change is for. An unknown name is an error that tells the nearest one."""
+    owners = [s for s in stages if name in stages[s]]
+    if owners and stage in (None, *owners):
+        return [stage] if stage else owners
+    if owners:
+        hint = 'it is a setting of ' + ', '.join(f'{s}.py' for s in owners)
+    else:
+        known = list(itertools.chain(stages, *stages.values())) # names of stages and of settings
+        nearest = difflib.get_close_matches(str(name), known, 1)
+        hint = f"did you mean '{nearest[0]}'?" if nearest else '--help lists all'
+    of_stage = f' of {stage}.py' if stage else ''
+    raise AssertionError(f"{source}: unknown setting '{name}'{of_stage}, {hint}")
+
+def cast(value, default, source, name):
+    """The value in the type of the default: '1e4' becomes 10000 where the default is 600."""
+    kind = type(default)
+    if source == 'command line' and isinstance(value, str) and kind is not str:
+        try: # text is never run as code: this understands literals only
+            value = BOOLS[value.lower()] if kind is bool else ast.literal_eval(value)
+        except Exception:
+            pass # it stays text, which suits only a default of None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is int and type(value) is float and value.is_integer(): # 1e4, but not 0.5
+        value = int(value)
+    wrong = f'{name} = {value!r} is not {kind.__name__} (the default is {default!r})'
+    assert default is None or type(value) is kind, f'{source}: {wrong}'
+    return value
 
 def configure(space, quiet=False):
-    """Change the settings among a script's globals as the command line says; -> {name: value} of all of them."""
-    argv = [word for word in sys.argv[1:] if word not in ('-h', '--help')]
-    script, changes, flags, origin = pathlib.Path(space['__file__']), [], [], {}
-    paths = sorted(script.parent.glob('*.py')) if argv else [script]  # all, to check the names for other stages too
-    stages = {path.stem: rows for path in paths if (rows := read_settings(path)) is not None}
-    settings = stages.get(script.stem) or fail(f'{script} has no settings above a configure(globals())')
-    for before, word in zip(['', *argv], argv):
-        path = next((p for p in (pathlib.Path(word), script.parent / word) if p.suffix == '.py' and p.is_file()), None)
-        name, equals, text = word.partition('=')
-        if word.startswith('--'):
-            flags.append(('command line', script.stem, name[2:].replace('-', '_'), text if equals else True))
-        elif path and read_settings(path) is None:
-            changes += read_profile(path, stages)
-        else:
-            hint = f'{before}={word}' if before.startswith('--') and '=' not in before else '--name=value'
-            fail(f"no config file '{word}' (settings are written {hint})")
-    values = {name: row[0] for name, row in settings.items()}
-    for where, stage, name, value in changes + flags:  # flags last: they win, wherever they stand
-        owners = [s for s in stages if name in stages[s]]
-        if not owners or stage not in (None, *owners):
-            known = stages[stage] if stage else [k for s in stages for k in (s, *stages[s])]
-            hint = 'did you mean %r?' % (difflib.get_close_matches(str(name), known, 1) or ['--help'])[0]
-            hint = f"it is a setting of {', '.join(s + '.py' for s in owners)}" if owners else hint
-            fail(f"{where}: unknown setting '{name}'{f' of {stage}.py' if stage else ''}, {hint}")
-        new = {s: cast(value, stages[s][name][0], where, name) for s in owners if stage in (None, s)}
-        if script.stem in new:
-            values[name], origin[name] = new[script.stem], where
-    lines = [f'usage: python {script.name} [profile.py ...] [--name=value ...]']
-    for name, (default, comment, heading) in settings.items():
-        was = '' if values[name] == default else f' (default: {default!r})'
-        lines.append(f'\n{heading}\n' * bool(heading) + f'  {name} = {values[name]!r}'.ljust(36) + f' {comment}{was}')
-    if len(argv) + 1 < len(sys.argv):  # --help was among them
-        sys.exit(print('\n'.join(lines)) if RANK0 else 0)  # print gives None, which is exit code 0 as well
-    for where in dict.fromkeys(origin.values()) if RANK0 and not quiet else ():
-        changed = ', '.join(f'{name} = {values[name]!r}' for name in origin if origin[name] == where)
-        print(textwrap.fill(f'{where}: {changed}', 100, subsequent_indent='    ', break_long_words=False))
+    """Change the settings in a script's globals() and return all of them as {name: value}."""
+    sys.excepthook = print_error
+    script = Path(space['__file__'])
+    # All scripts are read, so that names and values for the other stages are checked too.
+    stages = {path.stem: read_settings(path) for path in sorted(script.parent.glob('*.py'))}
+    settings = stages.get(script.stem)
+    assert settings, f'{script} has no settings above a configure(globals())'
+
+    words = [word for word in sys.argv[1:] if word not in ('-h', '--help')]
+    values = {name: default for name, (default, _, _) in settings.items()}
+    printed = {} # source -> what it changes
+    for source, stage, name, value in read_command_line(words, script, stages):
+        for owner in find_owners(source, stage, name, stages):
+            new = cast(value, stages[owner][name][0], source, name)
+            if owner == script.stem:
+                values[name] = new
+                printed.setdefault(source, []).append(f'{name} = {new!r}')
+
+    if len(words) < len(sys.argv) - 1: # --help was among them
+        print(f'usage: python {script.name} [profile.py ...] [--name=value ...]')
+        for name, (default, comment, heading) in settings.items():
+            if heading:
+                print(f'\n{heading}')
+            note = f' (default: {default!r})' if values[name] != default else ''
+            print(f'  {name} = {values[name]!r}'.ljust(36) + f' {comment}{note}')
+        sys.exit()
+
+    for source, changes in printed.items():
+        if RANK == 0 and not quiet:
+            print(f'{source}: ' + ', '.join(changes))
     space.update(values)
     return values
 
-if __name__ == '__main__':  # `python configurator.py pretrain.py config/tiny.py`: the settings as JSON, without a run
+# -----------------------------------------------------------------------------
+# errors: what a user can correct is one line without a traceback
+def print_error(kind, error, trace):
+    """sys.excepthook of every script. After it, Python exits with code 1."""
+    folder = Path(traceback.extract_tb(trace)[-1].filename).resolve().parent # ours, or torch's
+    text = str(error)
+    if isinstance(error, AssertionError) and text and folder == Path(__file__).resolve().parent:
+        line = f'error: {text}'
+    elif isinstance(error, OSError) and error.filename:
+        line = f'error: {error.filename}: {error.strerror}'
+    elif isinstance(error, MemoryError) or 'out of memory' in text or 'allocate memory' in text:
+        line = 'error: out of memory: lower --batch_size, --micro_batch_size or --block_size'
+    elif isinstance(error, KeyboardInterrupt):
+        line = 'stopped; the same command continues'
+    elif isinstance(error, BrokenPipeError): # `python chat.py | head`: nobody reads any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # for Python's last flush
+        return
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    if RANK > 0: # most errors meet all ranks: let rank 0 print, then torchrun ends this process
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    print(line, file=sys.stderr)
+
+if __name__ == '__main__':
     print(json.dumps(configure({'__file__': sys.argv.pop(1)}, quiet=True), indent=1))

@@ -1,334 +1,653 @@
 """
-Evaluation: base, SFT and RLHF model side by side. What is often asserted of the stages is measured here: knowledge
-comes from pretraining, form from SFT, and RLHF can beat the demonstrations, at the price of diversity.
+Evaluation: the base, SFT and RLHF models side by side. It measures what is often only claimed about
+the stages: knowledge comes from pretraining, form comes from SFT, and RLHF can beat the
+demonstrations, at the price of diversity.
 
-Reads  out_dir/{base,sft,rlhf}.pt as far as they exist, reward.pt for its cost; data_dir/val_*.bin, prompts_val.jsonl,
-       benchmarks/*.jsonl
-Writes out_dir/report.md, report.json, curves.svg
+Reads   out_dir/{base,sft,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
+        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl
+Writes  out_dir/report.md, report.json, curves.svg
 
-on a laptop        $ python eval.py config/tiny.py
-on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 eval.py
+CPU        $ python eval.py config/tiny.py
+one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
+8 GPUs     $ torchrun --standalone --nproc_per_node=8 eval.py config/d20.py
 
-  bits per byte      of the validation documents: comparable across tokenizers
-  benchmarks         multiple choice {query, choices, gold}: the choice with the lowest loss a token; the same for
-                     schemas {context_options, continuation, gold}; {context, continuation}: does greedy say it?
-  answers            to held-out prompts, sampled: all checks met, gold score, entropy, distinct n-grams
-  win rate           gold score against the SFT model's answer to the same prompt, ties halved, 95% interval (bootstrap)
-  KL from SFT        of the whole answer, in nats: mean over answers of log p(answer) - log p_SFT(answer)
-A base model knows no turns: it gets the words of the prompt as the start of a document and continues.
+bits per byte  loss on the validation documents. It can be compared across tokenizers
+benchmarks     fraction of questions answered correctly; behind the name: what guessing would give
+answers        sampled for held-out prompts: all checks met, gold score, entropy, distinct n-grams
+win rate       gold score against the SFT model's answer to the same prompt; a tie counts one half
+KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(answer)
+
+A base model knows no chat template. It gets the words of the prompt as the start of a document.
+
+Left out: few-shot examples; benchmarks with sampled answers (GSM8K, HumanEval); human judges.
 """
-import glob, itertools, json, math, os, time
+import glob
+import itertools
+import json
+import math
+import os
+import statistics
+import time
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-import model as lib
 from configurator import configure
-from model import Tokenizer, die, print0
+from model import (
+    Tokenizer,
+    all_gather_list,
+    all_sum,
+    cleanup,
+    generate,
+    grade,
+    load_checkpoint,
+    load_model,
+    pad_right,
+    print0,
+    read_jsonl,
+    read_prompts,
+    read_shard,
+    seed_step,
+    setup,
+    write_text,
+)
 
 # -----------------------------------------------------------------------------
 # settings
 # what is measured
-data_dir = 'data/toytown'   # where val_*.bin, prompts_val.jsonl and benchmarks/ are
-out_dir = 'out/toytown'     # where the checkpoints are and the report goes
-models = 'base,sft,rlhf'    # columns: stages in out_dir, or paths of checkpoints
-benchmarks = ''             # names of files in benchmarks/, comma-separated; empty = all
-max_questions = 500         # of each benchmark; 0 = all
-val_tokens = 100000         # validation tokens for bits per byte
-n_prompts = 300             # held-out prompts that are answered
+data_dir = 'data/toytown'   # folder with val_*.bin, prompts_val.jsonl and benchmarks/
+out_dir = 'out/toytown'     # folder with the checkpoints; the report is written here
+models = 'base,sft,rlhf'    # columns of the report: stages in out_dir, or paths of checkpoints
+benchmarks = ''             # names of files in benchmarks/, separated by commas; empty = all
+max_questions = 500         # questions per benchmark; 0 = all
+val_tokens = 100000         # validation tokens for bits per byte; 0 = skip
+n_prompts = 300             # held-out prompts to answer; 0 = skip
 # sampling
-max_new_tokens = 64         # longest answer
-temperature = 1.0           # 1 samples what the model believes
+max_new_tokens = 64         # longest answer, in tokens
+temperature = 1.0           # 1 samples from the model's own distribution, 0 is greedy
 # system
-batch_size = 16             # sequences in a forward pass
+batch_size = 16             # sequences in one forward pass
+progress_seconds = 5        # print progress this often
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16
-seed = 1337                 # of the answers and the bootstrap
+seed = 1337                 # for sampling and for the bootstrap
 config = configure(globals())
 
 # -----------------------------------------------------------------------------
-# device, checkpoints
-run = lib.start(config)
-started, checkpoints = time.time(), {}
+# device and checkpoints
+for name in ('batch_size', 'max_new_tokens'):
+    assert config[name] > 0, f'{name} must be positive, not {config[name]}'
+for name in ('max_questions', 'val_tokens', 'n_prompts', 'progress_seconds'):
+    assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
+# dividing the logits by a tiny temperature would overflow
+is_usable = temperature == 0 or temperature >= 0.01
+assert is_usable, f'temperature must be 0 (greedy) or at least 0.01, not {temperature}'
+
+run = setup(config)
+started = time.time()
+
+checkpoints = {}
 for name in models.split(','):
-    path = name if name.endswith('.pt') else os.path.join(out_dir, f'{name}.pt')
-    if os.path.exists(path) or name.endswith('.pt'):
-        checkpoints[name] = lib.load_checkpoint(path, ['base', 'sft', 'rlhf'], 'bash speedrun.sh')
+    is_path = name.endswith('.pt')
+    path = name if is_path else os.path.join(out_dir, f'{name}.pt')
+    # A stage that has not been run yet is left out. A path that somebody typed must exist.
+    if is_path or os.path.exists(path):
+        checkpoints[name] = load_checkpoint(path, ['base', 'sft', 'rlhf'], 'bash speedrun.sh')
     else:
-        print0(f'no {path}: left out of the report')
-if not checkpoints:
-    die(f'none of {models} in {out_dir}: make them, beginning with `python pretrain.py --out_dir={out_dir}`')
+        print0(f'{path} does not exist: left out of the report')
+assert checkpoints, \
+    f'none of {models} is in {out_dir}: start with `python pretrain.py --out_dir={out_dir}`'
 
 # -----------------------------------------------------------------------------
-# measures of one model
-@torch.no_grad()
-def bits_per_byte(net, tok):
-    """Loss on the first val_tokens of the validation shards, in bits per byte of their text; None without shards."""
-    nats, n_bytes, T = 0.0, 0, net.config.block_size
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val_*.bin')))
-    shards = [lib.read_shard(p, tok.hash)[:val_tokens + 1] for p in paths]
-    tokens = np.concatenate(shards or [np.zeros(0)])[:val_tokens + 1]
-    windows = torch.tensor([tokens[i:i + T + 1].astype(np.int64).tolist() for i in range(0, len(tokens) - T, T)])
-    sizes = torch.tensor([len(tok.bytes_of(i)) for i in range(tok.n_vocab)])
-    for rows in windows[run.rank::run.world].split(batch_size) if len(windows) else ():
-        rows = rows.to(run.device)
-        with run.autocast():
-            logits = net(rows[:, :-1])
-        nats += F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten(), reduction='sum').item()
-        n_bytes += sizes[rows[:, 1:].cpu()].sum().item()
-    nats, n_bytes = lib.all_sum(nats, n_bytes)
-    return nats / math.log(2) / n_bytes if n_bytes else None
+# how well a model predicts given text
+
+def in_batches(items, label):
+    """Yield batches of items. Every progress_seconds, print how many are done and the time left."""
+    start = time.time()
+    next_print = start + progress_seconds
+    for done in range(0, len(items), batch_size):
+        now = time.time()
+        if done > 0 and now >= next_print:
+            rate = done / (now - start)
+            left = (len(items) - done) / rate
+            print0(f'  {label}: {done:,} of {len(items):,} | {rate:.1f} per second | '
+                   f'{left:,.0f} s left')
+            next_print = now + progress_seconds
+        yield items[done:done + batch_size]
 
 @torch.no_grad()
-def continuations(net, tok, pairs):
-    """(context, continuation) texts -> per pair: mean loss of the continuation's tokens, and whether greedy says it."""
-    rows = []
-    for context, text in pairs:
-        glue = '' if not context or context[-1].isspace() or text[:1].isspace() else ' '
-        said = tok.encode(glue + text)[:net.config.block_size]
-        room = net.config.block_size + 1 - len(said) # the end of a long context matters most
-        ids = ([tok.eot] + tok.encode(context))[-room:]
-        rows.append((ids + said, len(said)))
-    out = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    for batch in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        ids = lib.pad_right([rows[i][0] for i in batch], tok.pad, run.device)     # (B, T)
+def bits_per_byte(model, tok, label=''):
+    """
+    Loss on the first val_tokens of the validation shards, in bits per byte. None without shards.
+    A loss per token cannot be compared across tokenizers: longer tokens are harder to predict,
+    but there are fewer of them. The number of bytes does not depend on the tokenizer.
+    """
+    T = model.config.block_size
+    tokens = np.zeros(0, np.int64)
+    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val_*.bin'))):
+        missing = val_tokens + 1 - len(tokens) # + 1: the first token is never predicted
+        shard = read_shard(path, tok.hash)[:missing]
+        tokens = np.concatenate([tokens, shard.astype(np.int64)])
+    n_windows = (len(tokens) - 1) // T # a rest that does not fill a window is not used
+    if n_windows < 1:
+        return None
+
+    tokens = torch.from_numpy(tokens)
+    end = n_windows * T
+    x = tokens[:end].view(n_windows, T)
+    y = tokens[1:end + 1].view(n_windows, T) # the same tokens, one later
+    # a special token costs bits, but it has no bytes
+    token_sizes = torch.tensor([len(tok.token_bytes(i)) for i in range(tok.n_vocab)])
+
+    nats = 0.0
+    n_bytes = 0
+    mine = list(range(run.rank, n_windows, run.world_size))
+    for rows in in_batches(mine, f'{label}: bits per byte'):
+        inputs = x[rows].to(run.device)
+        targets = y[rows].to(run.device)
         with run.autocast():
-            logits = net(ids[:, :-1]).float()
-        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction='none')  # (B, T-1)
-        right = logits.argmax(-1) == ids[:, 1:]
+            logits = model(inputs)                                       # (B, T, V)
+        logits = logits.float().flatten(0, 1)                            # (B*T, V)
+        nats += F.cross_entropy(logits, targets.flatten(), reduction='sum').item()
+        n_bytes += token_sizes[y[rows]].sum().item()
+    nats, n_bytes = all_sum(nats, n_bytes)
+    return nats / math.log(2) / n_bytes
+
+@torch.no_grad()
+def score(model, rows, lengths, pad, temperature=1.0, label=''):
+    """
+    Score the last lengths[i] tokens of each row of token ids. -> [(logprob, entropy, is_greedy)].
+
+    logprob: sum of the log-probabilities of these tokens, in nats. entropy: sum of the entropies of
+    the distributions that they come from. is_greedy: would greedy decoding give the same tokens?
+    """
+    # Rows of similar length share a batch, to save padding. The longest come first: if they fit
+    # into memory, all others do, and the time left is not underestimated.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    scores = [None] * len(rows)
+    for batch in in_batches(order, label):
+        ids = pad_right([rows[i] for i in batch], pad, run.device)       # (B, T+1)
+        with run.autocast():
+            logits = model(ids[:, :-1])                                  # (B, T, V)
         for row, i in enumerate(batch):
-            span = slice(len(rows[i][0]) - 1 - rows[i][1], len(rows[i][0]) - 1)
-            out[i] = loss[row, span].mean().item(), bool(right[row, span].all())
-    return out
+            end = len(rows[i])
+            start = end - lengths[i]
+            targets = ids[row, start:end]                                # (N,)
+            # the logits at t predict token t + 1; softmax only where it is needed, to save memory
+            row_logits = logits[row, start - 1:end - 1].float()          # (N, V)
+            logprobs = F.log_softmax(row_logits / temperature, dim=-1)   # (N, V)
+            logprob = logprobs.gather(-1, targets[:, None]).sum().item()
+            entropy = -(logprobs.exp() * logprobs).sum().item()
+            is_greedy = (row_logits.argmax(-1) == targets).all().item()
+            scores[i] = (logprob, entropy, is_greedy)
+    return scores
+
+def score_continuations(model, tok, pairs, label=''):
+    """
+    [(context, continuation)], two texts each -> [(loss, is_greedy)].
+    loss: mean loss of the continuation's tokens, in nats. A sum would favour short continuations.
+    is_greedy: would greedy decoding give exactly this continuation?
+    """
+    block_size = model.config.block_size
+    rows = []
+    lengths = []
+    for context, text in pairs:
+        # The space belongs to the continuation: ' owl' is one token, as in running text.
+        has_space = context[-1:].isspace() or text[:1].isspace()
+        if context and not has_space:
+            text = ' ' + text
+        continuation = tok.encode(text)[:block_size]
+        room = block_size + 1 - len(continuation) # + 1: the last token is only predicted
+        prefix = [tok.eot] + tok.encode(context)
+        rows.append(prefix[-room:] + continuation) # of a long context, the end matters most
+        lengths.append(len(continuation))
+
+    losses = []
+    scores = score(model, rows, lengths, tok.pad, label=label)
+    for (logprob, entropy, is_greedy), length in zip(scores, lengths):
+        losses.append((-logprob / length, is_greedy))
+    return losses
+
+# -----------------------------------------------------------------------------
+# benchmarks
 
 def load_benchmark(path):
-    """Questions as (list of (context, continuation), index of the right one or None)."""
+    """
+    Read the questions of a benchmark: [(choices, gold)]. choices: [(context, continuation)].
+    gold: index of the right choice; None if there is one choice and greedy decoding must give it.
+
+    Three kinds of rows, as in llm-foundry and DCLM:
+        {query, choices, gold}                 which choice has the lowest loss per token?
+        {context_options, continuation, gold}  which context gives the continuation the lowest loss?
+        {context, continuation}                does greedy decoding give the continuation?
+    """
     questions = []
-    for line, row in lib.read_jsonl(path):
-        if {'messages', 'test'} & set(row): # GSM8K, HumanEval: their answers have to be sampled
-            lib.print0(f'{path}: left out, its answers are no choices or continuations')
+    for line, row in read_jsonl(path):
+        if 'messages' in row or 'test' in row: # the forms of GSM8K and HumanEval
+            print0(f'{path}: left out, because its answers must be sampled')
             return []
+        gold = None
         try:
             if 'choices' in row:
-                options, gold = [(row['query'], c) for c in row['choices']], int(row['gold'])
+                choices = [(row['query'], choice) for choice in row['choices']]
+                gold = int(row['gold'])
             elif 'context_options' in row:
-                options, gold = [(c, row['continuation']) for c in row['context_options']], int(row['gold'])
+                choices = [(context, row['continuation']) for context in row['context_options']]
+                gold = int(row['gold'])
             else:
-                options, gold = [(row['context'], row['continuation'])], None
-            if not all(isinstance(text, str) for pair in options for text in pair):
-                raise TypeError('a text is no string')
-            if gold is not None and not 0 <= gold < len(options):
-                raise ValueError(f'gold {gold} of {len(options)} choices')
-            questions.append((options, gold))
+                choices = [(row['context'], row['continuation'])]
+            for context, continuation in choices:
+                if not isinstance(context, str) or not isinstance(continuation, str):
+                    raise TypeError('a text is not a string')
+            if gold is not None and not 0 <= gold < len(choices):
+                raise ValueError(f'gold is {gold}, but there are {len(choices)} choices')
         except (KeyError, TypeError, ValueError) as e:
-            die(f'{path}:{line}: neither query/choices/gold nor context/continuation nor context_options/... ({e})')
-        if max_questions and len(questions) == max_questions:
+            raise AssertionError(
+                f'{path}:{line}: {type(e).__name__}: {e}: a row holds query, choices, gold, or '
+                'context_options, continuation, gold, or context, continuation') from None
+        questions.append((choices, gold))
+        if len(questions) == max_questions:
             break
     return questions
 
-def examine(net, tok, questions):
-    """Share of questions answered rightly, and what guessing gives."""
-    mine, right = questions[run.rank::run.world], 0
-    losses = iter(continuations(net, tok, [pair for options, _ in mine for pair in options]))
-    for options, gold in mine:
-        scored = [next(losses) for _ in options]
-        right += scored[0][1] if gold is None else min(range(len(options)), key=lambda i: scored[i][0]) == gold
-    chance = np.mean([0 if gold is None else 1 / len(options) for options, gold in questions])
-    return lib.all_sum(right)[0] / len(questions), float(chance)
+def accuracy(model, tok, questions, label=''):
+    """-> (fraction of right answers, the same for guessing). Ranks share the questions."""
+    mine = questions[run.rank::run.world_size]
+    pairs = []
+    for choices, gold in mine:
+        pairs += choices
+    scores = score_continuations(model, tok, pairs, label)
 
-@torch.no_grad()
-def logprobs_of(net, queries, answers, pad):
-    """Per answer: sum of its tokens' log-probabilities, sum of the entropies of their distributions."""
-    out = []
-    for i in range(0, len(queries), batch_size):
-        q, a = queries[i:i + batch_size], answers[i:i + batch_size]
-        ids = lib.pad_right([x + y for x, y in zip(q, a)], pad, run.device)       # (B, T)
-        with run.autocast():
-            logp = F.log_softmax(net(ids[:, :-1]).float() / (temperature or 1.0), dim=-1)  # (B, T-1, V)
-        chosen = logp.gather(-1, ids[:, 1:, None]).squeeze(-1)                    # (B, T-1)
-        entropy = -(logp.exp() * logp).sum(-1)
-        for row, (x, y) in enumerate(zip(q, a)):
-            span = slice(len(x) - 1, len(x) + len(y) - 1)
-            out.append((chosen[row, span].sum().item(), entropy[row, span].sum().item()))
-    return out
+    n_right = 0
+    first = 0 # where the scores of this question begin
+    for choices, gold in mine:
+        losses = [loss for loss, is_greedy in scores[first:first + len(choices)]]
+        if gold is None:
+            n_right += scores[first][1]
+        elif losses.index(min(losses)) == gold:
+            n_right += 1
+        first += len(choices)
+    n_right = all_sum(n_right)[0]
 
-def answer(net, tok, chatty, prompts):
-    """Sample an answer to each prompt: list of dicts with text, query, ids, logp, entropy."""
-    mine, stop, out = prompts[run.rank::run.world], tok.end if chatty else tok.eot, []
-    lib.seed_step(seed, 0, run.rank)
-    new_tokens = min(max_new_tokens, net.config.block_size - 1)
-    room = net.config.block_size - new_tokens
-    queries = [tok.render(p['messages'], prompt=True)[0] if chatty else
-               [tok.eot] + tok.encode('\n'.join(m['content'] for m in p['messages']) + '\n') for p in mine]
-    queries = [q[-room:] for q in queries]
-    for i in range(0, len(mine), batch_size):
-        with run.autocast():
-            new = lib.generate(net, queries[i:i + batch_size], new_tokens, stop, temperature)
-        out += [dict(text=tok.said(r), ids=r, ended=r[-1] == stop) for r in new]
-    for o, query, (logp, entropy) in zip(out, queries, logprobs_of(net, queries, [o['ids'] for o in out], tok.pad)):
-        o.update(query=query, logp=logp, entropy=entropy)
-    return lib.gather(out, run)
-
-def distinct(texts, n, budget):
-    """Share of different n-grams among the n-grams of the first `budget` words of all texts together."""
-    grams, words = [], 0
-    for text in texts:
-        split = text.lower().split()[:budget - words]
-        words += len(split)
-        grams += [tuple(split[i:i + n]) for i in range(len(split) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
-
-def win_rate(ours, theirs):
-    """Mean of win 1, tie 0.5, loss 0 over paired scores, and its 95% interval by bootstrap over prompts."""
-    points = 0.5 + 0.5 * np.sign(np.array(ours) - np.array(theirs))
-    draws = np.random.default_rng(seed).choice(points, (2000, len(points))).mean(1)
-    return float(points.mean()), *(float(q) for q in np.quantile(draws, [0.025, 0.975]))
+    chances = []
+    for choices, gold in questions:
+        chances.append(1 / len(choices) if gold is not None else 0) # text cannot be guessed
+    return n_right / len(questions), statistics.fmean(chances)
 
 # -----------------------------------------------------------------------------
-# the measuring, model by model
-path, prompts = os.path.join(data_dir, 'prompts_val.jsonl'), []
-any_tok = Tokenizer(next(iter(checkpoints.values()))['tokenizer'])
+# sampled answers
+
+def score_answers(model, answers, pad, label=''):
+    """-> for each answer (logprob, entropy, is_greedy) of its tokens, see score."""
+    rows = [answer['query'] + answer['ids'] for answer in answers]
+    lengths = [len(answer['ids']) for answer in answers]
+    # the distribution that was sampled from; greedy answers have none, they are scored at 1
+    return score(model, rows, lengths, pad, temperature or 1.0, label)
+
+def answer_prompts(model, tok, is_chat, prompts, label=''):
+    """Sample an answer to each prompt -> [dict(query, ids, text, ended, logprob, entropy)]."""
+    mine = prompts[run.rank::run.world_size]
+    seed_step(seed, 0, run.rank) # ranks must not draw the same answers
+    new_tokens = min(max_new_tokens, model.config.block_size - 1)
+    room = model.config.block_size - new_tokens
+    stop = tok.end if is_chat else tok.eot
+
+    queries = []
+    for prompt in mine:
+        if is_chat:
+            ids, mask = tok.render(prompt['messages'], prompt=True)
+        else:
+            text = '\n'.join(message['content'] for message in prompt['messages'])
+            ids = [tok.eot] + tok.encode(text + '\n')
+        queries.append(ids[-room:]) # of a long prompt, the end matters most
+
+    answers = []
+    for batch in in_batches(queries, f'{label}: sampling answers'):
+        with run.autocast():
+            new_ids = generate(model, batch, new_tokens, stop, temperature)
+        for query, ids in zip(batch, new_ids):
+            text = tok.decode_answer(ids)
+            answers.append(dict(query=query, ids=ids, text=text, ended=ids[-1] == stop))
+
+    scores = score_answers(model, answers, tok.pad, f'{label}: scoring answers')
+    for answer, (logprob, entropy, is_greedy) in zip(answers, scores):
+        answer['logprob'] = logprob
+        answer['entropy'] = entropy
+    return all_gather_list(answers, run)
+
+def distinct(texts, n, budget):
+    """
+    Fraction of different n-grams among the n-grams of the first `budget` words (Li et al. 2016).
+    More words repeat more, so only equal budgets can be compared.
+        distinct(['a b a', 'B c'], 1, 99) -> 0.6     a, b, c of a, b, a, b, c
+    """
+    ngrams = []
+    n_words = 0
+    for text in texts:
+        words = text.lower().split()[:budget - n_words]
+        n_words += len(words)
+        for i in range(len(words) - n + 1): # an n-gram never reaches into the next text
+            ngrams.append(tuple(words[i:i + n]))
+    return len(set(ngrams)) / max(1, len(ngrams))
+
+def win_rate(ours, theirs):
+    """
+    Compare paired scores: win 1, tie 0.5, loss 0. -> (mean, lower, upper) with a 95% interval.
+    By bootstrap: how much does the mean vary when the prompts are drawn again, with replacement?
+        win_rate([1, 0, 3, 4], [0, 1, 3, 3]) -> mean 0.625
+    """
+    differences = np.array(ours) - np.array(theirs)
+    points = 0.5 + 0.5 * np.sign(differences)
+    rng = np.random.default_rng(seed)
+    means = rng.choice(points, (2000, len(points))).mean(1)
+    lower, upper = np.quantile(means, [0.025, 0.975])
+    return float(points.mean()), float(lower), float(upper)
+
+# -----------------------------------------------------------------------------
+# prompts and benchmarks
+prompts = []
+path = os.path.join(data_dir, 'prompts_val.jsonl')
 if os.path.exists(path):
-    prompts = [row for row, _ in itertools.islice(lib.read_prompts(path, any_tok, data_dir), n_prompts)]
-files = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl')))
-if benchmarks:
-    have = {os.path.basename(f)[:-6]: f for f in files}
-    missing = [b for b in benchmarks.split(',') if b not in have]
-    if missing:
-        die(f'no benchmark {missing[0]} in {data_dir}/benchmarks, which has {", ".join(have) or "none"}')
-    files = [have[b] for b in benchmarks.split(',')]
-exams = {os.path.basename(f)[:-6]: load_benchmark(f) for f in files}
-nets, table, answers = {}, {}, {}
+    first_checkpoint = next(iter(checkpoints.values()))
+    tok = Tokenizer(first_checkpoint['tokenizer']) # only to check the prompts
+    for row, ids in itertools.islice(read_prompts(path, tok), n_prompts):
+        prompts.append(row)
+
+paths = {}
+for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl'))):
+    name = os.path.basename(path).removesuffix('.jsonl')
+    paths[name] = path
+wanted = benchmarks.split(',') if benchmarks else list(paths)
+questions = {}
+for name in wanted:
+    assert name in paths, \
+        f'no benchmark {name!r} in {data_dir}/benchmarks: choose from {", ".join(paths) or "none"}'
+    questions[name] = load_benchmark(paths[name])
+
+# -----------------------------------------------------------------------------
+# measure each model
+table = {}       # the report: model -> {measure: value}
+all_answers = {} # model -> its answers, in the order of the prompts
+sft_model = None
 for name, ckpt in checkpoints.items():
-    t0, tok = time.time(), Tokenizer(ckpt['tokenizer'])
-    net = nets[name] = lib.load_model(ckpt, run.device).eval()
-    column = table[name] = {'bits per byte': bits_per_byte(net, tok)}
-    for exam, questions in exams.items():
-        if questions:
-            right, chance = examine(net, tok, questions)
-            column[f'{exam} (chance {chance:.0%})'] = right
+    t0 = time.time()
+    tok = Tokenizer(ckpt['tokenizer'])
+    model = load_model(ckpt, run.device).eval()
+    column = {}
+    table[name] = column
+
+    column['bits per byte'] = bits_per_byte(model, tok, name)
+    for benchmark, rows in questions.items():
+        if rows:
+            right, chance = accuracy(model, tok, rows, f'{name}: {benchmark}')
+            column[f'{benchmark} (chance {chance:.0%})'] = right
+
     if prompts:
-        said = answers[name] = answer(net, tok, ckpt['stage'] != 'base', prompts)
-        graded = [lib.grade(p['checks'], a['text']) for p, a in zip(prompts, said) if p.get('checks')]
+        is_chat = ckpt['stage'] != 'base'
+        answers = answer_prompts(model, tok, is_chat, prompts, name)
+        all_answers[name] = answers
+        for prompt, answer in zip(prompts, answers):
+            if prompt.get('checks'):
+                all_met, gold = grade(prompt['checks'], answer['text'])
+                answer['all_met'] = all_met
+                answer['gold'] = gold
+        graded = [answer for answer in answers if 'gold' in answer]
         if graded:
-            column['all checks met'] = float(np.mean([met for met, _ in graded]))
-            column['gold score'] = float(np.mean([score for _, score in graded]))
-        column['entropy, nats a token'] = sum(a['entropy'] for a in said) / sum(len(a['ids']) for a in said)
-        column['answers that stop'] = float(np.mean([a['ended'] for a in said]))
-        column['tokens an answer'] = float(np.mean([len(a['ids']) for a in said]))
+            column['all checks met'] = statistics.fmean(answer['all_met'] for answer in graded)
+            column['gold score'] = statistics.fmean(answer['gold'] for answer in graded)
+        n_tokens = sum(len(answer['ids']) for answer in answers)
+        entropy = sum(answer['entropy'] for answer in answers)
+        column['entropy, nats per token'] = entropy / n_tokens
+        column['answers that end'] = statistics.fmean(answer['ended'] for answer in answers)
+        column['tokens per answer'] = n_tokens / len(answers)
+
+    if name == 'sft':
+        sft_model = model # kept: RLHF models are compared with it
     print0(f'{name}: measured in {time.time() - t0:.0f} s')
-budget = min((sum(len(a['text'].split()) for a in said) for said in answers.values()), default=0)
-for name, said in answers.items():
+
+# -----------------------------------------------------------------------------
+# compare the models
+
+# distinct n-grams are counted in as many words of each model as the shortest-spoken one has
+n_words = []
+for answers in all_answers.values():
+    n_words.append(sum(len(answer['text'].split()) for answer in answers))
+budget = min(n_words, default=0)
+
+for name, answers in all_answers.items():
     column = table[name]
+    texts = [answer['text'] for answer in answers]
     for n in (1, 2):
-        column[f'distinct-{n} of {budget} words'] = distinct([a['text'] for a in said], n, budget)
-    if 'sft' in answers and checkpoints[name]['stage'] == 'rlhf':
-        scored = [i for i, p in enumerate(prompts) if p.get('checks')]
-        if scored:
-            ours, theirs = ([lib.grade(prompts[i]['checks'], answers[m][i]['text'])[1] for i in scored]
-                            for m in (name, 'sft'))
-            column['win rate against SFT'], *interval = win_rate(ours, theirs)
-            column['win rate, 95% interval'] = interval
-        mine = range(run.rank, len(said), run.world)
-        query, new = ([said[i][k] for i in mine] for k in ('query', 'ids'))
-        ref = lib.gather(logprobs_of(nets['sft'], query, new, tok.pad), run)
-        column['KL from SFT, nats an answer'] = float(np.mean([a['logp'] - r for a, (r, _) in zip(said, ref)]))
+        column[f'distinct-{n} in {budget} words'] = distinct(texts, n, budget)
+
+    if sft_model is None or checkpoints[name]['stage'] != 'rlhf':
+        continue
+    ours = [answer['gold'] for answer in answers if 'gold' in answer]
+    theirs = [answer['gold'] for answer in all_answers['sft'] if 'gold' in answer]
+    if ours:
+        mean, lower, upper = win_rate(ours, theirs)
+        column['win rate against SFT'] = mean
+        column['win rate, 95% interval'] = [lower, upper]
+    # how likely are these answers under the SFT model? Ranks share the work
+    mine = answers[run.rank::run.world_size]
+    scores = score_answers(sft_model, mine, tok.pad, f'{name}: KL from SFT')
+    scores = all_gather_list(scores, run)
+    log_ratios = []
+    for answer, (ref_logprob, entropy, is_greedy) in zip(answers, scores):
+        log_ratios.append(answer['logprob'] - ref_logprob)
+    column['KL from SFT, nats per answer'] = statistics.fmean(log_ratios)
 
 # -----------------------------------------------------------------------------
 # the report
+
+def show(value):
+    """The text of a table cell. None is empty, a list is an interval 'a to b'."""
+    if value is None:
+        return ''
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return ' to '.join(show(v) for v in value)
+    if abs(value) >= 1000:
+        return f'{value:,.0f}'
+    return f'{value:.3f}'
+
+def markdown(head, rows):
+    """A Markdown table. Its columns are padded, so that it can be read as plain text too."""
+    cells = [head]
+    for row in rows:
+        cells.append([show(value) for value in row])
+    widths = [max(len(cell) for cell in column) for column in zip(*cells)]
+    rule = ['-' * widths[0]]
+    for width in widths[1:]:
+        rule.append('-' * (width - 1) + ':') # the colon aligns a column to the right
+    cells.insert(1, rule)
+
+    lines = []
+    for row in cells:
+        padded = [cell.rjust(width) for cell, width in zip(row, widths)]
+        padded[0] = row[0].ljust(widths[0])
+        lines.append('| ' + ' | '.join(padded) + ' |')
+    return '\n'.join(lines)
+
+measures = {} # all measures of all models, in the order of their first appearance
+for column in table.values():
+    measures.update(column)
+rows = []
+for measure in measures:
+    values = [column.get(measure) for column in table.values()]
+    rows.append([measure, *values])
+parts = ['# Report', markdown(['measure', *table], rows)]
+
+# metrics in reward.pt: how often two judges prefer the same one of two held-out answers
+JUDGES = {
+    'val_accuracy': 'reward model and labeller',
+    'val_gold_accuracy': 'reward model and gold score',
+    'self_agreement': 'labeller and labeller, asked twice'}
+
+# what each stage has cost, from the metrics in its checkpoint
 costs = {}
 for stage in ('base', 'sft', 'reward', 'rlhf'):
     path = os.path.join(out_dir, f'{stage}.pt')
     if os.path.exists(path):
-        metrics = lib.load_checkpoint(path, [stage], 'bash speedrun.sh')['metrics']
-        costs[stage] = {k: metrics[k] for k in ('seconds', 'flops', 'tokens') if k in metrics}
-        if stage == 'reward':
-            agreement = 'accuracy', 'gold_accuracy', 'self_agreement'
-            costs[stage].update({k: metrics[k] for k in agreement if metrics.get(k)})
+        metrics = load_checkpoint(path, [stage], 'bash speedrun.sh')['metrics']
+        if 'flops' not in metrics: # a converted model: nobody knows what it has cost
+            continue
+        kept = ['seconds', 'flops', 'tokens', *JUDGES]
+        costs[stage] = {key: metrics[key] for key in kept if metrics.get(key)}
+total = sum(cost['flops'] for cost in costs.values())
+rows = []
+for stage, cost in costs.items():
+    flops = f'{cost["flops"]:.2e}'
+    share = f'{cost["flops"] / total:.1%}'
+    rows.append([stage, cost['seconds'], flops, share, cost['tokens']])
+if rows:
+    parts.append(markdown(['cost of training', 'seconds', 'FLOPs', 'share', 'tokens'], rows))
 
-def show(value):
-    if isinstance(value, list):
-        return ' - '.join(map(show, value))
-    return '' if value is None else f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.3f}'
+rows = []
+for key, judges in JUDGES.items():
+    if key in costs.get('reward', {}):
+        rows.append([judges, f'{costs["reward"][key]:.1%}'])
+if rows:
+    parts.append(markdown(['who prefers the same one of two answers', 'agreement'], rows))
 
-def markdown(head, rows):
-    """A table whose columns are as wide as their widest cell, readable as plain text too."""
-    cells = [head] + [[r if isinstance(r, str) else show(r) for r in row] for row in rows]
-    wide = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    cells.insert(1, ['-' * wide[0]] + ['-' * (w - 1) + ':' for w in wide[1:]])
-    pad = lambda row: [row[0].ljust(wide[0])] + [c.rjust(w) for c, w in zip(row[1:], wide[1:])]
-    return '\n'.join('| ' + ' | '.join(pad(row)) + ' |' for row in cells)
-
-measures = list(dict.fromkeys(m for column in table.values() for m in column))
-rows = [[m, *(column.get(m) for column in table.values())] for m in measures]
-parts = ['# Report', markdown(['measure', *table], rows)]
-total = sum(c['flops'] for c in costs.values())
-if total:
-    rows = [[s, c['seconds'], f'{c["flops"]:.2e}', f'{c["flops"] / total:.1%}', c['tokens']] for s, c in costs.items()]
-    parts.append(markdown(['cost of training', 'seconds', 'FLOPs', 'share of FLOPs', 'tokens'], rows))
-if costs.get('reward', {}).get('accuracy'):
-    r = costs['reward']
-    parts.append(f'Reward model: ranks {r["accuracy"]:.1%} of held-out pairs as the labeller did'
-                 + (f' (who agrees with itself on {r["self_agreement"]:.1%})' if r.get('self_agreement') else '')
-                 + (f', {r["gold_accuracy"]:.1%} as the gold score does.' if r.get('gold_accuracy') else '.'))
-if answers:
-    parts.append('## The same prompts, answered by each')
+if all_answers:
+    parts.append('## Answers to the same prompts')
     for i in np.random.default_rng(seed).permutation(len(prompts))[:6]:
-        lines = [f'**{prompts[i]["messages"][-1]["content"]}**'.replace('\n', ' ')]
-        for name, said in answers.items():
-            text, checks = said[i]['text'], prompts[i].get('checks')
-            mark = '' if not checks else ' (all checks met)' if lib.grade(checks, text)[0] else ' (not met)'
-            lines.append(f'- {name}{mark}: ' + ' '.join(text.split()))
+        question = prompts[i]['messages'][-1]['content'].replace('\n', ' ')
+        lines = [f'**{question}**', ''] # a list begins after an empty line
+        for name, answers in all_answers.items():
+            answer = answers[i]
+            verdict = ''
+            if 'all_met' in answer:
+                verdict = ' (all checks met)' if answer['all_met'] else ' (not all checks met)'
+            text = ' '.join(answer['text'].split()) # on one line
+            lines.append(f'- {name}{verdict}: {text}')
         parts.append('\n'.join(lines))
 
-def curve(stage, key):
-    """(steps, values) of a logged number, empty if there is no log."""
+# -----------------------------------------------------------------------------
+# the curves of all stages, drawn as SVG
+#
+# One chart. (left, top) is the upper left corner of its frame; y grows downwards, as always in SVG.
+#
+#      title
+# high +--------------------------+
+#      |              ____________| label of this line     Labels stand on the right, outside of
+#      |    _________/     _______| label of that line     the frame, where no line can cross them.
+#  low +---/--------------/-------+
+#                          step 600
+CHARTS_PER_ROW = 3
+WIDTH = 230                     # of a frame, in pixels
+HEIGHT = 150
+CELL_WIDTH = 48 + WIDTH + 72    # numbers on the left, labels on the right
+CELL_HEIGHT = 32 + HEIGHT + 24  # title above, steps below
+LABEL_GAP = 13                  # pixels between two labels; the letters are 11 high
+COLOURS = ['#2563eb', '#dc2626', '#059669']
+
+def spread(wanted, gap, lowest, highest):
+    """
+    Move positions apart until neighbours are at least gap apart, inside lowest..highest.
+        spread([10, 12, 50], gap=13, lowest=0, highest=100) -> [10, 23, 50]
+    """
+    placed = list(wanted)
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    limit = lowest
+    for i in order: # from the smallest up: keep away from the one before
+        placed[i] = max(placed[i], limit)
+        limit = placed[i] + gap
+    limit = highest
+    for i in reversed(order): # from the largest down: push back what has left the range
+        placed[i] = min(placed[i], limit)
+        limit = placed[i] - gap
+    return placed
+
+def draw(charts):
+    """[(title, {label: (steps, values)})] -> the text of an SVG file with one chart each."""
+    svg = []
+    def write(x, y, text, style):
+        position = f'x="{x:.1f}" y="{y:.1f}"'
+        svg.append(f'<text {position} {style}>{text}</text>')
+
+    for i, (title, curves) in enumerate(charts):
+        left = i % CHARTS_PER_ROW * CELL_WIDTH + 48
+        top = i // CHARTS_PER_ROW * CELL_HEIGHT + 32
+        right = left + WIDTH
+        bottom = top + HEIGHT
+        low = min(min(values) for steps, values in curves.values())
+        high = max(max(values) for steps, values in curves.values())
+        last_step = max(max(steps) for steps, values in curves.values())
+        x_scale = WIDTH / max(1, last_step)      # pixels per step
+        y_scale = HEIGHT / (high - low or 1)     # pixels per unit; a constant curve has no range
+
+        svg.append(f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" '
+                   'fill="none" stroke="#bbb"/>')
+        write(left, top - 10, title, 'font-weight="bold"')
+        write(left - 4, top + 9, f'{high:.3g}', 'text-anchor="end"')
+        write(left - 4, bottom, f'{low:.3g}', 'text-anchor="end"')
+        write(right, bottom + 14, f'step {last_step:,}', 'text-anchor="end"')
+
+        ends = []
+        for (label, (steps, values)), colour in zip(curves.items(), COLOURS):
+            points = []
+            for step, value in zip(steps, values):
+                x = left + x_scale * step
+                y = bottom - y_scale * (value - low)
+                points.append(f'{x:.1f},{y:.1f}')
+            ends.append(y)
+            svg.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
+                       'stroke-width="1.5"/>')
+        # each label stands at the height of its last value, or as near as the other labels allow
+        heights = spread(ends, LABEL_GAP, top, bottom)
+        for label, colour, y in zip(curves, COLOURS, heights):
+            write(right + 5, y + 4, label, f'fill="{colour}"') # + 4: half the height of a letter
+
+    n_rows = math.ceil(len(charts) / CHARTS_PER_ROW)
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{CHARTS_PER_ROW * CELL_WIDTH}" '
+            f'height="{n_rows * CELL_HEIGHT}" font-family="sans-serif" font-size="11">')
+    background = '<rect width="100%" height="100%" fill="white"/>'
+    return '\n'.join([head, background, *svg, '</svg>', ''])
+
+def read_curve(stage, key):
+    """-> (steps, values) of one number in the log of a stage. Not every line of the log has it."""
     path = os.path.join(out_dir, f'{stage}.jsonl')
-    rows = [r for _, r in lib.read_jsonl(path) if r.get(key) is not None] if os.path.exists(path) else []
-    return [r['step'] for r in rows], [r[key] for r in rows]
+    steps = []
+    values = []
+    if os.path.exists(path):
+        for line, row in read_jsonl(path):
+            if row.get(key) is not None:
+                steps.append(row['step'])
+                values.append(row[key])
+    return steps, values
 
-def draw(panels, width=300, height=170):
-    """Line charts as SVG text: [(title, {label: (xs, ys)})], three a row."""
-    colours, out = ['#2563eb', '#dc2626', '#059669'], []
-    for i, (title, lines) in enumerate(panels):
-        x0, y0 = i % 3 * (width + 20) + 50, i // 3 * (height + 50) + 30
-        w, h = width - 60, height - 20
-        xs, ys = ([v for line in lines.values() for v in line[a]] for a in (0, 1))
-        lo, hi, end = min(ys), max(ys), max(max(xs), 1)
-        out.append(f'<text x="{x0}" y="{y0 - 10}" font-weight="bold">{title}</text>'
-                   f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#bbb"/>'
-                   f'<text x="{x0 - 4}" y="{y0 + 10}" text-anchor="end">{hi:.3g}</text>'
-                   f'<text x="{x0 - 4}" y="{y0 + h}" text-anchor="end">{lo:.3g}</text>'
-                   f'<text x="{x0 + w}" y="{y0 + h + 14}" text-anchor="end">step {end}</text>')
-        for (label, (x, y)), colour, row in zip(lines.items(), colours, range(3)):
-            scale = h / (hi - lo or 1)
-            points = ' '.join(f'{x0 + w * a / end:.1f},{y0 + h - scale * (b - lo):.1f}' for a, b in zip(x, y))
-            out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-                       f'<text x="{x0 + w - 6}" y="{y0 + 14 + 13 * row}" text-anchor="end" fill="{colour}">'
-                       f'{label}</text>')
-    size = 3 * (width + 20) + 20, -(-len(panels) // 3) * (height + 50) + 10
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[0]}" height="{size[1]}" font-family="sans-serif" '
-            f'font-size="11"><rect width="100%" height="100%" fill="white"/>' + '\n'.join(out) + '</svg>\n')
+# title, stage, {label: key in its log}; a key val_... is measured on held-out data
+CHARTS = [
+    ('pretraining: loss', 'base', {'train': 'loss', 'val': 'val_loss'}),
+    ('SFT: loss', 'sft', {'train': 'loss', 'val': 'val_loss'}),
+    ('reward model: held-out accuracy', 'reward',
+     {'as labeller': 'val_accuracy', 'as gold': 'val_gold_accuracy'}),
+    ('RLHF: score', 'rlhf', {'proxy score': 'score', 'gold score': 'gold'}),
+    ('RLHF: KL from SFT, nats per answer', 'rlhf', {'KL': 'kl'}),
+    ('RLHF: entropy, nats per token', 'rlhf', {'entropy': 'entropy'})]
 
-charts = [('pretraining: loss', 'base', dict(train='loss', val='val_loss')),
-          ('SFT: loss', 'sft', dict(train='loss', val='val_loss')),
-          ('reward model: held-out accuracy', 'reward', {'as labeller': 'accuracy', 'as gold': 'gold_accuracy'}),
-          ('RLHF: reward', 'rlhf', {'proxy score': 'score', 'gold score': 'gold'}),
-          ('RLHF: KL from SFT, nats an answer', 'rlhf', dict(kl='kl')),
-          ('RLHF: entropy, nats a token', 'rlhf', dict(entropy='entropy'))]
-panels = [(title, {label: curve(stage, key) for label, key in keys.items()}) for title, stage, keys in charts]
-panels = [(title, {label: c for label, c in lines.items() if c[0]}) for title, lines in panels]
-panels = [p for p in panels if p[1]]
+charts = []
+for title, stage, keys in CHARTS:
+    curves = {label: read_curve(stage, key) for label, key in keys.items()}
+    curves = {label: curve for label, curve in curves.items() if curve[0]} # without empty ones
+    if curves:
+        charts.append((title, curves))
+
+# -----------------------------------------------------------------------------
+# write the files
 if run.master:
-    if panels:
+    if charts:
         parts.insert(1, '![curves of all stages](curves.svg)')
-        with lib.atomic(os.path.join(out_dir, 'curves.svg')) as tmp, open(tmp, 'w', encoding='utf-8') as f:
-            f.write(draw(panels))
-    with lib.atomic(os.path.join(out_dir, 'report.json')) as tmp, open(tmp, 'w', encoding='utf-8') as f:
-        json.dump(dict(table=table, costs=costs, config=config), f, indent=1)
-    with lib.atomic(os.path.join(out_dir, 'report.md')) as tmp, open(tmp, 'w', encoding='utf-8') as f:
-        f.write('\n\n'.join(parts) + '\n')
-    print('\n' + '\n\n'.join(parts), f'\n\nwritten to {out_dir}/report.md in {time.time() - started:.0f} s')
-lib.finish(run)
+        write_text(os.path.join(out_dir, 'curves.svg'), draw(charts))
+    numbers = dict(table=table, costs=costs, config=config)
+    write_text(os.path.join(out_dir, 'report.json'), json.dumps(numbers, indent=1) + '\n')
+    text = '\n\n'.join(parts) + '\n'
+    path = os.path.join(out_dir, 'report.md')
+    write_text(path, text)
+    seconds = time.time() - started
+    print(f'\n{text}\nwritten to {path} in {seconds:.0f} s')
+cleanup(run)

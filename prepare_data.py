@@ -1,614 +1,1785 @@
 """
-Stage 0: data. Raw pages, books and conversations in; a clean, mixed corpus out.
+Stage 0: prepare the data. Raw pages, books and chats go in; a clean, mixed corpus comes out.
 
-The steps are those of FineWeb, in its order (Penedo et al. 2024), fit for files of Common Crawl:
-    url -> html to text -> language -> repetition -> quality -> C4 -> FineWeb's own -> duplicates -> personal data
-    -> benchmark questions -> mixture -> train and val
-By default they run on Toytown, a miniature internet with planted faults that toytown.py builds in data_dir/raw, with
-conversations about the same little town. No step sees the list of what was planted; only its score, at the end, does.
-Left out: models as judges of quality (FineWeb-Edu, DCLM), other languages' stop words and punctuation.
+The steps for documents follow FineWeb (Penedo et al. 2024) and work on raw files of Common Crawl:
+    URL filter -> main text of the page -> language -> repetition -> quality -> C4's and FineWeb's
+    rules -> personal data -> duplicates -> benchmark questions -> mixture -> training, validation
+Conversations, ranked answers, prompts and benchmark questions are converted to this project's form.
+By default this runs on Toytown, a miniature internet with known faults (truth.jsonl lists them):
+no step reads that list, but each step is scored with it at the end.
 
-the toy world           $ python prepare_data.py config/tiny.py
-your own files          $ python prepare_data.py --source=files --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
-one file of the web     $ python prepare_data.py --source=commoncrawl --data_dir=data/cc
-LLaMA's mixture         $ python prepare_data.py config/llama_mixture.py        (python sources.py lists what there is)
-all cores               $ torchrun --standalone --nproc_per_node=16 prepare_data.py --source=commoncrawl --n_files=64
-a crawl on four nodes   $ torchrun --nnodes=4 --nproc_per_node=64 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 \\
-                            prepare_data.py --source=commoncrawl --n_files=1000 --data_dir=/disk/cc --raw_dir=/disk/raw
-Ranks share the files, of which there should be several for each; any number of ranks writes the same corpus, byte for
-byte. Both folders lie where every node sees them. A thousand WARC files are 1 TB to download (a rank deletes nothing)
-and 2 million pages that stay; rank 0 holds the duplicate index, half a kilobyte a page, and every other rank one
-document. Whatever is killed goes on where it was: what a finished file gave is in data_dir/.partial until the end.
+Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
+         Kinds: .warc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files named
+         *_train and *_val keep their side; a folder named benchmarks/ holds exam questions.
+Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
+         chat_{train,val}.jsonl  preferences_{train,val}.jsonl  prompts_{train,val}.jsonl
+         benchmarks/*.jsonl  funnel.json (what each step dropped)  dropped.jsonl (examples of it)
+
+Toytown               python toytown.py && python prepare_data.py
+your own files        python prepare_data.py --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
+one file of the web   python prepare_data.py --source=commoncrawl --data_dir=data/cc
+16 cores              torchrun --standalone --nproc_per_node=16 prepare_data.py --source=c4
+four nodes            torchrun --nnodes=4 --nproc_per_node=64 --rdzv_backend=c10d \\
+                          --rdzv_endpoint=NODE0:29500 prepare_data.py --source=commoncrawl \\
+                          --n_files=1000 --data_dir=/disk/cc --raw_dir=/disk/raw
+
+Pass one: the ranks share the input files. Each file is cleaned alone, and its result stays in
+data_dir/.partial, so a killed run continues with the files that are missing. Pass two: rank 0 alone
+finds duplicates and writes the corpus; it needs about 1 KB of memory per document. Any number of
+ranks writes the same corpus, byte for byte.
+
+Left out: models that judge quality (FineWeb-Edu, DCLM); quality rules for other languages than
+English (use --filters=url,language,pii,dedup for them); archives (unpack .zip and .tar yourself).
 """
-import array, collections, datetime, functools, glob, gzip, hashlib, itertools, json, os, pathlib, re, shutil
-import time
-from types import SimpleNamespace
+import collections, datetime, functools, glob, gzip, hashlib, html, io, ipaddress, json, mmap, os
+import re, shutil, time, typing, zlib
 
 import numpy as np
+import requests
 import torch.distributed as dist
 
-import model
 from configurator import configure
-from dedup import FACTOR, grams, near_duplicates, signature, words_of
-from extract import decode, html_to_text
-from language import CODES, language_scores
-from model import RANK, atomic, check_settings, die, print0, read_jsonl, write_jsonl
-from privacy import KINDS, hide
-from sources import KNOWN, SOURCES, download, fetch, read_file
+from model import RANK, atomic_write, grade, print0, read_jsonl, read_shard, write_jsonl, write_text
 
 # -----------------------------------------------------------------------------
 # settings
-# what comes in and goes out
-source = 'toytown'          # toytown: a world made here; files: those below; or public data: `python sources.py`
-files = ''                  # for source = files: names, folders and patterns with *, separated by commas
-data_dir = 'data/toytown'   # where everything is written
-raw_dir = 'data/raw'        # where downloads stay, for every data_dir; one that is there is not asked for again
-n_files = 1                 # how many files of each source that comes in many
-crawl = 'CC-MAIN-2025-51'   # which one of Common Crawl
-wet = False                 # its files of text, a tenth as large, instead of its pages
-chat_as_text = False        # also put the text of conversations into the corpus
-keep_dropped = 20           # of each reason this many dropped documents are put into dropped.jsonl, for looking at
-seed = 1337                 # of the world, and of the choice of documents
-# toytown
-world = 'config/toytown.json' # names, facts, templates, tasks: edit it
-n_people = 60               # inhabitants, with six facts each
-n_pages = 5000              # good web pages
-n_books = 1600              # pages of stories
-n_lessons = 1300            # pages of sums, lists and notes
-n_faults = 300              # pages planted with each kind of fault
-val_facts = 0.3             # share of facts and sums that are never asked in training data
-n_chat = 3000               # conversations to train on
-n_preferences = 1500        # ranked answers to train on
-n_prompts = 4000            # prompts to train on
-n_val = 200                 # of each to validate on (of prompts half as many again)
-flaw_rate = 0.4             # share of demonstrations by a tired contractor
-like_rate = 0.3             # share of the others that end with a friendly phrase
-labeller_noise = 0.2        # of the simulated labeller: standard deviation, in units of the gold score
+# input and output
+source = 'files'            # 'files' = the files below; or names from config/sources.json: c4,dolly
+files = 'data/raw/toytown'  # your files, folders and patterns such as crawl/*.warc.gz, with commas
+data_dir = 'data/toytown'   # where the corpus is written
+raw_dir = 'data/raw'        # where downloads are kept; a file there is not downloaded again
+n_files = 1                 # how many files to download of a source that has many
+crawl = 'CC-MAIN-2025-51'   # which crawl of Common Crawl
+wet = False                 # Common Crawl's extracted text (WET), a tenth of the size of its pages
+chat_as_text = False        # also put the text of training conversations into the corpus
+keep_dropped = 20           # how many dropped documents to keep per reason in dropped.jsonl
+seed = 1337                 # random seed for the choice of documents
 # the steps, with the source of each threshold
-filters = 'url,language,repetition,quality,c4,fineweb,dedup,pii,decontaminate' # those to run
-curated = 'books,lessons,github,wikipedia,arxiv,stackexchange,shakespeare' # chosen by somebody: no language, no quality
-blocked_hosts = 'free-prizes.example,spamfarm.example,click-here.example,malware-zone.example' # + lists: paths, URLs
-blocked_words = 'casino,poker,porn,sex,xxx,viagra,betting,jackpot' # as whole words of a URL
-languages = 'en'            # those to keep, as in en,de: config/languages.json has the others
-min_language = 0.65         # language score 0..1 (FineWeb has 0.65 of fastText's)
-max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021, A1.1): share of lines that stood before, of their characters
-max_repeated_paragraphs = (0.3, 0.2) # Gopher: the same of paragraphs
+filters = 'url,language,repetition,quality,c4,fineweb,pii,dedup,decontaminate' # steps to run
+curated = 'books,lessons,github,wikipedia,arxiv,stackexchange,shakespeare' # not judged for quality
+blocked_hosts = 'free-prizes.example,spamfarm.example,click-here.example,malware-zone.example' # or files
+blocked_words = 'casino,poker,porn,sex,xxx,viagra,betting,jackpot' # whole words in a URL
+languages = 'en'            # languages to keep, as in en,de; config/languages.json has all of them
+min_language = 0.65         # lowest language score, 0..1 (FineWeb: 0.65 of fastText's score)
+max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021, A1.1): duplicate lines, their characters
+max_repeated_paragraphs = (0.3, 0.2) # Gopher: the same for paragraphs
 max_top_ngram = (0.20, 0.18, 0.16) # Gopher: share of characters in the most frequent 2-, 3-, 4-gram
-max_repeated_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10) # Gopher: share in 5- to 10-grams that stood before
-page_words = (50, 100_000)  # Gopher: fewest and most words
-word_length = (3, 10)       # Gopher: mean, in characters
+max_repeated_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10) # Gopher: the same, duplicate 5..10-grams
+page_words = (50, 100_000)  # Gopher: fewest and most words in a document
+word_length = (3, 10)       # Gopher: shortest and longest mean word length, in characters
 max_symbols = 0.1           # Gopher: '#' and '...' per word
-max_marked_lines = (0.9, 0.3) # Gopher: share of lines that start with a bullet, and that end in '...'
-min_alphabetic = 0.8        # Gopher: share of words with a letter in them
-min_stop_words = 2          # Gopher: how many of the, be, to, of, and, that, have, with
-min_line_words = 3          # C4 (Raffel et al. 2020, 2.2): shorter lines are cut out
-min_sentences = 5           # C4: fewest of a page
-min_punctuated = 0.12       # FineWeb: share of lines that end like a sentence
-max_line_repeats = 0.1      # FineWeb: share of characters in lines that stood before
-max_short_lines = 0.67      # FineWeb: share of lines under 30 characters
-near_duplicate = 0.7        # share of equal hashes from which two texts are one (FineWeb's 14 x 8 finds from 0.75)
-drop_private = ''           # personal data whose pages are dropped, as in SSN,CARD; others get a placeholder
+max_marked_lines = (0.9, 0.3) # Gopher: share of lines that begin with a bullet, that end with '...'
+min_alphabetic = 0.8        # Gopher: share of words that contain a letter
+min_stop_words = 2          # Gopher: how many of: the, be, to, of, and, that, have, with
+min_line_words = 3          # C4 (Raffel et al. 2020, 2.2): remove lines with fewer words
+min_sentences = 5           # C4: fewest sentences in a document
+min_punctuated = 0.12       # FineWeb: share of lines that end with punctuation
+max_line_repeats = 0.1      # FineWeb: share of characters in duplicate lines
+max_short_lines = 0.67      # FineWeb: share of lines shorter than 30 characters
+near_duplicate = 0.7        # share of equal MinHash values from which two texts are duplicates
+drop_private = ''           # drop documents with these kinds of personal data, as in SSN,CARD
 # the corpus
-mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = toytown's own, or everything
-max_epochs = 1              # a source too small for its share may be repeated (Muennighoff et al. 2023: 4 are fine)
-val_fraction = 0.05         # share of documents, and of prompts from files, to validate on
-shard_bytes = 50_000_000    # of text in one file of documents
+mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = all there is
+max_epochs = 1              # how often a small source may be repeated (Muennighoff et al. 2023: 4)
+val_fraction = 0.05         # share of documents and prompts for validation
+shard_bytes = 50_000_000    # bytes of text in one file of documents
 config = configure(globals())
-start_time, world_size = time.time(), int(os.environ.get('WORLD_SIZE', 1))
-ONE_BY_ONE = 'url text language repetition quality c4 fineweb'.split() # steps that need no other document
-STEPS = [*ONE_BY_ONE, 'dedup', 'pii', 'decontaminate']
-for name, given, known in (('source', source, ['toytown', 'files', *SOURCES]), ('filters', filters, STEPS)):
-    if wrong := set(filter(None, given.split(','))) - set(known):
-        die(f"{name} = '{given}' has no {', '.join(sorted(wrong))}; known are {','.join(known)}")
-if 'toytown' in source and source != 'toytown':
-    die(f"source = '{source}': toytown stands alone, its exams know what its documents tell")
-check_settings(config)
-if wrong := set(languages.split(',')) - set(CODES):
-    die(f"languages = '{languages}' has no {', '.join(sorted(wrong))}; known are {','.join(CODES)}")
-if not re.fullmatch(r'([^:,]+:\s*\d*\.?\d+\s*(,|$))*', mixture):
-    die(f"mixture = '{mixture}' is not of the form web:0.7,books:0.3")
-shares_of = lambda text: {k.strip(): float(v) for k, v in (part.split(':') for part in text.split(',') if part)}
-weights = shares_of(mixture)
-if world_size > 1: # days: a rank with a slow file keeps the others waiting
-    dist.init_process_group('gloo', timeout=datetime.timedelta(days=30))
-barrier = dist.barrier if world_size > 1 else lambda: None
 
 # -----------------------------------------------------------------------------
-# what comes in. All is made in a folder of its own: what an earlier run left stays whole until the end
-tmp, TASKS = f'{data_dir}/.partial', ('chat', 'preferences', 'prompts')
-is_input = lambda path: re.search(KNOWN, path) and not re.search('raw.truth.jsonl$', path) # what is planted is no input
-ours = [f'{kind}_{side}.jsonl' for kind in TASKS for side in ('train', 'val')]
-ours += ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json'] + ['raw'] * (source == 'toytown')
-inputs = []
-if 'files' in source.split(','):
-    files or die('no files: name them, --files=notes.txt,web/*.warc.gz')
-    for name in map(os.path.expanduser, files.split(',')):
-        pattern = f'{name}/**' if os.path.isdir(name) else name
-        found = [name] if os.path.isfile(name) else glob.glob(pattern, recursive=True)
-        inputs += [('files', path) for path in sorted(found) if is_input(path) and os.path.isfile(path)] or die(
-            f'no file {name} of a known kind: .txt .md .html .jsonl .json .csv .warc .wet .tar .zip .parquet, also .gz')
-if lost := [path for _, path in inputs if os.path.relpath(path, data_dir).split(os.sep)[0] in ours]:
-    die(f'{lost[0]} would be replaced by what is made of it: move it out of {data_dir}')
-code = [os.path.join(os.path.dirname(os.path.abspath(__file__)), f'{name}.py')
-        for name in 'prepare_data dedup extract forms language privacy sources toytown warc'.split()]
-about = [config, [(path, *os.stat(path)[6:9:2]) for path in [*(path for _, path in inputs), *code]]]
-about = json.dumps([about, os.path.getmtime(world) if os.path.exists(world) else 0])
-if RANK == 0 and not (os.path.exists(f'{tmp}/about') and open(f'{tmp}/about', encoding='utf-8').read() == about):
-    shutil.rmtree(tmp, ignore_errors=True) # of other settings, files or code
-    for name in 'work', 'raw': # raw: of toytown
-        os.makedirs(f'{tmp}/{name}')
-    with open(f'{tmp}/about', 'w', encoding='utf-8') as f:
-        f.write(about)
-barrier()
+# check the settings, join the other ranks
 
-if source == 'toytown':
-    import toytown
-    town = toytown.load(world, seed, n_people, val_facts)
-    weights = weights or shares_of(town['mixture'])
-    if RANK == 0 and not os.path.exists(f'{tmp}/raw/truth.jsonl'):
-        toytown.write_tasks(town, tmp, n_chat, n_preferences, n_prompts, n_val, flaw_rate, like_rate, labeller_noise)
-        toytown.write_benchmarks(town, f'{tmp}/benchmarks')
-        toytown.write_web(town, f'{tmp}/raw', n_pages, n_books, n_lessons, n_faults, blocked_hosts, blocked_words)
-    barrier()
-    inputs = [('files', path) for path in sorted(glob.glob(f'{glob.escape(tmp)}/raw/*')) if is_input(path)]
-model.QUIET = False # from here each rank has files of its own, and errors of its own
+def load_json(path):
+    with open(path, encoding='utf-8') as f:
+        try:
+            return json.load(f)
+        except ValueError as e:
+            raise AssertionError(f'{path}: not JSON ({e}): repair or delete it') from None
+
+CONFIG_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
+SOURCES = load_json(f'{CONFIG_DIR}/sources.json') # {name: {kind, size, licence, about, urls}}
+ALL_STEPS = ['url', 'text', 'language', 'repetition', 'quality', 'c4', 'fineweb', 'pii', # pass one
+             'dedup', 'decontaminate'] # pass two: these need other documents
+NOT_FOR_CURATED = ['language', 'repetition', 'quality', 'c4', 'fineweb']
+TASKS = ['chat', 'preferences', 'prompts'] # rows that are not documents
+
 for name in source.split(','):
-    if name in SOURCES:
-        inputs += [(name, path) for path in fetch(name, raw_dir, n_files, RANK, world_size, crawl, wet)]
-barrier()
+    assert name == 'files' or name in SOURCES, \
+        f"no source '{name}': take 'files' for your own, or one of {', '.join(SOURCES)}"
+for name in filter(None, filters.split(',')):
+    assert name in ALL_STEPS, f"filters: no step '{name}'; the steps are {','.join(ALL_STEPS)}"
+for name in ('n_files', 'max_epochs', 'shard_bytes'):
+    assert config[name] > 0, f'{name} must be positive, not {config[name]}'
+for name in ('val_fraction', 'near_duplicate', 'min_language'):
+    assert 0 < config[name] <= 1, f'{name} must be above 0 and at most 1, not {config[name]}'
+assert seed >= 0, f'seed must be at least 0, not {seed}'
+weights = {} # source -> share of the bytes
+for part in filter(None, mixture.split(',')):
+    name, _, weight = part.partition(':')
+    assert re.fullmatch(r'\d*\.?\d+', weight), f"mixture: '{part}' is not of the form web:0.7"
+    weights[name] = float(weight)
+
+world_size = int(os.environ.get('WORLD_SIZE', 1))
+if world_size > 1: # a rank with a slow file keeps the others waiting, perhaps for days
+    dist.init_process_group('gloo', timeout=datetime.timedelta(days=30))
+
+def stop_all_ranks(problem):
+    """Every rank calls this with its problem or ''. If there is one, all stop; rank 0 prints it."""
+    problems = [problem] * world_size
+    if world_size > 1:
+        dist.all_gather_object(problems, problem)
+    found = [text for text in problems if text]
+    assert not found, found[0]
 
 # -----------------------------------------------------------------------------
-# the steps: each takes a document, may change its text, and returns why the document is dropped, or None
-def block_list(names):
-    """'spam.example,lists/adult.txt,https://...' -> set of hosts. A list has a host at the end of each line."""
+# find the input files, and finish what a killed run has left
+
+START = time.time()
+PARTIAL = f'{data_dir}/.partial'        # everything is written here first
+WORK = f'{PARTIAL}/work'                # the results of pass one
+NEW = f'{PARTIAL}/new'                  # the new corpus
+OLD = f'{PARTIAL}/old'                  # the corpus that it replaces
+MARKER = f'{PARTIAL}/finished.json'     # exists when NEW is whole: only the exchange is left to do
+OURS = ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json',
+        *[f'{task}_train.jsonl' for task in TASKS], *[f'{task}_val.jsonl' for task in TASKS]]
+KNOWN = re.compile(r'\.(txt|md|html?|jsonl?|warc|wet|parquet|bin|(txt|html?|jsonl?|warc|wet)\.gz)$')
+
+def put_in_place():
+    """
+    Exchange the old corpus for the new one.
+
+    A kill between two renames must lose nothing, so every rename can be repeated: the marker lists
+    the names, and what is no longer in NEW has been moved already. The marker is deleted last.
+    """
+    marker = load_json(MARKER)
+    os.makedirs(OLD, exist_ok=True)
+    for name in marker['old']: # the new corpus has no such file
+        if os.path.lexists(f'{data_dir}/{name}'):
+            os.replace(f'{data_dir}/{name}', f'{OLD}/{name}')
+    for name in marker['new']:
+        if os.path.lexists(f'{NEW}/{name}'):
+            if os.path.lexists(f'{data_dir}/{name}'):
+                os.replace(f'{data_dir}/{name}', f'{OLD}/{name}')
+            os.replace(f'{NEW}/{name}', f'{data_dir}/{name}')
+    for folder in (WORK, NEW, OLD):
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(f'{PARTIAL}/settings.json'):
+        os.remove(f'{PARTIAL}/settings.json')
+    os.remove(MARKER)
+    os.rmdir(PARTIAL)
+
+own_files = [] # paths of your files, in a fixed order
+truth_files, mixture_files = [], [] # what toytown.py says about its files
+names = files.split(',') if 'files' in source.split(',') else []
+for name in map(os.path.expanduser, names):
+    found = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
+    if os.path.isdir(name):
+        found = glob.glob(f'{glob.escape(name)}/**', recursive=True)
+    found = [path for path in sorted(found) if os.path.isfile(path)]
+    known = [path for path in found if KNOWN.search(path)]
+    remedy = 'name your files, as in --files=notes.txt,crawl/'
+    if 'toytown' in name:
+        remedy = 'run `python toytown.py` first'
+    assert known, (f"no input file '{name}' of a known kind (.warc .wet .html .txt .md .jsonl "
+                   f'.json .parquet .bin, also .gz): {remedy}')
+    for path in known:
+        special = {'truth.jsonl': truth_files, 'mixture.json': mixture_files}
+        special.get(os.path.basename(path), own_files).append(path)
+for path in own_files:
+    place = os.path.relpath(path, data_dir).split(os.sep)[0]
+    assert place not in OURS, f'{path} would be replaced by its result: move it out of {data_dir}'
+if mixture_files and not mixture:
+    weights = load_json(mixture_files[0])
+
+# The results of a killed run are used only with the same settings, input files and code.
+stamps = {}
+for path in [*own_files, __file__]:
+    stamps[path] = [os.path.getsize(path), os.path.getmtime(path)]
+settings = json.dumps([config, weights, stamps], sort_keys=True)
+settings_path = f'{PARTIAL}/settings.json'
+if RANK == 0:
+    if os.path.exists(MARKER):
+        put_in_place()
+    is_same = os.path.exists(settings_path) and load_json(settings_path) == json.loads(settings)
+    if not is_same:
+        if os.path.exists(settings_path):
+            os.remove(settings_path) # first, so that nothing uses a half-deleted folder
+        shutil.rmtree(PARTIAL, ignore_errors=True)
+        os.makedirs(WORK)
+        write_text(settings_path, settings)
+stop_all_ranks('') # the others wait until the folder is ready
+
+# -----------------------------------------------------------------------------
+# download public data
+
+TIMEOUT = (10, 60)      # seconds to connect, and between two pieces of a file
+TRIES = 6               # failures in a row that brought no new bytes
+FIRST_WAIT = 1          # seconds before the second try, doubled after each failure
+TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504} # HTTP status codes of problems that may pass
+
+PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+
+def urls_of(name, n_files):
+    """
+    The URLs of a source. {a,b} stands for both files, {00..20} for the first n_files.
+        'http://x/{00..20}.gz', n_files=2 -> ['http://x/00.gz', 'http://x/01.gz']
+    """
+    urls = []
+    for url in SOURCES[name]['urls']:
+        start, braces, end = re.fullmatch(r'([^{]*)\{?([^}]*)\}?(.*)', url).groups()
+        parts = braces.split(',')
+        if '..' in braces:
+            first, last = braces.split('..')
+            numbers = range(int(first), int(last) + 1)[:n_files]
+            parts = [str(number).zfill(len(first)) for number in numbers]
+        urls += [start + part + end for part in parts]
+    return urls
+
+def part_of(path):
+    """What an earlier try has left of a download. -> (its path, its size)"""
+    # The length of the whole file is in the name path.LENGTH.part, 0 if the server does not tell.
+    parts = glob.glob(f'{glob.escape(path)}.*.part')
+    return (parts[0], os.path.getsize(parts[0])) if parts else ('', 0)
+
+def request(url, path):
+    """Ask once for the bytes that are missing. -> what went wrong, or ''"""
+    part, have = part_of(path)
+    headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'} # identity: not compressed
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
+        if r.status_code in TRY_AGAIN:
+            return f'HTTP {r.status_code}'
+        if r.status_code == 416 and part == f'{path}.{have}.part': # nothing is missing
+            os.replace(part, path)
+            return ''
+        assert r.status_code in (200, 206, 416), \
+            f'{url}: HTTP {r.status_code} {r.reason}: put the file at {path} yourself'
+        if url.endswith('.gz'):
+            r.raw.headers.pop('Content-Encoding', None) # or requests would unpack the file
+        span = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', r.headers.get('Content-Range', ''))
+        total = int(span[2] if span else r.headers.get('Content-Length', 0))
+        whole_part = f'{path}.{total}.part'
+        is_rest = r.status_code == 206 and span and int(span[1]) == have
+        if part and not (is_rest and part == whole_part): # the server sends all, or another file
+            os.remove(part)
+            have = 0
+        if r.status_code != 200 and not (is_rest and have == int(span[1])):
+            return 'the file has changed: start over'
+        megabytes, all_megabytes = have / 1e6, total / 1e6
+        print0(f'{url}: {megabytes:,.1f} of {all_megabytes:,.1f} MB are here')
+        with open(whole_part, 'ab' if have else 'wb') as f:
+            for block in r.iter_content(1 << 15):
+                have += f.write(block)
+    if total and have != total:
+        return f'{have:,} of {total:,} bytes came'
+    os.replace(whole_part, path)
+    return ''
+
+def download(url, path):
+    """Download url to path, unless it is there. The next try, or run, continues a failed one."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    failures, most = 0, part_of(path)[1]
+    while not os.path.exists(path):
+        try:
+            problem = request(url, path)
+        except PASSING as e:
+            problem = type(e).__name__
+        except (requests.RequestException, ValueError) as e: # a bad URL, say: waiting is no help
+            raise AssertionError(f'{url}: {" ".join(str(e).split())}') from None
+        if not problem:
+            print0(f'{path}: {os.path.getsize(path) / 1e6:,.1f} MB')
+            return
+        have = part_of(path)[1]
+        failures = 0 if have > most else failures + 1
+        most = max(most, have)
+        assert failures < TRIES, (f'{url}: {problem}: run the same command later (what came is '
+                                  f'kept), or put the file at {path} yourself')
+        print0(f'{url}: {problem}')
+        time.sleep(FIRST_WAIT * 2**max(0, failures - 1))
+
+def fetch(name):
+    """Download this rank's share of a source. -> the paths of all its files, on every rank alike"""
+    folder = f'{raw_dir}/{name}'
+    urls = urls_of(name, n_files)
+    if name == 'commoncrawl': # its URL is that of a list of files; each rank gets a copy of it
+        kind = 'wet' if wet else 'warc'
+        listing = f'{folder}/{crawl}.{kind}.paths.{RANK}.gz'
+        download(urls[0].replace('CRAWL', crawl).replace('KIND', kind), listing)
+        with gzip.open(listing, 'rt', encoding='utf-8') as f:
+            lines = f.read().split()
+        n = min(n_files, len(lines))
+        server = re.match(r'\w+://[^/]+/', urls[0])[0]
+        places = [i * len(lines) // n for i in range(n)] # spread over the crawl
+        urls = [server + lines[place] for place in places]
+    file_names = [url.split('/')[-1] for url in urls]
+    if len(set(file_names)) < len(file_names): # hh has four files named train.jsonl.gz
+        file_names = ['-'.join(url.split('/')[-2:]) for url in urls]
+    paths = [f'{folder}/{file_name}' for file_name in file_names]
+    for i in range(RANK, len(urls), world_size):
+        download(urls[i], paths[i])
+    return paths
+
+# -----------------------------------------------------------------------------
+# read WARC files: web pages as a crawler received them (ISO 28500)
+
+LIMIT = 50_000_000 # bytes; longer pages and documents are left out
+BLOCK = 1 << 16
+GZIP_MAGIC = b'\x1f\x8b\x08' # every gzip member begins with it
+
+def read_member(data, start):
+    """Unpack the gzip member that begins at start. -> (its content, where it ends)"""
+    member = zlib.decompressobj(31) # 31: with gzip's header and check sum; zlib.error if damaged
+    pieces, size = [], 0
+    while not member.eof:
+        block = data[start:start + BLOCK]
+        if not block or size > LIMIT:
+            raise zlib.error('cut short, or too large')
+        pieces.append(member.decompress(block, LIMIT))
+        size += len(pieces[-1])
+        start += len(block) - len(member.unconsumed_tail) - len(member.unused_data)
+    return b''.join(pieces), start
+
+def warc_parts(f, skipped):
+    """
+    Yield the parts of a WARC file that can be read alone, as open files: its gzip members, or all of
+    a plain file. Each record is a member, so a damaged one costs one record.
+    """
+    if f.peek(5)[:5] == b'WARC/':
+        yield f
+        return
+    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    start = data.find(GZIP_MAGIC)
+    if start < 0:
+        skipped['file without any record'] += 1
+    while start >= 0:
+        try:
+            content, end = read_member(data, start)
+            yield io.BytesIO(content)
+        except zlib.error:
+            skipped['damaged or too large record'] += 1
+            end = start + 1
+        start = data.find(GZIP_MAGIC, end)
+
+def read_fields(f):
+    """Read lines 'Content-Type: text/html' up to an empty one. -> {name in lower case: value}"""
+    fields = {}
+    line = f.readline()
+    while line.strip():
+        name, _, value = line.decode('utf-8', 'replace').partition(':')
+        fields[name.strip().lower()] = value.strip()
+        line = f.readline()
+    return fields
+
+def warc_records(f, skipped):
+    """Yield (fields, content) of records: a line WARC/1.x, fields, an empty line, the content."""
+    line = f.readline()
+    while line:
+        if line.startswith(b'WARC/1'): # else one of the empty lines between two records, or junk
+            fields = read_fields(f)
+            length = fields.get('content-length', '')
+            if not length.isdecimal():
+                skipped['record with a broken header'] += 1
+            elif int(length) > LIMIT:
+                skipped['page over 50 MB'] += 1
+                f.seek(int(length), os.SEEK_CUR)
+            else:
+                content = f.read(int(length))
+                if len(content) == int(length):
+                    yield fields, content
+                else:
+                    skipped['record cut short'] += 1
+        line = f.readline()
+
+def read_warc(f, skipped):
+    """Yield documents {url, html, type} of a WARC file, {url, text} of a WET file."""
+    for part in warc_parts(f, skipped):
+        for fields, content in warc_records(part, skipped):
+            url = fields.get('warc-target-uri', '').strip('<>')
+            if fields.get('warc-type') == 'conversion': # extracted text
+                yield dict(url=url, text=content.decode('utf-8', 'replace'))
+            if fields.get('warc-type') != 'response':
+                continue
+            response = io.BytesIO(content) # a status line, fields, an empty line, the page
+            status = response.readline()
+            fields = read_fields(response)
+            media_type = fields.get('content-type', 'text/html').lower()
+            page = response.read()
+            coding = fields.get('content-encoding', '').lower()
+            is_coded = coding not in ('', 'identity') and not page.lstrip().startswith(b'<')
+            is_page = re.match('text/html|application/xhtml', media_type)
+            if not is_page or not re.match(rb'\S+ 200', status):
+                skipped['not a page (status or type)'] += 1
+            elif is_coded: # Common Crawl has unpacked all pages
+                skipped['compressed page'] += 1
+            elif page:
+                yield dict(url=url, html=page, type=media_type)
+
+# -----------------------------------------------------------------------------
+# convert the rows of public data sets
+#
+# A converter takes a row and returns [(kind, new row), ...]. The kind None stands for a row that is
+# left out; then the reason takes the place of the new row.
+
+def messages_of(question, answer):
+    return [dict(role='user', content=question.strip()),
+            dict(role='assistant', content=answer.strip())]
+
+def split_dialog(text):
+    """'\\n\\nHuman: Hi\\n\\nAssistant: Hello' -> messages"""
+    first, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ?', text.lstrip())
+    if first or not parts:
+        raise ValueError('not a dialogue of the form "\\n\\nHuman: ... \\n\\nAssistant: ..."')
+    roles = dict(Human='user', Assistant='assistant')
+    pairs = zip(parts[::2], parts[1::2])
+    return [dict(role=roles[name], content=content.strip()) for name, content in pairs]
+
+def make_ranking(messages, completions, scores):
+    """Rank by score, best first. Of completions with equal scores only the first is listed."""
+    first_with = {}
+    for i, score in enumerate(scores):
+        first_with.setdefault(score, i)
+    ranking = [first_with[score] for score in sorted(first_with, reverse=True)]
+    if len(ranking) < 2:
+        return [(None, 'ranking of nothing but ties')]
+    completions = [text.strip() for text in completions]
+    return [('preferences', dict(messages=messages, completions=completions, ranking=ranking))]
+
+def from_instruction(row):
+    """Alpaca and Dolly: an instruction, perhaps with an input, perhaps inside Alpaca's template."""
+    parts = [row.get('instruction'), row.get('input') or row.get('context')]
+    if 'prompt' in row:
+        template = r'### Instruction:\n(.*?)(?:\n+### Input:\n(.*?))?\n+### Response:'
+        filled = re.search(template, row['prompt'], re.S)
+        parts = filled.groups() if filled else [row['prompt']]
+    question = '\n\n'.join(part for part in parts if part)
+    answer = row['response'] if 'response' in row else row['output']
+    return [('chat', dict(messages=messages_of(question, answer)))]
+
+def from_gsm8k(row):
+    """The answer ends with '#### 42', which a program can check. <<2+3=5>> is for a calculator."""
+    messages = messages_of(row['question'], re.sub(r'<<.*?>>', '', row['answer']))
+    rows = [('chat', dict(messages=messages))]
+    number = re.search(r'#### *(-?[\d.]*\d)', row['answer'].replace(',', ''))
+    if number:
+        checks = {'number': float(number[1])}
+        rows.append(('prompts', dict(messages=messages[:1], checks=checks)))
+    return rows
+
+def from_gsm8k_exam(row):
+    return [('benchmarks', new) for kind, new in from_gsm8k(row) if kind == 'prompts']
+
+def from_lambada(row):
+    """The last word is to be predicted."""
+    context, continuation = row['text'].rsplit(' ', 1)
+    return [('benchmarks', dict(context=context, continuation=continuation))]
+
+def from_hh(row):
+    """Two dialogues that differ in the last answer."""
+    chosen, rejected = split_dialog(row['chosen']), split_dialog(row['rejected'])
+    n = 0 # turns in common
+    shorter = min(len(chosen), len(rejected))
+    while n < shorter and chosen[n] == rejected[n]:
+        n += 1
+    answers = chosen[n:n + 1] + rejected[n:n + 1]
+    if n == 0 or [turn['role'] for turn in answers] != ['assistant', 'assistant']:
+        return [(None, 'pair that does not differ in an answer')]
+    return make_ranking(chosen[:n], [turn['content'] for turn in answers], [1, 0])
+
+def from_ultrafeedback(row):
+    """Four answers; the score of each is the mean of GPT-4's ratings of up to four virtues."""
+    scores = []
+    for answer in row['completions']:
+        ratings = [note['Rating'] for note in answer['annotations'].values()]
+        ratings = [float(rating) for rating in ratings if rating != 'N/A']
+        scores.append(sum(ratings) / max(1, len(ratings)))
+    question = messages_of(row['instruction'], '')[:1]
+    return make_ranking(question, [answer['response'] for answer in row['completions']], scores)
+
+def rank_of(node):
+    return 1e9 if node.get('rank') is None else node['rank'] # 0 is the best
+
+def from_oasst(row):
+    """A tree of turns with ranked replies: the conversation of the best replies, and all rankings."""
+    if row['prompt']['lang'] != 'en':
+        return [(None, 'conversation in another language')]
+    rows, best = [], None
+    waiting = [([], row['prompt'])] # (the turns before a node, the node)
+    while waiting:
+        before, node = waiting.pop()
+        role = 'user' if node['role'] == 'prompter' else node['role']
+        messages = before + [dict(role=role, content=node['text'].strip())]
+        replies = sorted(node['replies'], key=rank_of)
+        if best is None and not replies:
+            best = messages # the best replies are followed first, so the first end is the best one
+        answers = [node for node in replies if node['role'] == 'assistant' and rank_of(node) < 1e9]
+        if len(answers) > 1:
+            scores = [-rank_of(answer) for answer in answers]
+            rows += make_ranking(messages, [answer['text'] for answer in answers], scores)
+        waiting += [(messages, reply) for reply in reversed(replies)]
+    best = best[:len(best) // 2 * 2] # up to the last answer
+    return rows + [('chat', dict(messages=best)) if best else (None, 'question without an answer')]
+
+# The keys of a row tell its form; the first line that fits counts. A function converts the row; a
+# kind means that the row has our form already.
+FORMS = {
+    'messages completions ranking': 'preferences',
+    'messages checks': 'prompts',
+    'messages': 'chat',
+    'prompt response': from_instruction,
+    'instruction output': from_instruction,
+    'instruction response': from_instruction,
+    'question answer': from_gsm8k,
+    'chosen rejected': from_hh,
+    'message_tree_id prompt': from_oasst,
+    'instruction completions': from_ultrafeedback,
+    'text': 'text',
+    'query choices gold': 'benchmarks',
+    'context continuation': 'benchmarks',
+    'context_options gold': 'benchmarks',
+    'task_id prompt test': 'benchmarks',
+}
+EXAM_FORMS = {**FORMS, 'question answer': from_gsm8k_exam, 'text': from_lambada, # in benchmarks
+              'messages checks': 'benchmarks'}
+KEYS = dict(chat=['messages'], prompts=['messages', 'checks'], text=['text'], # other keys go
+            preferences=['messages', 'completions', 'ranking', 'checks'])
+
+def check_row(kind, row):
+    """-> why a row is left out, or None. ValueError if it is not what its keys promise."""
+    if kind == 'text' and not isinstance(row['text'], str):
+        raise ValueError(f"text must be a string, not {type(row['text']).__name__}")
+    if 'choices' in row and not 0 <= int(row['gold']) < len(row['choices']):
+        raise ValueError(f"gold {row['gold']} is not one of {len(row['choices'])} choices")
+    if kind not in TASKS:
+        return None
+    if 'checks' in row:
+        grade(row['checks'], 'a 1') # an unusable check is found here, not hours later
+    roles = [turn['role'] for turn in row['messages']]
+    spoken = {turn['role'] for turn in row['messages'] if turn['content'].strip()}
+    if not set(roles) <= {'system', 'user', 'assistant'} or 'user' not in spoken:
+        raise ValueError(f'messages need a user turn, and roles system, user, assistant, not {roles}')
+    if kind == 'chat' and 'assistant' not in spoken:
+        raise ValueError('a conversation has no assistant turn, or an empty one')
+    if kind == 'preferences':
+        ranking, n = row['ranking'], len(row['completions'])
+        is_valid = all(type(i) is int and 0 <= i < n for i in ranking)
+        if not is_valid or not 2 <= len(ranking) == len(set(ranking)):
+            raise ValueError(f'ranking {ranking} must list two or more of {n} completions')
+        if not all(isinstance(text, str) for text in row['completions']):
+            raise ValueError('a ranking needs completions that are strings')
+    order = ''.join(role[0] for role in roles) # such as 'suaua'
+    wanted = 's?(ua)+' if kind == 'chat' else 's?(ua)*u'
+    return None if re.fullmatch(wanted, order) else 'turns in another order than user, assistant'
+
+def convert_row(row, forms):
+    """-> [(kind, our row), ...] for all that a row is good for, (None, reason) for what is left out"""
+    fitting = [form for form in forms if set(form.split()) <= set(row)]
+    form = fitting[0] if fitting else None
+    if form is None:
+        raise ValueError(f"no known form has the keys {', '.join(sorted(row))}; FORMS lists them")
+    convert = forms[form]
+    if isinstance(convert, str):
+        wanted = KEYS.get(convert, row)
+        rows = [(convert, {key: row[key] for key in wanted if key in row})]
+    else:
+        rows = convert(row)
+    checked = []
+    for kind, new in rows:
+        problem = check_row(kind, new) if kind else None
+        checked.append((None, problem) if problem else (kind, new))
+        if kind == 'preferences' and not problem and 'ranking' not in form:
+            checked.append(('prompts', dict(messages=new['messages']))) # also one to practise on
+    return checked
+
+# -----------------------------------------------------------------------------
+# read files of every kind
+
+MARK = '<|endoftext|>' # separates the documents of a text file
+DAMAGED = (EOFError, OSError, ValueError, RecursionError, zlib.error) # what damaged files raise
+MISFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError) # what unexpected rows raise
+
+def read_text(f, skipped):
+    """Yield what stands between the marks; without marks, pieces of about 4,000 characters."""
+    charset, start = decode(f.peek(1 << 20))
+    has_marks = MARK in start
+    lines, size = [], 0
+    for line in io.TextIOWrapper(f, charset, 'replace'):
+        if MARK in line:
+            before, *documents, line = line.split(MARK)
+            yield ''.join(lines) + before
+            yield from documents
+            lines, size = [], 0
+        elif not has_marks and size >= 4000 and not line.strip(): # at an empty line
+            yield ''.join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
+    yield ''.join(lines)
+
+def read_json(f, path, is_own, skipped):
+    """Yield (line number, row) of JSON lines or of a JSON list. A bad line in your own file is fatal."""
+    is_list = path.endswith('.json') and f.peek(64).lstrip().startswith(b'[')
+    for number, line in enumerate(json.load(f) if is_list else f, 1):
+        if not is_list and not line.strip():
+            continue
+        try:
+            row = line if is_list else json.loads(line.decode('utf-8-sig'))
+            if not isinstance(row, dict):
+                raise ValueError(f'a JSON object is expected, this is {type(row).__name__}')
+            yield number, row
+        except (ValueError, RecursionError) as e:
+            assert not is_own, f'{path}:{number}: not a JSON line: {e}'
+            skipped['row that is not a JSON object'] += 1
+
+def read_parquet(f, path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise AssertionError(f'{path}: parquet needs a package: pip install pyarrow') from None
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(f).iter_batches(100):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+def read_rows(rows, path, benchmark, is_own, skipped):
+    """Yield the items in (line number, row) pairs. benchmark: its name, if these are exam questions."""
+    stem = os.path.basename(path).split('.')[0]
+    for number, row in rows:
+        try:
+            converted = convert_row(row, EXAM_FORMS if benchmark else FORMS)
+        except MISFIT as e:
+            reason = e if isinstance(e, ValueError) else f'not what its keys promise ({e!r})'
+            assert not is_own, f'{path}:{number}: {reason}'
+            converted = [(None, 'row that does not fit its form')]
+        for kind, new in converted:
+            if kind is None:
+                skipped[new] += 1
+            elif kind == 'text' and new['text']:
+                url = row.get('url') or f'{path}:{number}'
+                yield dict(kind=kind, url=str(url), text=new['text'])
+            elif kind == 'benchmarks':
+                yield dict(kind=f'benchmarks/{benchmark or stem}', row=new)
+            elif kind != 'text':
+                yield dict(kind=kind, row=new)
+
+def read_content(f, path, benchmark, is_own, skipped):
+    """Yield the items of an open file."""
+    if re.search(r'\.(warc|wet)(\.gz)?$', path):
+        for document in read_warc(f, skipped):
+            yield dict(document, kind='text')
+        return
+    if path.endswith('.gz'):
+        f = io.BufferedReader(gzip.open(f), 1 << 20)
+    name = path.removesuffix('.gz')
+    if name.endswith(('.jsonl', '.json', '.parquet')):
+        rows = read_parquet(f, path) if name.endswith('t') else read_json(f, name, is_own, skipped)
+        yield from read_rows(rows, path, benchmark, is_own, skipped)
+    elif name.endswith(('.html', '.htm')):
+        yield dict(kind='text', url=path, type='text/html', html=f.read(LIMIT))
+    else:
+        for i, text in enumerate(read_text(f, skipped)):
+            if len(text) > LIMIT:
+                skipped['document over 50 MB'] += 1
+            elif text.strip():
+                yield dict(kind='text', url=f'{path}#{i}', text=text)
+
+def read_file(path, source_name, skipped):
+    """
+    Yield what is in a file:
+        {kind: 'text', source, url, text}, or with type and html in place of text
+        {kind: 'chat' | 'preferences' | 'prompts' | 'benchmarks/NAME', source, row}
+        {kind: 'tokens', source, path} for a token shard
+    and `side` for files named *_train and *_val, if both are there. source_name: 'files' for your own
+    files, whose errors are fatal and whose names become the source: web_00001.warc.gz -> 'web'.
+    skipped: a Counter of what is left out.
+    """
+    is_own = source_name == 'files'
+    folder, file_name = os.path.split(os.path.abspath(path))
+    stem = re.sub(r'(\.(txt|md|jsonl?|html?|warc|wet|parquet|bin|gz))+$', '', file_name)
+    extra = dict(source=source_name)
+    if is_own:
+        name = re.sub(r'[-_]\d+$|\d{3,}$', '', stem) or stem
+        name, _, side = re.fullmatch('(.+?)([-_](train|val))?', name).groups()
+        extra = dict(source=name)
+        other = dict(train='val', val='train').get(side)
+        pattern = glob.escape(f'{folder}/{name}') + f'[-_]{other}[.-_]*'
+        if other and glob.glob(pattern):
+            extra.update(side=side) # a file without the other side is split as all others are
+    if path.endswith('.bin'):
+        yield dict(extra, kind='tokens', path=path)
+        return
+    benchmark = stem if is_own and os.path.basename(folder) == 'benchmarks' else ''
+    if not is_own and SOURCES[source_name]['kind'] == 'benchmarks':
+        is_many = source_name in ('core', 'arc') # each of their files is a benchmark
+        benchmark = stem if is_many else source_name.removesuffix('_test')
+    try:
+        with open(path, 'rb', buffering=1 << 20) as f:
+            for item in read_content(f, path, benchmark, is_own, skipped):
+                yield {**item, **extra}
+    except DAMAGED as e:
+        assert not is_own, f'{path}: the file is damaged ({e})'
+        print0(f'{path}: damaged, the rest is left out ({e})')
+        skipped['damaged file'] += 1
+
+# -----------------------------------------------------------------------------
+# step "url": adult and spam sites (FineWeb, Penedo et al. 2024)
+#
+# Each step takes a document, may change its text, and returns why it is dropped, or None.
+
+def read_block_list(names):
+    """'spam.example,lists/adult.txt' -> set of hosts. In a list, the last word of a line is a host."""
     hosts = set()
     for name in filter(None, names.split(',')):
-        if '://' in name:
-            path = f'{raw_dir}/block_lists/{key_of(name):016x}' + '.gz' * name.endswith('.gz')
-            if RANK == 0 and not os.path.exists(path):
-                download(name, path)
-            barrier()
-            name = path
-        if os.path.isfile(name):
-            with (gzip.open if name.endswith('.gz') else open)(name, 'rt', encoding='utf-8', errors='replace') as f:
-                hosts.update(line.split()[-1].lower() for line in f if line.strip() and line.lstrip()[0] != '#')
-        else:
-            hosts.add(name.lower())
+        lines = open(name, encoding='utf-8') if os.path.isfile(name) else [name]
+        for line in lines:
+            if line.strip() and not line.startswith('#'):
+                hosts.add(line.split()[-1].lower())
     return hosts
 
+BLOCKED_HOSTS = read_block_list(blocked_hosts)
+BLOCKED_WORDS = set(blocked_words.split(','))
+
 def url_step(doc):
-    """FineWeb (Penedo et al. 2024): blocked hosts, blocked words (whole ones: Essex is a county); and bare IPs."""
-    host = re.match(r'\w+://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)', doc['url'].lower())
-    if not host: # a file of one's own
+    url = doc['url'].lower()
+    host = re.match(r'\w+://(?:[^/@]*@)?(\[[^]]*\]|[^/:?#]*)', url)
+    if not host: # a file of your own
         return None
     if re.fullmatch(r'[\d.]+|\[.*', host[1]):
         return 'IP address'
     parts = host[1].split('.')
-    if any('.'.join(parts[i:]) in blocked for i in range(len(parts))): # with its subdomains
-        return 'blocked host'
-    return 'blocked word' if bad_words & set(re.findall('[a-z0-9]+', doc['url'].lower())) else None
+    for i in range(len(parts)): # a.b.example, b.example, example: subdomains are blocked too
+        if '.'.join(parts[i:]) in BLOCKED_HOSTS:
+            return 'blocked host'
+    words = set(re.findall('[a-z0-9]+', url)) # whole words: Essex is a county
+    return 'blocked word' if words & BLOCKED_WORDS else None
+
+# -----------------------------------------------------------------------------
+# step "text": the main text of a page, without menus, adverts and comments
+#
+# Four passes, each linear in the size of the page: strip_raw removes scripts and comments; scan splits
+# the page at its tags, and a stack of open elements makes blocks of text; choose_blocks finds the
+# article and drops its links and leftovers; html_to_text joins the blocks. The ideas: text and link
+# density (boilerpipe, Kohlschuetter et al. 2010); neighbours decide about short blocks (jusText,
+# Pomikalek 2011); tell-tale class names (trafilatura, Barbaresi 2021). A regular expression finds the
+# tags, because html.parser takes eight times as long.
+
+MAX_CHARS = 5_000_000 # of a page are read; it limits the memory to 0.6 GB
+HTML = load_json(f'{CONFIG_DIR}/html.json') # names of tags and classes
+VOID = set(HTML['void'].split())                # have no end tag, or one that does not matter
+INLINE = set(HTML['inline'].split())            # do not break a line
+SKIP = set(HTML['skip'].split())                # are not main text
+SHORT_LINES = set(HTML['short'].split())        # short texts are usual in these
+ENDS_ITSELF = set(HTML['ends_itself'].split())  # a second <p> ends the first
+BAD_WORDS = set(HTML['bad_words'].split())      # of a class, id or role that is not main text
+GOOD_NAMES = re.compile('|'.join(HTML['good_names']), re.I)
+LEFTOVER = re.compile('|'.join(HTML['leftovers']), re.I)
+RAW_TAGS = HTML['raw'].split()                  # hold no HTML
+RAW_START = re.compile(rf"<(?:!--|({'|'.join(RAW_TAGS)})\b)", re.I)
+RAW_END = {tag: re.compile(f'</{tag}[^>]*>?', re.I) for tag in RAW_TAGS}
+# <name attributes>. A '>' may stand in quotes. What is missing at the end of a page may be missing
+# here too, so that the search never goes back: the time stays linear.
+TAG = re.compile(r'''<(?:(/?[a-zA-Z][^\s/>]*)'''
+                 r'''([^>=]*(?:=(?:\s*"[^"]*"?|\s*'[^']*'?)?[^>=]*){0,500})|[!?/][^>]*)>?''')
+NAMES = re.compile(r'''\b(?:class|id|role|itemprop)\s*=\s*("[^"]*|'[^']*|[^\s>]+)''', re.I)
+NAME_WORD = re.compile('[A-Z]?[a-z]+|[A-Z]+') # shareButtons -> share, Buttons
+HIDDEN = re.compile(r'''\shidden(?![\w-])|display\s*:\s*none|aria-hidden\s*=\s*["']?true''', re.I)
+LONG_NUMBER = re.compile('&#(?:[0-9]{8}|[xX][0-9a-fA-F]{8})[0-9a-fA-F]*') # int() would take forever
+LINE_BREAK = '\x1e' # stands for <br> while white space is squeezed
+
+class Block(typing.NamedTuple):
+    text: str
+    n_linked: int   # characters of the text that are in links
+    element: int    # number of the element that it stands in
+    tag: str        # of this element
+    row: int        # number of the table row, or 0
+
+def strip_raw(page):
+    """Remove comments, scripts and the like. What is never closed goes on to the end, as in browsers."""
+    parts, pos = [], 0
+    for match in RAW_START.finditer(page):
+        if match.start() >= pos: # not inside what has been removed
+            parts.append(page[pos:match.start()])
+            if match[1]:
+                end = RAW_END[match[1].lower()].search(page, match.end())
+                pos = end.end() if end else len(page)
+            else:
+                end = page.find('-->', match.end() - 2) # <!--> is a whole comment
+                pos = end + 3 if end >= 0 else len(page)
+    return ' '.join([*parts, page[pos:]])
+
+@functools.lru_cache(20_000) # sites repeat the same few attributes
+def judge(attributes):
+    """Do an element's names tell what it is? -1 not main text, 1 or 2 main text, 0 unknown"""
+    names = ' '.join(NAMES.findall(attributes))
+    words = {word.lower() for word in NAME_WORD.findall(names)}
+    if words & BAD_WORDS or HIDDEN.search(attributes):
+        return -1
+    if GOOD_NAMES.search(names):
+        return 2
+    return 1 if 'main' in names and 'role' in attributes else 0
+
+def clean_block(text, is_code):
+    """Decode &amp; and the like, squeeze white space (not in code)."""
+    if '&' in text:
+        text = html.unescape(LONG_NUMBER.sub('\ufffd', text))
+    if is_code:
+        return text.replace(LINE_BREAK, '\n').strip('\r\n').rstrip()
+    lines = [' '.join(line.split()) for line in text.split(LINE_BREAK)]
+    return '\n'.join(lines).strip()
+
+def scan(page, by_name=True):
+    """
+    page -> (blocks, parent of each element, verdict on each element); element 0 is the whole page.
+    by_name: leave out elements whose names are bad.
+    """
+    blocks, parents, verdicts = [], [0], [0]
+    stack = [('', 0)]               # (tag, number) of the open elements
+    n_open = collections.Counter()  # tag -> how many of them are open
+    skip_depth = 0                  # length of the stack where a skipped element began, or 0
+    link_depth = 0                  # the same for a link
+    row = 0                         # number of the table row
+    is_item = False                 # does the next block begin a list item?
+    buffer, n_linked = [], 0        # text since the last block, and its characters in links
+
+    def end_block():
+        nonlocal n_linked, is_item
+        text = ''.join(buffer)
+        buffer.clear()
+        if text and not text.isspace():
+            text = clean_block(text, n_open['pre'])
+            tag = 'li' if is_item else stack[-1][0]
+            tag = 'pre' if n_open['pre'] else tag
+            if text:
+                blocks.append(Block(text, n_linked, stack[-1][1], tag, row))
+                is_item = False
+        n_linked = 0
+
+    def close_last():
+        nonlocal skip_depth, link_depth
+        tag, _ = stack.pop()
+        n_open[tag] -= 1
+        skip_depth = 0 if skip_depth > len(stack) else skip_depth
+        link_depth = 0 if link_depth > len(stack) else link_depth
+        return tag
+
+    # TAG has two groups, so split gives: text, tag, attributes, text, tag, attributes, text, ...
+    page = strip_raw(page[:MAX_CHARS]).replace(LINE_BREAK, ' ')
+    parts = iter(['b', '', *TAG.split(page)])
+    for tag, attributes, text in zip(parts, parts, parts): # the text is what follows the tag
+        tag = tag.lower() if tag else 'b' # none: a comment such as <!doctype html>
+        name = tag.lstrip('/')
+        if name in INLINE:
+            pass
+        elif name == 'a': # a second start ends a link, just as its end
+            has_target = tag == 'a' and 'href' in attributes.lower()
+            link_depth = len(stack) if has_target else 0
+        elif name in VOID:
+            if tag == 'br' and not skip_depth:
+                buffer.append(LINE_BREAK)
+            elif tag in ('hr', '/body'):
+                end_block()
+        elif tag != name: # an end tag also ends what was left open inside; a stray one ends nothing
+            end_block()
+            while n_open[name] and close_last() != name:
+                pass
+            row = 0 if name in ('tr', 'table') else row
+            is_item = is_item and name != 'li'
+        else:
+            end_block()
+            last = stack[-1][0]
+            if last == 'p' or (last == name and name in ENDS_ITSELF):
+                close_last()
+            verdict = 0 if skip_depth or len(attributes) < 5 else judge(attributes[:400])
+            verdict = max(verdict, 1) if name in ('article', 'main') else verdict
+            parents.append(stack[-1][1])
+            stack.append((name, len(verdicts)))
+            verdicts.append(verdict)
+            n_open[name] += 1
+            is_page_header = name == 'header' and not n_open['article'] and not n_open['main']
+            if not skip_depth and (name in SKIP or is_page_header or (by_name and verdict < 0)):
+                skip_depth = len(stack)
+            row = len(parents) if name == 'tr' else row
+            is_item = name == 'li' or (is_item and name not in ('ul', 'ol'))
+        if not skip_depth:
+            buffer.append(text)
+            n_linked += len(text.strip()) if link_depth else 0
+    end_block()
+    return blocks, parents, verdicts
+
+def choose_blocks(blocks, parents, verdicts):
+    """The blocks of the main text. Paragraphs (long, few links) show where it is."""
+    is_paragraph = []
+    for block in blocks:
+        is_long = len(block.text) > 80 or block.tag == 'pre'
+        is_paragraph.append(is_long and block.n_linked < 0.3 * len(block.text))
+    sizes = [0] * len(parents) # characters of paragraphs in each element
+    for block, is_long in zip(blocks, is_paragraph):
+        sizes[block.element] += len(block.text) if is_long else 0
+    for i in range(len(parents) - 1, 0, -1): # a parent has a smaller number than its children
+        sizes[parents[i]] += sizes[i]
+
+    # the article is the best element that holds 40% of all paragraphs, or else the page
+    article, best = 0, (0, 0)
+    for i, verdict in enumerate(verdicts):
+        if sizes[i] > 0.4 * sizes[0] and verdict > 0 and (verdict, sizes[i]) > best:
+            article, best = i, (verdict, sizes[i])
+    inside = [False] * len(parents)
+    for i in range(article, len(parents)):
+        inside[i] = i == article or inside[parents[i]]
+    kept = [i for i, block in enumerate(blocks)
+            if inside[block.element] and block.n_linked < 0.5 * len(block.text)]
+    paragraphs = [i for i in kept if is_paragraph[i]] or [0, len(blocks)]
+
+    chosen = []
+    for i in kept:
+        block = blocks[i]
+        is_sentence = block.text.endswith(('.', '!', '?', '"', '”'))
+        is_heading = re.fullmatch('h[1-6]', block.tag)
+        is_line = block.tag in SHORT_LINES or '\n' in block.text
+        # outside of the paragraphs only headings before them, sentences and lists stay
+        is_outside = i > paragraphs[-1] or (i < paragraphs[0] and not is_heading)
+        if is_outside and len(block.text) < 60 and not is_sentence and not is_line:
+            continue
+        # "Share" is a leftover, "Share prices fell." is a sentence
+        limit = 15 if block.text.endswith('.') else 120
+        if block.tag == 'pre' or len(block.text) >= limit or not LEFTOVER.match(block.text):
+            chosen.append(block)
+    return chosen
+
+def html_to_text(page):
+    """The main text: an empty line between paragraphs, '- ' before list items, ' | ' between cells."""
+    blocks = choose_blocks(*scan(page))
+    size = sum(len(block.text) for block in blocks)
+    if size < 200: # perhaps a bad name was misleading: half of a page is not a menu
+        all_blocks = choose_blocks(*scan(page, by_name=False))
+        size_of_all = sum(len(block.text) for block in all_blocks)
+        blocks = all_blocks if size_of_all > 2 * size + 200 else blocks
+    parts, last = [], Block('', 0, 0, '', 0)
+    for block in blocks:
+        is_cell = block.row and block.row == last.row and block.tag in ('td', 'th')
+        is_next_line = {block.tag, last.tag} <= SHORT_LINES - {'pre'}
+        if is_cell and len(block.text) + len(last.text) < 400:
+            parts.append(' | ')
+        elif parts:
+            parts.append('\n' if is_next_line else '\n\n')
+        parts.append('- ' + block.text if block.tag == 'li' else block.text)
+        last = block
+    return ''.join(parts)
+
+# Labels that mean a larger charset to browsers (whatwg.org, Encoding). Only those in CHARSET count:
+# no page may ask for rot13 or UTF-7.
+ALIAS = {'latin1': 'cp1252', 'iso-8859-1': 'cp1252', 'ascii': 'cp1252', 'us-ascii': 'cp1252',
+         'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030', 'big5': 'big5hkscs',
+         'shift_jis': 'cp932', 'shift-jis': 'cp932', 'sjis': 'cp932', 'euc-kr': 'cp949'}
+CHARSET = re.compile(r'utf-?(8|16-?[lb]e)|(windows-|cp)\d+|iso-?8859-\d+|koi8-[ru]|gb18030|'
+                     r'big5hkscs|euc-jp|iso-2022-jp')
+BYTE_ORDER_MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
+
+def decode(raw, content_type=''):
+    """Bytes -> (charset, text): by byte order mark, HTTP header, <meta> tag; else UTF-8 or cp1252."""
+    names = [name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)]
+    for text in (content_type, raw[:4096].decode('latin-1')):
+        names += re.findall(r'charset\s*=\s*["\']?\s*([\w-]+)', text.lower())[:3]
+    for name in [*names, 'utf-8']:
+        name = ALIAS.get(name, name)
+        try:
+            text = raw.decode(name, 'replace') if CHARSET.fullmatch(name) else '\ufffd'
+        except LookupError: # no such charset
+            continue
+        if text.count('\ufffd') <= len(text) / 200: # a few broken bytes do not matter
+            return name, text.replace('\ufeff', '')
+    return 'cp1252', raw.decode('cp1252', 'replace')
 
 def text_step(doc):
-    text = html_to_text(decode(doc.pop('html'), doc['type'])) if 'html' in doc else doc['text']
-    text = text.encode('utf-8', 'replace').decode().replace('\0', '').replace('\xa0', ' ') # no lone surrogates
-    doc['text'] = text.strip()
+    if 'html' in doc:
+        _, page = decode(doc.pop('html'), doc.pop('type'))
+        doc['text'] = html_to_text(page)
+    text = doc['text'].encode('utf-8', 'replace').decode() # no lone surrogates
+    doc['text'] = text.replace('\0', '').replace('\xa0', ' ').strip()
     return None if doc['text'] else 'no text'
 
+# -----------------------------------------------------------------------------
+# step "language": naive Bayes over frequent words
+#
+# config/languages.json lists for 74 languages the most frequent words and how frequent they are.
+# FineWeb uses fastText (Joulin et al. 2016), a model of 126 MB.
+
+# runs of letters; single letters in scripts without spaces
+WORD = re.compile(r'[\u0900-\u0dff]+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|'
+                  r'[^\W\d_]+')
+
+@functools.lru_cache(1)
+def language_table(path=f'{CONFIG_DIR}/languages.json'):
+    """
+    -> codes, {word: row}, log P(word | language) of shape (words + 1, languages + 1). The last row is
+    for every other word, the last column ('und') for text in no language that is known here.
+    """
+    table = load_json(path) # {code: [words, ...]}; a word of the i-th string is one of 2^i words
+    words = ' '.join(' '.join(strings) for strings in table.values()).split()
+    rows = {word: i for i, word in enumerate(sorted(set(words)))}
+    p = np.zeros((len(rows) + 1, len(table) + 1))
+    for column, strings in enumerate(table.values()):
+        for i, string in enumerate(strings):
+            p[[rows[word] for word in string.split()], column] = 2.0**-i
+    p[-1] = np.clip(1 - p.sum(0), 0.35, 0.6)    # the share of words that are not in the table
+    known_words = p[:-1]
+    known_words[:, -1] = known_words[:, :-1].mean(1) # 'und' may borrow a word of any language
+    p[-1, -1] = 0.7
+    return [*table, 'und'], rows, np.log(np.maximum(p, 1e-5))
+
+def language_scores(text, max_evidence=50):
+    """
+    text -> {code: probability}. The words of a text depend on each other, so together they never
+    count as more than max_evidence independent ones. A page in two languages is mostly 'und'.
+    """
+    codes, rows, log_p = language_table()
+    counts = collections.Counter(WORD.findall(text[:10_000].lower()))
+    known = [word for word in counts if word in rows]
+    n_known = np.array([counts[word] for word in known], float)
+    score = n_known @ log_p[[rows[word] for word in known]]  # (languages + 1,)
+    score += (counts.total() - n_known.sum()) * log_p[-1]
+    score[-1] += 5 # two or three words prove nothing: a table of numbers is in no language
+    trust = min(1, max_evidence / max(1, counts.total()))
+    p = np.exp((score - score.max()) * trust)
+    return dict(zip(codes, (p / p.sum()).tolist()))
+
 def language_step(doc):
-    """The page is in one of the wanted languages. FineWeb: English at fastText's 0.65."""
     scores = language_scores(doc['text'])
-    return None if max(scores.get(code, 0) for code in languages.split(',')) >= min_language else max(
-        scores, key=scores.get, default='no language')
+    is_wanted = max(scores[code] for code in languages.split(',')) >= min_language
+    return None if is_wanted else max(scores, key=scores.get)
+
+for name in languages.split(','):
+    assert name in language_table()[0], f"languages: no '{name}' in config/languages.json"
+
+# -----------------------------------------------------------------------------
+# steps "repetition" and "quality": Gopher's rules (Rae et al. 2021, A1.1)
+
+FACTOR = np.uint64(0x9E3779B97F4A7C15) # odd, so that multiplying by it loses nothing
+
+@functools.lru_cache(1) # several steps ask for the same text
+def words_of(text):
+    """The words in lower case, without punctuation around them."""
+    return [word.strip('.,;:!?"\'()').lower() for word in text.split()]
 
 @functools.lru_cache(1)
 def lines_of(text):
     return [line.strip() for line in text.split('\n') if line.strip()]
 
-def key_of(text):
-    """64 bits that depend on the text alone: on every machine and in every run the same."""
-    return int.from_bytes(hashlib.sha256(text.encode('utf-8', 'replace')).digest()[:8], 'big')
+def mix(x):
+    """The last steps of MurmurHash3 (Appleby 2011), uint64 -> uint64: each bit of x changes all others."""
+    for constant in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        x = (x ^ (x >> np.uint64(33))) * np.uint64(constant)
+    return x ^ (x >> np.uint64(33))
+
+def hash_ngrams(words, n):
+    """A hash of each run of n words. -> (len(words) - n + 1,) uint64"""
+    codes = (zlib.crc32(word.encode('utf-8', 'replace')) for word in words)
+    single = mix(np.fromiter(codes, np.uint64, len(words)))
+    hashes = single[:max(0, len(words) - n + 1)]
+    for k in range(1, n): # the factor makes the order of the words count
+        hashes = hashes * FACTOR + single[k:k + len(hashes)]
+    return mix(hashes)
+
+def duplicate_characters(hashes, sizes, n):
+    """Characters in n-grams that occurred earlier in the text; none is counted twice."""
+    seen, total, i = set(), 0, 0
+    while i < len(hashes):
+        if hashes[i] in seen:
+            total += sizes[i]
+            i += n # continue after the duplicate
+        else:
+            seen.add(hashes[i])
+            i += 1
+    return total
 
 def repetition_step(doc):
-    """Gopher (Rae et al. 2021, A1.1): said over and over? Shares of what stood before, in number and in characters."""
-    lines, paragraphs = lines_of(doc['text']), re.split(r'\n\s*\n', doc['text'])
-    for what, parts, limits in (('lines', lines, max_repeated_lines),
+    """Is the same said over and over? Shares of duplicate parts, by number and by characters."""
+    text, words = doc['text'], words_of(doc['text'])
+    paragraphs = re.split(r'\n\s*\n', text)
+    for what, parts, limits in (('lines', lines_of(text), max_repeated_lines),
                                 ('paragraphs', paragraphs, max_repeated_paragraphs)):
-        again, seen = [], set()
-        for part in parts:
-            again += [len(part)] * (part in seen)
-            seen.add(part)
-        if len(again) > limits[0] * len(parts) or sum(again) > limits[1] * len(doc['text']):
+        different = set(parts)
+        n_duplicates = len(parts) - len(different)
+        n_characters = len(''.join(parts)) - len(''.join(different))
+        if n_duplicates > limits[0] * len(parts) or n_characters > limits[1] * len(text):
             return f'repeated {what}'
-    words = words_of(doc['text'])
-    ends = np.cumsum([len(word) + 1 for word in words]) # as if they were joined by spaces
-    starts, limits = np.append(0, ends), [*enumerate(max_top_ngram, 2), *enumerate(max_repeated_ngrams, 5)]
-    hashes = single = grams(words, 1)
-    for n, limit in limits: # n = 2, 3, ..., 10: each made of the one before
-        if len(words) < n:
-            break
-        hashes = hashes[:-1] * FACTOR + single[n - 1:]
-        size = ends[n - 1:] - starts[:len(hashes)] - 1 # (len(words) - n + 1,) characters
-        _, first, count = np.unique(hashes, return_index=True, return_counts=True)
-        if n < 5:
-            most = count.argmax()
-            share = count[most] * size[first[most]] * (count[most] > 1)
+
+    ends = np.cumsum([len(word) + 1 for word in words]) # as if the words were joined by spaces
+    starts = np.append(0, ends)
+    hashes = single = hash_ngrams(words, 1)
+    for n in range(2, min(10, len(words)) + 1):
+        hashes = hashes[:-1] * FACTOR + single[n - 1:] # from the hashes of (n - 1)-grams
+        sizes = ends[n - 1:] - starts[:len(hashes)] - 1 # (len(words) - n + 1,) characters
+        _, first, counts = np.unique(hashes, return_index=True, return_counts=True)
+        if n <= 4:
+            limit = max_top_ngram[n - 2] * ends[-1]
+            top = counts.argmax()
+            n_characters = 0
+            if counts[top] > 1:
+                n_characters = counts[top] * sizes[first[top]]
         else:
-            size[first] = 0
-            share = size.sum() # an upper bound: most texts need no more
-            if share > limit * ends[-1]: # what stood before is jumped over, so that no character counts twice
-                i, share, seen, size = 0, 0, set(), ends[n - 1:] - starts[:len(hashes)] - 1
-                while i < len(hashes):
-                    run, again = int(hashes[i]), int(hashes[i]) in seen
-                    share, i = share + size[i] * again, i + (n if again else 1)
-                    seen.add(run)
-        if share > limit * ends[-1]:
+            limit = max_repeated_ngrams[n - 5] * ends[-1]
+            n_characters = sizes.sum() - sizes[first].sum() # an upper bound: overlaps count twice
+            if n_characters > limit:
+                n_characters = duplicate_characters(hashes.tolist(), sizes, n)
+        if n_characters > limit:
             return f'repeated {n}-grams'
+    return None
+
+def first_broken(rules):
+    """{reason: is the rule met?} -> the first reason why not, or None"""
+    return next((reason for reason, is_met in rules.items() if not is_met), None)
+
+STOP_WORDS = {'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'}
 
 def quality_step(doc):
-    """Gopher (Rae et al. 2021, A1.1): is it prose? The first rule that is not met is the reason."""
-    text, words, lines = doc['text'], words_of(doc['text']), lines_of(doc['text'])
-    letters = len(''.join(text.split()))
-    rules = {
-        'number of words': page_words[0] <= len(words) <= page_words[1],
-        'word length': word_length[0] * len(words) <= letters <= word_length[1] * len(words),
-        'symbols': len(re.findall(r'#|\.\.\.|…', text)) <= max_symbols * len(words),
-        'bullets': sum(line[0] in '*-•‣●' for line in lines) <= max_marked_lines[0] * len(lines),
-        'ellipses': sum(line.endswith(('...', '…')) for line in lines) <= max_marked_lines[1] * len(lines),
-        'letters': sum(any(map(str.isalpha, word)) for word in words) >= min_alphabetic * len(words),
-        'stop words': len({'the', 'be', 'to', 'of', 'and', 'that', 'have', 'with'} & set(words)) >= min_stop_words}
-    return next((reason for reason, met in rules.items() if not met), None)
+    """Is it prose?"""
+    text = doc['text']
+    words = words_of(text)
+    lines = lines_of(text)
+    n, n_lines = len(words), len(lines)
+    n_characters = len(''.join(text.split()))
+    n_symbols = len(re.findall(r'#|\.\.\.|…', text))
+    n_bullets = sum(line[0] in '*-•‣●' for line in lines)
+    n_ellipses = sum(line.endswith(('...', '…')) for line in lines)
+    n_with_letter = sum(any(map(str.isalpha, word)) for word in words)
+    return first_broken({
+        'number of words': page_words[0] <= n <= page_words[1],
+        'word length': word_length[0] * n <= n_characters <= word_length[1] * n,
+        'symbols': n_symbols <= max_symbols * n,
+        'bullets': n_bullets <= max_marked_lines[0] * n_lines,
+        'ellipses': n_ellipses <= max_marked_lines[1] * n_lines,
+        'letters': n_with_letter >= min_alphabetic * n,
+        'stop words': len(STOP_WORDS & set(words)) >= min_stop_words,
+    })
+
+# -----------------------------------------------------------------------------
+# steps "c4" and "fineweb": rules of C4 (Raffel et al. 2020, 2.2), of FineWeb (Penedo et al. 2024, 3.6)
 
 POLICY = re.compile('javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies', re.I)
 
 def c4_step(doc):
-    """C4 (Raffel et al. 2020, 2.2): lines about cookies and scripts go, short ones too; no placeholders, no code."""
-    keep = lambda line: not line.strip() or len(line.split()) >= min_line_words and not POLICY.search(line)
-    text = '\n'.join(line for line in doc['text'].split('\n') if keep(line))
-    doc['text'] = text = re.sub(r'\n{3,}', '\n\n', text).strip()
-    if len(re.findall(r'[.!?]["”’\')]*(?=\s|$)', text)) < min_sentences:
-        return 'few sentences'
-    return 'lorem ipsum' if 'lorem ipsum' in text.lower() else 'curly bracket' if '{' in text else None
+    """Remove very short lines and lines about cookies and scripts; then drop placeholders and code."""
+    kept = []
+    for line in doc['text'].split('\n'):
+        is_sentence = len(line.split()) >= min_line_words and not POLICY.search(line)
+        if is_sentence or not line.strip():
+            kept.append(line)
+    text = doc['text'] = re.sub(r'\n{3,}', '\n\n', '\n'.join(kept)).strip()
+    sentence_ends = re.findall(r'[.!?]["”’\')]*(?=\s|$)', text)
+    return first_broken({
+        'few sentences': len(sentence_ends) >= min_sentences,
+        'lorem ipsum': 'lorem ipsum' not in text.lower(),
+        'curly bracket': '{' not in text,
+    })
 
 def fineweb_step(doc):
-    """FineWeb's own (Penedo et al. 2024, 3.6): lists and menus rather than sentences."""
+    """Drop lists and menus: FineWeb's authors found these rules by comparing good and bad crawls."""
     lines = lines_of(doc['text'])
-    repeated = len(''.join(lines)) - len(''.join(set(lines)))
-    rules = {'punctuation': sum(line[-1] in '.!?"”\'' for line in lines) >= min_punctuated * len(lines),
-             'repeated lines': repeated <= max_line_repeats * len(doc['text']),
-             'short lines': sum(len(line) < 30 for line in lines) <= max_short_lines * len(lines)}
-    return next((reason for reason, met in rules.items() if not met), None)
-
-def pii_step(doc):
-    """Personal data give way to a placeholder of their kind, or the page goes."""
-    doc['text'], found = hide(doc['text'], KINDS)
-    doc['found'], doc['kinds'] = [what for _, what in found], [kind for kind, _ in found]
-    return next((f'has {kind}' for kind in doc['kinds'] if kind in drop_private.split(',')), None)
-
-def exam_grams(folder):
-    """The runs of 13 words of the questions in a folder: sorted hashes, and of which file each is."""
-    hashes, owners, names = [], [], sorted(glob.glob(f'{glob.escape(folder)}/*.jsonl'))
-    for k, name in enumerate(names):
-        for _, row in read_jsonl(name):
-            turns = [turn['content'] for turn in row.get('messages', ())]
-            right = [row[key][int(row['gold'])] for key in ('context_options', 'choices') if key in row]
-            told = [row.get(key) for key in ('query', 'context', 'prompt', 'canonical_solution')] + turns + right
-            new = np.unique(grams(words_of(' '.join(filter(None, told + [row.get('continuation')]))), 13))
-            hashes.append(new)
-            owners.append(np.full(len(new), k))
-    hashes, first, count = np.unique(np.concatenate(hashes or [np.zeros(0, np.uint64)]), return_index=True,
-                                     return_counts=True)
-    once = count <= 10 # what more questions share is the form of an exam
-    owners = np.concatenate(owners or [np.zeros(0, int)])[first[once]]
-    return hashes[once], [os.path.basename(names[k])[:-6] for k in owners]
-
-def decontaminate_step(doc):
-    """A text with 13 words in a row of an exam question goes (Brown et al. 2020, C): a model must not have read it."""
-    if not len(exam[0]): # no exams at hand
-        return None
-    have = grams(words_of(text_of(doc)), 13)
-    at = np.searchsorted(exam[0], have)
-    hit = np.flatnonzero(exam[0][np.minimum(at, len(exam[0]) - 1)] == have)
-    return f'question of {exam[1][at[hit[0]]]}' if len(hit) else None
+    n_punctuated = sum(line[-1] in '.!?"”\'' for line in lines)
+    different = ''.join(set(lines))
+    n_repeated = len(''.join(lines)) - len(different) # characters
+    n_short = sum(len(line) < 30 for line in lines)
+    return first_broken({
+        'punctuation': n_punctuated >= min_punctuated * len(lines),
+        'repeated lines': n_repeated <= max_line_repeats * len(doc['text']),
+        'short lines': n_short <= max_short_lines * len(lines),
+    })
 
 # -----------------------------------------------------------------------------
-# the flow, in passes over the files. What a pass makes of a group of files is whole or not there: a run that was killed
-# goes on with the groups that are missing
-COPIES = None, 'exact', 'near'
-steps = dict(url=url_step, text=text_step, language=language_step, repetition=repetition_step, quality=quality_step,
-             c4=c4_step, fineweb=fineweb_step, dedup=lambda doc: doc['copy'], pii=pii_step,
-             decontaminate=decontaminate_step)
-steps = {name: step for name, step in steps.items() if name in ['text', *filters.split(',')]}
-is_val = lambda key: key < int(val_fraction * 2**64) # of texts alike, all are on one side
-blocked, bad_words = block_list(blocked_hosts), set(blocked_words.split(','))
-groups, group_sizes = [], [] # of inputs; in bytes
-for one in inputs: # small files make up a group; a large one is a group of its own
-    if not groups or group_sizes[-1] + os.path.getsize(one[1]) > 1_000_000:
-        groups.append([])
-        group_sizes.append(0)
-    groups[-1].append(one)
-    group_sizes[-1] += os.path.getsize(one[1])
-results = [f'{tmp}/work/{i:06d}' for i in range(len(groups))] # of each group; stage and kind are added to the name
+# step "pii": personal data gives way to a placeholder, <EMAIL> for an address and so on
+#
+# A pattern finds what has the form; is_private then looks at what no pattern can tell. Every pattern
+# begins with a set of characters, to which re can jump, and looks back only from there: (?<!\w.)
+# means that no letter or digit is before the first character. That is ten times as fast. All
+# repetitions have a limit, so the time is linear in the length of the text.
+
+PII = load_json(f'{CONFIG_DIR}/personal_data.json') # {parts, patterns with examples, needed, words}
+
+def fill_in(pattern):
+    """Replace {GAP} and other names by the parts of patterns that they stand for."""
+    for name, part in reversed(PII['parts'].items()): # a part may hold those before it
+        pattern = pattern.replace(f'{{{name}}}', part)
+    return re.compile(pattern)
+
+PII_PATTERNS = [(row['kind'], fill_in(row['pattern'])) for row in PII['patterns']]
+PII_KINDS = list(PII['needed'])
+SAYS = {name: re.compile(pattern) for name, pattern in PII['words'].items()} # search before a number
+CARD_NUMBER = re.compile(r'4(\d{12}|\d{15}|\d{18})|3[47]\d{13}|3[0689]\d{12}|' # lengths and first
+                         r'(5[1-5]|2[2-7]|35)\d{14}|(5[0678]|6\d)\d{11,17}')   # digits of all banks
+
+def is_card(number):
+    """Luhn's check: double every second digit from the right; the sum of all digits ends with 0."""
+    total = 0
+    for i, digit in enumerate(reversed(number)):
+        value = int(digit) * (1 + i % 2)
+        total += value // 10 + value % 10
+    return total % 10 == 0 and CARD_NUMBER.fullmatch(number)
+
+def is_public_ip(text):
+    """Private networks, examples and numbers such as 4.1.2.1 (a version, a section) do not count."""
+    try:
+        ip = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    parts = set(ip.packed)
+    is_small = ip.version == 4 and max(parts) < 20 and len(parts) > 1
+    ip = getattr(ip, 'ipv4_mapped', None) or ip
+    return ip.is_global and not ip.is_multicast and not is_small
+
+def is_private(kind, found, before, after):
+    """Decide what the pattern cannot: check digits, public addresses, the text before and after."""
+    if kind == 'EMAIL':
+        return True
+    if kind == 'CARD':
+        return is_card(re.sub(r'\D', '', found))
+    if kind == 'IP':
+        return is_public_ip(found) and not SAYS['version'].search(before)
+    if kind == 'ADDRESS':
+        is_year = re.match(r'(1[5-9]|20)\d\d,? ', found) and SAYS['year'].search(before)
+        is_list = re.match(r'\w+, ?\d', found) and not SAYS['flat'].search(before)
+        is_other = SAYS['page'].search(before) or SAYS['street'].match(found)
+        return not (is_year or is_list or is_other)
+    if kind == 'SSN' and '-' not in found:
+        return SAYS['ssn'].search(before)
+    if re.fullmatch(r'\d{3}-\d{4}|\d+', found):
+        return SAYS['phone'].search(before)
+    has_neighbour = re.search(r'\d[ ,\t|]*$', before) or re.match(r'[ ,\t|]*\d', after)
+    is_table = ' ' in found and has_neighbour # one of many numbers in a row
+    return found.startswith('+') or not (is_table or SAYS['other number'].search(before))
+
+def redact(text, kinds):
+    """
+    Replace personal data. -> (text, [(kind, what stood there), ...])
+        'Call (555) 234-5678' -> ('Call <PHONE>', [('PHONE', '(555) 234-5678')])
+    """
+    found = []
+    for kind in PII_KINDS:
+        if kind not in kinds or not re.search(PII['needed'][kind], text): # most texts have none
+            continue
+
+        def replace(match):
+            start, end = match.span()
+            before = text[max(0, start - 50):start]
+            after = text[end:end + 5]
+            if not is_private(kind, match[0], before, after):
+                return match[0]
+            found.append((kind, match[0]))
+            return f'<{kind}>'
+
+        for pattern in [pattern for name, pattern in PII_PATTERNS if name == kind]:
+            text = pattern.sub(replace, text)
+    return text, found
+
+def pii_step(doc):
+    doc['text'], doc['private'] = redact(doc['text'], PII_KINDS)
+    unwanted = [kind for kind, _ in doc['private'] if kind in drop_private.split(',')]
+    return f'has {unwanted[0]}' if unwanted else None
+
+for kind in filter(None, drop_private.split(',')):
+    assert kind in PII_KINDS, f"drop_private: no kind '{kind}'; the kinds are {','.join(PII_KINDS)}"
+
+# -----------------------------------------------------------------------------
+# pass one: clean each input file alone
+
+FIRST_STEPS = dict(url=url_step, text=text_step, language=language_step, repetition=repetition_step,
+                   quality=quality_step, c4=c4_step, fineweb=fineweb_step, pii=pii_step)
+# 112 hashes x -> a x + b of 32 bits; with an odd a no two x get the same value
+GENERATOR = np.random.default_rng(0)
+RANDOM = GENERATOR.integers(0, 2**32, (2, 112), np.uint32)
+HASH_A = RANDOM[0] | np.uint32(1)
+HASH_B = RANDOM[1]
+
+def minhash(text):
+    """
+    The signature of a text, (112,) uint32: the smallest values of 112 hashes of its 5-grams (Broder
+    1997; FineWeb's numbers). Two texts share a value as often as their sets of 5-grams overlap.
+    """
+    words = words_of(text)[:100_000] # the beginning of a long book is enough
+    padding = [''] * (5 - len(words)) # of a very short text
+    ngrams = hash_ngrams(words + padding, 5).astype(np.uint32)
+    smallest = np.full(112, 2**32 - 1, np.uint32)
+    for i in range(0, len(ngrams), 256): # blocks that fit into the cache
+        block = ngrams[i:i + 256, None]
+        values = block * HASH_A + HASH_B    # (256, 112)
+        smallest = np.minimum(smallest, values.min(0))
+    return smallest
 
 def text_of(item):
-    """What is told in an item, of whatever kind."""
-    row = item.get('row', {})
-    return item['text'] if 'text' in item else '\n\n'.join(
-        [turn['content'] for turn in row.get('messages', ())] + row.get('completions', []))
+    """All text of an item, whatever its kind."""
+    if 'text' in item:
+        return item['text']
+    turns = [turn['content'] for turn in item['row'].get('messages', [])]
+    return '\n\n'.join(turns + item['row'].get('completions', []))
 
-def size_of(item):
-    """Bytes of a page or text; of a row about."""
-    return len(item['html'] if 'html' in item else item['text'].encode('utf-8', 'replace') if 'text' in item else
-               json.dumps(item['row']))
+def describe(item):
+    """Add size (bytes), key (64 bits of a hash) and side. Items with the same key are on one side."""
+    text = text_of(item)
+    turns = item.get('row', {}).get('messages', [])
+    asked = [turn['content'] for turn in turns if turn['role'] == 'user']
+    decides = asked[0] if asked else text # the first question, or the whole document
+    digest = hashlib.sha256(decides.encode('utf-8', 'replace')).digest() # the same on every machine
+    item['key'] = int.from_bytes(digest[:8], 'big')
+    item['size'] = len(text.encode('utf-8', 'replace'))
+    is_val = item['key'] < val_fraction * 2**64
+    item.setdefault('side', 'val' if is_val else 'train') # a file's name may have said it
+    return item
 
-def side_key(item):
-    """What decides the side: the text, or the first question, for rows of every kind alike."""
-    asked = [turn['content'] for turn in item.get('row', {}).get('messages', ()) if turn['role'] == 'user']
-    return key_of(asked[0] if asked else text_of(item))
+def n_bytes(doc):
+    if 'html' in doc:
+        return len(doc['html'])
+    return len(doc['text'].encode('utf-8', 'replace'))
 
-def passes(doc, name, step, report):
-    """Run a step on a document, count it, keep examples of what it drops; -> does it stay?"""
-    before = doc.get('text', doc.get('html'))
-    report[name].update(docs_in=1, bytes_in=size_of(doc))
-    if reason := step(doc):
+def run_step(doc, name, step, report):
+    """Run a step on a document and count what it does. -> does the document stay?"""
+    before = doc['text'] if 'text' in doc else doc['html']
+    report[name].update(docs_in=1, bytes_in=n_bytes(doc))
+    reason = step(doc)
+    if reason is None:
+        report[name].update(docs_out=1, bytes_out=n_bytes(doc))
+    else:
         report[f'dropped {name}'][reason] += 1
         if report[f'dropped {name}'][reason] <= keep_dropped:
-            text = decode(before[:2000]) if isinstance(before, bytes) else before[:2000]
-            report['examples'].append(dict(step=name, reason=reason, url=doc['url'], text=text))
-    else:
-        report[name].update(docs_out=1, bytes_out=size_of(doc))
-    if source == 'toytown': # to be compared with what was planted
-        more = dict(stopped=name if reason else None, found=doc.get('found', []))
-        report['fate'].setdefault(doc['url'], {}).update(more, **({'extracted': doc['text']} if name == 'text' else {}))
-    return not reason
+            start = before[:2000]
+            if isinstance(start, bytes):
+                _, start = decode(start)
+            report['examples'].append(dict(step=name, reason=reason, url=doc['url'], text=start))
+    if truth_files: # to be compared with what was planted
+        fate = report['fates'].setdefault(doc['url'], {})
+        fate['stopped'] = name if reason else None
+        if name == 'text':
+            fate['text'] = doc['text']
+        if name == 'pii':
+            fate['private'] = [found for _, found in doc['private']]
+    return reason is None
 
-def over_groups(stage, work):
-    """Call work(path of results, group, report) for the groups of this rank that have no report of this stage yet."""
-    order = sorted(range(len(groups)), key=lambda i: -group_sizes[i])[RANK::world_size] # large ones first
-    began, done, total = time.time(), 0, sum(group_sizes[i] for i in order)
-    for i in order:
-        path = results[i]
-        if os.path.exists(f'{path}.{stage}.json'):
-            total -= group_sizes[i]
+def read_group(group, skipped):
+    """Yield the items of some input files; with chat_as_text also the text of conversations."""
+    for source_name, path in group:
+        for item in read_file(path, source_name, skipped):
+            yield item
+            if item['kind'] == 'chat' and chat_as_text and describe(item)['side'] == 'train':
+                yield dict(kind='text', source=item['source'], url=path, text=text_of(item))
+
+def clean_group(group, report):
+    """Yield what the steps keep of some input files. The report gets counts and signatures."""
+    wanted = ['text', *filters.split(',')]
+    for item in read_group(group, report['skipped']):
+        if item['kind'] == 'tokens': # no step can read tokens: link the file later
+            report['tokens'][item['source']] += len(read_shard(item['path']))
+            report['token_files'].append(os.path.abspath(item['path']))
             continue
-        report = collections.defaultdict(collections.Counter, examples=[], fate={})
-        work(path, groups[i], report)
-        write_jsonl(f'{path}.{stage}.json', [report]) # the last of its files: it stands for all
-        done += group_sizes[i]
-        if time.time() - began > 5:
-            rate = done / (time.time() - began)
-            print0(f'{stage}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:.2f} MB/s, '
-                   f'{(total - done) / rate / 60:.1f} minutes left')
-    barrier()
-
-def add_up(*stages):
-    """The reports of all groups together: counts, what became of each page, examples of what was dropped."""
-    total, fate, examples = collections.defaultdict(collections.Counter), {}, []
-    for stage, path in itertools.product(stages, results):
-        _, report = next(read_jsonl(f'{path}.{stage}.json'))
-        for url, more in report.pop('fate').items():
-            fate[url] = {**fate.get(url, {}), **more}
-        examples += report.pop('examples')
-        for key, counts in report.items():
-            total[key].update(counts)
-    return total, fate, examples
-
-class Table:
-    """What is known of each item: its label (kind and source), size, and the key that decides its side; of texts also
-    the signature, to find copies. 18 bytes an item, 466 with a signature."""
-    def __init__(self):
-        self.labels, self.label, self.size, self.key, self.signatures = [], *map(array.array, 'HQQ'), bytearray()
-
-    def add(self, item, signature=b''):
-        if (label := f"{item['kind']} {item['source']}") not in self.labels:
-            self.labels.append(label)
-        self.label.append(self.labels.index(label))
-        self.size.append(size_of(item))
-        self.key.append(side_key(item))
-        self.signatures += signature
-
-    def save(self, path):
-        with atomic(path) as partial, open(partial, 'wb') as f:
-            np.savez(f, labels=np.array(self.labels, str), label=np.array(self.label, np.uint16),
-                     size=np.array(self.size), key=np.array(self.key),
-                     signatures=np.frombuffer(self.signatures, np.uint32).reshape(-1, 112))
-
-def table_of(path, *names):
-    with np.load(path) as f: # an array is read when it is asked for
-        return SimpleNamespace(**{name: f[name] for name in names or f.files})
-
-def read_group(group, report):
-    """Yield the items of a group's files; of conversations also the text, with chat_as_text."""
-    for name, path in group:
-        for item in read_file(path, name, report['skipped']):
-            item['url'] = str(item.get('url', '')).replace(f'{tmp}/', '')
-            if item['kind'] == 'tokens': # tokenised already, no step can read it: it goes to data_dir as it is
-                end = os.path.basename(path)
-                shard = f"{tmp}/{'val' if 'val' in end else 'train'}_{re.sub('.*(train|val)_?', '', end)}"
-                report['tokens'][item['source']] += len(model.read_shard(path))
-                if not os.path.exists(shard):
-                    os.symlink(os.path.abspath(path), shard)
+        if item['kind'] == 'text':
+            report['read']['documents'] += 1
+            names = [name for name in FIRST_STEPS if name in wanted]
+            if item['source'] in curated.split(','):
+                names = [name for name in names if name not in NOT_FOR_CURATED]
+            if not all(run_step(item, name, FIRST_STEPS[name], report) for name in names):
                 continue
-            yield item
-            if item['kind'] == 'chat' and chat_as_text and not is_val(side_key(item)):
-                yield dict(kind='text', source=item['source'], url=item['url'], text=text_of(item))
+            report['private'].update(kind for kind, _ in item.pop('private', []))
+            if 'dedup' in wanted:
+                report['signatures'].append(minhash(item['text']))
+        report['kinds'][item['kind']] += 1
+        yield describe(item)
 
-def first_pass(path, group, report):
-    """The steps that see one document alone; the signature of what is left."""
-    table = Table()
-    def kept():
-        for item in read_group(group, report):
-            if item['kind'] == 'text':
-                report['read'].update(documents=1)
-                chosen = item['source'] in curated.split(',')
-                names = [name for name in steps if name in (('url', 'text') if chosen else ONE_BY_ONE)]
-                if not all(passes(item, name, steps[name], report) for name in names):
-                    continue
-            table.add(item, signature(item['text']).tobytes() if item['kind'] == 'text' and 'dedup' in steps else b'')
-            yield item
-    write_jsonl(f'{path}.kept.jsonl.gz', kept())
-    table.save(f'{path}.kept.npz')
+def result_path(i, ending):
+    return f'{WORK}/{i:06d}.{ending}'
 
-def second_pass(path, group, report):
-    """The steps that know of other documents, and personal data."""
-    table, copies = Table(), np.load(f'{path}.copies.npy')
-    def kept():
-        for copy, (_, item) in zip(copies, read_jsonl(f'{path}.kept.jsonl.gz')):
-            item['copy'] = COPIES[copy]
-            if item['kind'] == 'text':
-                if not all(passes(item, name, steps[name], report) for name in steps if name not in ONE_BY_ONE):
-                    continue
-                report['private'].update(item.get('kinds', ()))
-            elif item['kind'] in TASKS and 'decontaminate' in steps and (reason := decontaminate_step(item)):
-                report['skipped'][f"{item['kind']}: {reason}"] += 1
-                continue
-            table.add(item)
-            yield {key: item[key] for key in ('kind', 'source', 'url', 'text', 'row') if key in item}
-    write_jsonl(f'{path}.clean.jsonl.gz', kept())
-    table.save(f'{path}.clean.npz')
+def clean_all(groups, sizes):
+    """Clean this rank's groups of files, except those that have a report from an earlier run."""
+    mine = []
+    for i in range(RANK, len(groups), world_size):
+        if not os.path.exists(result_path(i, 'json')):
+            mine.append(i)
+    n_all = sum(sizes[i] for i in mine)
+    n_done = 0
+    began = time.time()
+    for i in mine:
+        report = collections.defaultdict(collections.Counter, examples=[], fates={}, signatures=[],
+                                         token_files=[])
+        write_jsonl(result_path(i, 'jsonl.gz'), clean_group(groups[i], report))
+        signatures = np.array(report.pop('signatures'), np.uint32)
+        with atomic_write(result_path(i, 'npy')) as partial, open(partial, 'wb') as f:
+            np.save(f, signatures.reshape(-1, 112))
+        write_text(result_path(i, 'json'), json.dumps(report)) # the last file: it stands for all
+        n_done += sizes[i]
+        seconds = time.time() - began
+        if seconds > 5:
+            rate = n_done / seconds
+            minutes = (n_all - n_done) / rate / 60
+            print0(f'pass one: {n_done / 1e6:,.1f} of {n_all / 1e6:,.1f} MB, '
+                   f'{rate / 1e6:.2f} MB/s, {minutes:.1f} minutes left')
 
-def third_pass(path, group, report):
-    """What the mixture has chosen, to its side: shards of documents, and parts of the other files."""
-    table, times = table_of(f'{path}.clean.npz'), np.load(f'{path}.times.npy')
-    kinds = np.array([label.split()[0] for label in table.labels] or ['none'])[table.label]
-    for kind, side in itertools.product(['text', *TASKS], ('train', 'val')):
-        mine = np.where((kinds == kind) & (is_val(table.key) == (side == 'val')), times, 0)
-        def chosen():
-            for epoch in range(mine.max(initial=0)):
-                for n, (_, item) in zip(mine, read_jsonl(f'{path}.clean.jsonl.gz')):
-                    if n > epoch:
-                        size = size_of(item)
-                        report[f'{kind} {side}'].update(rows=1, bytes=size)
-                        report[f'{kind} mixture'][item['source']] += size
-                        yield {k: item[k] for k in ('text', 'source', 'url')} if kind == 'text' else item['row']
-        if kind == 'text':
-            shards = itertools.groupby(chosen(), key=lambda _: report[f'text {side}']['bytes'] // shard_bytes)
-            for k, (_, rows) in enumerate(shards):
-                write_jsonl(f'{tmp}/{side}/{os.path.basename(path)}_{k:03d}.jsonl.gz', rows)
-        elif mine.any():
-            write_jsonl(f'{path}.{kind}_{side}.jsonl', chosen())
+inputs = [('files', path) for path in own_files] # (source, path)
+problem = ''
+try:
+    for name in source.split(','):
+        inputs += [(name, path) for path in fetch(name)] if name != 'files' else []
+except AssertionError as e:
+    problem = str(e)
+stop_all_ranks(problem)
+groups, sizes = [], [] # small files make up a group; a large one is a group alone
+for source_name, path in inputs:
+    size = os.path.getsize(path)
+    if not groups or sizes[-1] + size > 1_000_000:
+        groups.append([])
+        sizes.append(0)
+    groups[-1].append((source_name, path))
+    sizes[-1] += size
+try:
+    clean_all(groups, sizes)
+except AssertionError as e: # a mistake in the files of one rank stops all of them
+    problem = str(e)
+stop_all_ranks(problem)
+if RANK > 0: # the rest is for rank 0
+    raise SystemExit
 
-over_groups('kept', first_pass)
-if RANK == 0 and not os.path.exists(f'{tmp}/work/copies'):
-    texts = [np.array([label[:5] == 'text ' for label in t.labels] or [0], bool)[t.label]
-             for t in (table_of(f'{path}.kept.npz', 'labels', 'label') for path in results)]
-    ends = np.cumsum([part.sum() for part in texts], dtype=int)
-    hashes, signatures = np.zeros(ends[-1], np.uint64), np.zeros((ends[-1], 112), np.uint32)
-    for path, part, end in zip(results, texts, ends) if 'dedup' in steps else ():
-        table, mine = table_of(f'{path}.kept.npz'), slice(end - part.sum(), end)
-        hashes[mine], signatures[mine] = table.key[part], table.signatures
-    first = near_duplicates(signatures, hashes, near_duplicate) if 'dedup' in steps else np.arange(ends[-1])
-    code = np.where(first == np.arange(len(first)), 0, np.where(hashes == hashes[first], 1, 2))
-    for path, part, end in zip(results, texts, ends):
-        copies = np.zeros(len(part), np.uint8)
-        copies[part] = code[end - part.sum():end]
-        np.save(f'{path}.copies.npy', copies)
-    del signatures
-    exams = collections.defaultdict(dict)
-    for path in results:
-        if any(label.startswith('benchmarks') for label in table_of(f'{path}.kept.npz', 'labels').labels):
-            for _, item in read_jsonl(f'{path}.kept.jsonl.gz'):
-                if item['kind'].startswith('benchmarks/'): # two sources may have the same one: each row once
-                    exams[item['kind']][json.dumps(item['row'], sort_keys=True)] = item['row']
+# -----------------------------------------------------------------------------
+# pass two. Step "dedup": MinHash with FineWeb's numbers, 112 values in 14 bands of 8
+
+def near_duplicates(signatures, threshold=0.7):
+    """
+    signatures (n, 112) uint32 -> (n,) the earlier text that each is a copy of, or itself.
+
+    Two texts with a band of 8 equal values are compared: they are copies if at least `threshold` of
+    their 112 values are equal. Texts come one after the other and are compared with those that stay.
+    """
+    n = len(signatures)
+    copy_of = np.arange(n)
+    keys = np.zeros((n, 14), np.uint64) # a hash of each band
+    keys += np.arange(14, dtype=np.uint64)
+    for i in range(8):
+        keys = mix(keys + signatures[:, i::8])
+    values, counts = np.unique(keys, return_counts=True)
+    is_shared = np.isin(keys, values[counts > 1])   # (n, 14); most bands occur once: ignore them
+    kept_with = collections.defaultdict(list)       # band -> the texts that stay
+    for i in np.flatnonzero(is_shared.any(1)).tolist():
+        bands = keys[i][is_shared[i]].tolist()
+        candidates = set().union(*[kept_with[band] for band in bands])
+        candidates = np.array(sorted(candidates), int)
+        alike = (signatures[candidates] == signatures[i]).mean(1) >= threshold
+        if alike.any():
+            copy_of[i] = candidates[alike.argmax()] # the earliest
+        else:
+            for band in bands:
+                kept_with[band].append(i)
+    return copy_of
+
+seen_keys = set()
+
+def dedup_step(doc):
+    """Was this text, or one nearly like it, there before?"""
+    if doc['key'] in seen_keys:
+        return 'exact'
+    seen_keys.add(doc['key'])
+    return 'near' if copy_of[doc['number']] != doc['number'] else None
+
+# -----------------------------------------------------------------------------
+# step "decontaminate": texts that contain a benchmark question (Brown et al. 2020, C)
+
+def exam_text(row):
+    """A question with its right answer, as one text."""
+    parts = [row.get(key) for key in ('query', 'context', 'prompt', 'canonical_solution')]
+    parts += [turn['content'] for turn in row.get('messages', [])]
+    for key in ('context_options', 'choices'):
+        if key in row:
+            right = int(row['gold'])
+            parts.append(row[key][right])
+    return ' '.join(part for part in [*parts, row.get('continuation')] if part)
+
+def exam_ngrams(exams):
+    """{benchmark: rows} -> sorted hashes of all 13-grams, and the benchmark of each"""
+    hashes, names = [np.zeros(0, np.uint64)], []
     for name, rows in exams.items():
-        write_jsonl(f'{tmp}/{name}.jsonl', rows.values())
-        print0(f'{name}.jsonl: {len(rows):,} questions')
-    pathlib.Path(f'{tmp}/work/copies').touch()
-barrier()
-exam = exam_grams(f'{tmp}/benchmarks') if 'decontaminate' in steps else None
-over_groups('clean', second_pass)
+        for row in rows:
+            hashes.append(np.unique(hash_ngrams(words_of(exam_text(row)), 13)))
+            names += [name] * len(hashes[-1])
+    hashes, first, counts = np.unique(np.concatenate(hashes), return_index=True, return_counts=True)
+    is_rare = counts <= 10 # what more questions have in common is the form of an exam
+    return hashes[is_rare], [names[i] for i in first[is_rare]]
+
+def find_question(text):
+    """-> the benchmark with which a text shares 13 words in a row, or None"""
+    if len(exam_hashes) == 0:
+        return None
+    ngrams = hash_ngrams(words_of(text), 13)
+    places = np.searchsorted(exam_hashes, ngrams)
+    places = np.minimum(places, len(exam_hashes) - 1)
+    hits = np.flatnonzero(exam_hashes[places] == ngrams)
+    return exam_names[places[hits[0]]] if len(hits) else None
+
+def decontaminate_step(item):
+    name = find_question(text_of(item))
+    return f'question of {name}' if name else None
+
+LAST_STEPS = dict(dedup=dedup_step, decontaminate=decontaminate_step)
+
+def read_results(kinds):
+    """Yield (number, item) of the kinds that pass one has kept; the numbers count all items."""
+    start = 0
+    for i in range(len(groups)):
+        if any(kind.startswith(kinds) for kind in kinds_of[i]): # else there is nothing to read
+            for line, item in read_jsonl(result_path(i, 'jsonl.gz')):
+                if item['kind'].startswith(kinds):
+                    yield start + line - 1, item
+        start += sum(kinds_of[i].values())
+
+total = collections.defaultdict(collections.Counter, examples=[], fates={}) # all reports together
+kinds_of = []   # {kind: number of items} of each group
+token_files = []
+signatures = [np.zeros((0, 112), np.uint32)]
+for i in range(len(groups)):
+    report = load_json(result_path(i, 'json'))
+    total['fates'].update(report.pop('fates'))
+    total['examples'] += report.pop('examples')
+    token_files += report.pop('token_files')
+    kinds_of.append(report.get('kinds', {}))
+    signatures.append(np.load(result_path(i, 'npy')))
+    for name, counts in report.items():
+        total[name].update(counts)
+copy_of = near_duplicates(np.concatenate(signatures), near_duplicate)
+del signatures
+
+shutil.rmtree(NEW, ignore_errors=True) # of a run that was killed in pass two
+os.makedirs(NEW)
+exams = collections.defaultdict(dict) # benchmark -> {row as text: row}; no row twice
+for _, item in read_results('benchmarks/'):
+    name = item['kind'].removeprefix('benchmarks/')
+    as_text = json.dumps(item['row'], sort_keys=True)
+    exams[name][as_text] = item['row']
+exams = {name: list(rows.values()) for name, rows in exams.items()}
+exam_hashes, exam_names = exam_ngrams(exams)
+for name, rows in exams.items():
+    write_jsonl(f'{NEW}/benchmarks/{name}.jsonl', rows)
+    print0(f'benchmarks/{name}.jsonl: {len(rows):,} questions')
+
+# which items stay, and what the mixture must know of them
+kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> source -> its items
+n_items = sum(sum(kinds.values()) for kinds in kinds_of)
+sizes = np.zeros(n_items, np.int64)
+is_val = np.zeros(n_items, bool)
+step_names = [name for name in LAST_STEPS if name in filters.split(',')]
+n_texts = 0
+for number, item in read_results(('text', *TASKS)):
+    if item['kind'] == 'text':
+        item['number'] = n_texts # its row in the signatures
+        n_texts += 1
+        is_kept = all(run_step(item, name, LAST_STEPS[name], total) for name in step_names)
+    else:
+        reason = decontaminate_step(item) if 'decontaminate' in step_names else None
+        is_kept = reason is None
+        total['skipped'][f"{item['kind']}: {reason}"] += not is_kept
+    if is_kept:
+        kept[item['kind']][item['source']].append(number)
+        sizes[number] = item['size']
+        is_val[number] = item['side'] == 'val'
+total['skipped'] += collections.Counter() # drops the zeros
 
 # -----------------------------------------------------------------------------
 # the mixture: how often each item is taken. Weights are of bytes, among the sources of one kind
-if RANK == 0:
-    total, fate, examples = add_up('kept', 'clean')
-if RANK == 0 and not os.path.exists(f'{tmp}/work/times'):
-    tables = [table_of(f'{path}.clean.npz', 'labels', 'label', 'size', 'key') for path in results]
-    labels = sorted({label for table in tables for label in table.labels.tolist()})
-    codes = [np.array([labels.index(x) for x in table.labels] or [0])[table.label] for table in tables]
-    label, size, key = (np.concatenate(parts) for parts in (
-        codes, [table.size for table in tables], [table.key for table in tables]))
-    n_read = total['read']['documents']
-    if not any(name.startswith('text ') for name in labels) and (n_read or not labels and not total['tokens']):
-        lost = ', '.join(f"{name} dropped {total[name]['docs_in'] - total[name]['docs_out']:,}" for name in steps)
-        die(f"no document is left of {n_read:,} ({lost}); --filters=dedup,pii runs fewer steps" if n_read else
-            f'{files or source}: nothing is in there, neither documents nor conversations')
-    known = {name.split(' ', 1)[1] for name in labels}
-    if missing := set(weights) - known:
-        die(f"mixture: no documents from {', '.join(sorted(missing))}; there are {', '.join(sorted(known)) or 'none'}")
-    rng, times = np.random.default_rng(seed), np.zeros(len(label), np.uint8)
-    for kind in dict.fromkeys(name.split()[0] for name in labels):
-        here = {name.split(' ', 1)[1]: i for i, name in enumerate(labels) if name.split()[0] == kind}
-        have = {name: max(1, int(size[label == i].sum())) for name, i in here.items()} # bytes
-        wanted = {name: weights[name] for name in weights if name in here and weights[name]} or have
-        most = [have[name] / weight for name, weight in wanted.items()]
-        budget = min(max_epochs * min(most), max(most)) # until one would be repeated too often, or all are used
-        for name, weight in wanted.items():
-            rows = rng.permutation(np.flatnonzero(label == here[name]))
-            again, rest = divmod(weight * budget * (1 - 1e-9), have[name])
-            times[rows] += int(again)
-            times[rows[np.cumsum(size[rows]) - size[rows] < rest]] += 1
-            if again:
-                print0(f'{kind}: {name} runs dry and is repeated: {weight * budget / have[name]:.2f} epochs')
-    times[is_val(key)] = np.minimum(times[is_val(key)], 1)
-    for path, part in zip(results, np.split(times, np.cumsum([len(table.key) for table in tables])[:-1])):
-        np.save(f'{path}.times.npy', part)
-    for kind in dict.fromkeys(name.split()[0] for name in labels if name.split()[0] in ('text', *TASKS)):
-        mine = np.isin(label, [i for i, name in enumerate(labels) if name.split()[0] == kind]) & (times > 0)
-        for side, on_it in ('train', ~is_val(key)), ('val', is_val(key)):
-            if not (mine & on_it).any():
-                n, what = int(mine.sum()), 'documents' if kind == 'text' else f'rows for {kind}'
-                die(f'{n} {what} are too few, {side} has none: val_fraction = {val_fraction}')
-    pathlib.Path(f'{tmp}/work/times').touch()
-barrier()
-over_groups('mixed', third_pass)
-if RANK: # the rest is for one
-    raise SystemExit
 
-mixed = add_up('mixed')[0]
-for kind, side in itertools.product(TASKS, ('train', 'val')):
-    parts = [f'{path}.{kind}_{side}.jsonl' for path in results]
-    if parts := [part for part in parts if os.path.exists(part)]:
-        with atomic(f'{tmp}/{kind}_{side}.jsonl') as partial, open(partial, 'wb') as out:
-            for part in parts:
-                with open(part, 'rb') as f:
-                    shutil.copyfileobj(f, out)
-        print0(f"{kind}_{side}.jsonl: {mixed[f'{kind} {side}']['rows']:,} rows")
+def mix_sources(have, weights, max_epochs):
+    """
+    {source: bytes}, {source: weight} -> {source: how many epochs of it to take}
+        {'web': 300, 'books': 100}, {'web': 1, 'books': 1}, 1 -> {'web': 0.33, 'books': 1.0}
+    The budget grows until a source would be repeated too often, or until all sources are used up.
+    """
+    wanted = {name: weights[name] for name in have if weights.get(name)}
+    if not wanted:
+        return {name: 1.0 for name in have} # no weight for this kind: take everything
+    budgets = [have[name] / weight for name, weight in wanted.items()] # at which each is used up
+    budget = min(max_epochs * min(budgets), max(budgets))
+    epochs = {}
+    for name in have:
+        wanted_bytes = wanted.get(name, 0) * budget
+        epochs[name] = round(wanted_bytes / have[name], 9) # 0.9999999999 is 1
+    return epochs
+
+n_read = total['read']['documents']
+lost = []
+for name in ALL_STEPS:
+    n_lost = total[name]['docs_in'] - total[name]['docs_out']
+    lost.append(f'{name} {n_lost:,}')
+assert 'text' in kept or not n_read, (f'no document of {n_read:,} is left, dropped by '
+                                      f'{", ".join(lost)}: run fewer steps, as in --filters=pii,dedup')
+assert kept or token_files or exams, f'{files}: the input files are empty'
+known = set().union(*kept.values())
+unknown = sorted(set(weights) - known)
+assert not unknown, f'mixture: nothing from {", ".join(unknown)}; there is {", ".join(sorted(known))}'
+times = np.zeros(n_items, np.int64) # how often each item is taken
+rng = np.random.default_rng(seed)
+for kind, numbers_of in sorted(kept.items()):
+    have = {} # bytes of each source
+    for name in sorted(numbers_of):
+        have[name] = max(1, sizes[numbers_of[name]].sum())
+    for name, epochs in mix_sources(have, weights, max_epochs).items():
+        order = rng.permutation(numbers_of[name])
+        times[order] += int(epochs) # whole epochs, then a part of the next one
+        before = np.cumsum(sizes[order]) - sizes[order] # bytes before each item
+        rest = (epochs - int(epochs)) * have[name]
+        times[order[before < rest]] += 1
+        if epochs > 1:
+            print0(f'{kind}: {name} is too small for its share and is repeated: {epochs:.2f} epochs')
+times[is_val] = np.minimum(times[is_val], 1) # validation data is never repeated
+for kind, numbers_of in kept.items():
+    numbers = np.concatenate([*numbers_of.values()])
+    numbers = numbers[times[numbers] > 0]
+    n = len(numbers)
+    n_val = is_val[numbers].sum()
+    assert 0 < n_val < n, (f'{kind}: {n} items are too few, train has {n - n_val} and val {n_val}: '
+                           f'raise --val_fraction={val_fraction} or add data')
 
 # -----------------------------------------------------------------------------
-# the funnel, and how well each step found what was planted
-funnel = {name: total[name] for name in steps}
-if source == 'toytown':
-    toytown.score(dict((row['url'], row) for _, row in read_jsonl(f'{tmp}/raw/truth.jsonl')), fate, funnel)
-planted = '  planted  precision  recall' * (source == 'toytown')
-print0(f'\nstep           documents in      out    MB in      out{planted}  dropped')
-for name, row in funnel.items():
-    score = ''
-    if fate:
-        score = f"{row['planted']:>9,}{row['precision']:>11.3f}{row['recall']:>8.3f}" if 'planted' in row else ' ' * 28
-    reasons = ', '.join(f'{reason} {n:,}' for reason, n in total[f'dropped {name}'].most_common(3))
-    print0(f"{name:<14}{row['docs_in']:>13,}{row['docs_out']:>9,}"
-           f"{row['bytes_in'] / 1e6:>9.2f}{row['bytes_out'] / 1e6:>9.2f}{score}  {reasons}")
-for kind in 'text', *TASKS:
-    taken = mixed[f'{kind} mixture']
-    wanted = {name: weights[name] for name in taken if name in weights} or dict(taken)
-    for name, size in taken.items() if len(taken) > 1 or kind == 'text' else ():
-        print0(f'{kind}: {name} {size / 1e6:.2f} MB, {size / sum(taken.values()):.1%} of bytes '
-               f'(wanted {wanted[name] / sum(wanted.values()):.1%})')
-if total['private']:
-    print0('personal data hidden:', ', '.join(f'{kind} {n:,}' for kind, n in total['private'].most_common()))
-counts = {f'{side} {what}': mixed[f'text {side}'][key] for side in ('train', 'val')
-          for what, key in (('documents', 'rows'), ('bytes', 'bytes'))}
-print0('corpus:', ', '.join(f'{what} {n:,}' for what, n in counts.items()), f"| skipped: {dict(total['skipped'])}")
-seen = collections.Counter()
-write_jsonl(f'{tmp}/dropped.jsonl', (row for row in examples if not seen.update([(row['step'], row['reason'])])
-                                     and seen[row['step'], row['reason']] <= keep_dropped))
-write_jsonl(f'{tmp}/funnel.json', [dict(
-    steps=funnel, dropped={name: total[f'dropped {name}'] for name in steps}, private=total['private'], counts=counts,
-    mixture={kind: mixed[f'{kind} mixture'] for kind in ('text', *TASKS)}, tokens=total['tokens'],
-    skipped=total['skipped'], seconds=round(time.time() - start_time, 1))])
-for name in ours + [os.path.basename(path) for path in glob.glob(f'{glob.escape(tmp)}/*.bin')]:
-    for old, new in (f'{data_dir}/{name}', f'{tmp}/old_{name}'), (f'{tmp}/{name}', f'{data_dir}/{name}'):
-        if os.path.lexists(old): # all is whole: it takes the place of what an earlier run left
-            os.replace(old, new)
-shutil.rmtree(tmp)
-print0(f'written to {data_dir} in {time.time() - start_time:.1f} s')
+# write the corpus
+
+counts = collections.Counter()
+mixed = collections.defaultdict(collections.Counter) # kind -> {source: bytes}
+
+def choose_rows(kind, side):
+    """Yield rows as often as the mixture says: all items once, then those to be repeated."""
+    for epoch in range(times.max(initial=0)):
+        for number, item in read_results(kind):
+            if times[number] > epoch and item['side'] == side:
+                counts[f'{kind} {side} rows'] += 1
+                counts[f'{kind} {side} bytes'] += item['size']
+                mixed[kind][item['source']] += item['size']
+                if kind == 'text':
+                    yield {key: item[key] for key in ('text', 'source', 'url')}
+                else:
+                    yield item['row']
+
+def take_shard(documents):
+    """The next documents of an iterator, until they have shard_bytes of text."""
+    shard, size = [], 0
+    for doc in documents:
+        shard.append(doc)
+        size += n_bytes(doc)
+        if size >= shard_bytes:
+            break
+    return shard
+
+for side in ('train', 'val'):
+    documents = choose_rows('text', side)
+    for n, shard in enumerate(iter(functools.partial(take_shard, documents), [])):
+        write_jsonl(f'{NEW}/{side}/{n:06d}.jsonl.gz', shard)
+    for kind in TASKS:
+        if kind in kept:
+            name = f'{kind}_{side}.jsonl'
+            write_jsonl(f'{NEW}/{name}', choose_rows(kind, side))
+            n_rows = counts[f'{kind} {side} rows']
+            print0(f'{name}: {n_rows:,} rows')
+for path in token_files: # token shards are linked, not copied
+    name = os.path.basename(path)
+    side = 'val' if 'val' in name else 'train'
+    number = re.sub('.*(train|val)_?', '', name)
+    os.symlink(path, f'{NEW}/{side}_{number}')
+
+# -----------------------------------------------------------------------------
+# the score of each step, if it is known what was planted
+
+def pairs_of(pages, urls, key):
+    """-> {(url, line of its text)} or {(url, personal data in it)}"""
+    pairs = set()
+    for url in urls:
+        values = pages[url].get(key, [])
+        values = re.split(r'\s*\n\s*', values) if key == 'text' else values
+        pairs.update((url, value) for value in values)
+    return pairs
+
+def score(truth, fates, names):
+    """
+    Compare what the steps did with what was planted. -> {step: (planted, precision, recall)}
+
+    truth: {url: {text, fault, group, private}}, written by toytown.py. fault names the step that must
+    drop the page; 'quality' is for the four steps that judge prose, together.
+    fates: {url: {stopped, text, private}}, the step that dropped the page and what was found in it.
+    """
+    junk_steps = [name for name in names if name in ('repetition', 'quality', 'c4', 'fineweb')]
+    arrived = [url for url in fates if url in truth]
+    scores = {}
+    for name in names:
+        together = junk_steps if name in junk_steps else [name]
+        if name != together[-1]: # scored with the last of them
+            continue
+        gone = {url for url in arrived if fates[url]['stopped'] in together}
+        fault = 'quality' if name in junk_steps else name
+        planted = {url for url in arrived if truth[url].get('fault') == fault}
+        found = gone
+        if name in ('text', 'pii'): # lines that must be found, strings that must be replaced
+            key = 'text' if name == 'text' else 'private'
+            planted = pairs_of(truth, arrived, key)
+            found = pairs_of(fates, arrived, key)
+        elif name == 'language': # planted junk is in no language: to drop it is not a mistake
+            found = {url for url in gone if truth[url].get('fault') != 'quality'}
+        elif name == 'dedup': # of each group of copies one must stay, whichever
+            stays = {} # group -> url; of those that stay if there are any
+            for url in sorted(arrived, key=lambda url: url not in gone):
+                stays[truth[url].get('group', url)] = url
+            planted = set(arrived) - set(stays.values())
+        if name != 'decontaminate': # nothing is planted for it
+            n_right = len(planted & found)
+            precision = n_right / max(1, len(found))
+            recall = n_right / max(1, len(planted))
+            scores[name] = (len(planted), precision, recall)
+        arrived = [url for url in arrived if url not in gone]
+    return scores
+
+step_names = [name for name in ALL_STEPS if name == 'text' or name in filters.split(',')]
+truth = {}
+for path in truth_files:
+    truth.update((row['url'], row) for _, row in read_jsonl(path))
+scores = score(truth, total['fates'], step_names) if truth else {}
+
+# -----------------------------------------------------------------------------
+# report
+
+title = '  planted  precision  recall' if scores else ''
+print0(f'\nstep           documents in      out    MB in      out{title}  dropped')
+funnel = {}
+for name in step_names:
+    row = funnel[name] = dict(docs_in=0, docs_out=0, bytes_in=0, bytes_out=0)
+    row.update(total[name])
+    columns = ' ' * len(title)
+    if name in scores:
+        row['planted'], row['precision'], row['recall'] = scores[name]
+        columns = f"{row['planted']:>9,}{row['precision']:>11.3f}{row['recall']:>8.3f}"
+    most_common = total[f'dropped {name}'].most_common(3)
+    reasons = [f'{reason} {n:,}' for reason, n in most_common]
+    megabytes_in = row['bytes_in'] / 1e6
+    megabytes_out = row['bytes_out'] / 1e6
+    print0(f"{name:<14}{row['docs_in']:>13,}{row['docs_out']:>9,}{megabytes_in:>9.2f}"
+           f"{megabytes_out:>9.2f}{columns}  {', '.join(reasons)}")
+for kind, taken in mixed.items():
+    wanted = {name: weights[name] for name in taken if name in weights} or taken
+    for name, size in taken.items():
+        share = size / sum(taken.values())
+        wanted_share = wanted[name] / sum(wanted.values())
+        print0(f'{kind}: {name} {size / 1e6:.2f} MB, {share:.1%} of bytes (wanted {wanted_share:.1%})')
+most_common = total['private'].most_common()
+found = ', '.join(f'{kind} {n:,}' for kind, n in most_common)
+print0(f"personal data replaced: {found or 'none'} | skipped: {dict(total['skipped'])}")
+
+n_shown = collections.Counter()
+shown = []
+for example in total['examples']: # each group of files had keep_dropped of its own
+    reason = (example['step'], example['reason'])
+    n_shown[reason] += 1
+    if n_shown[reason] <= keep_dropped:
+        shown.append(example)
+write_jsonl(f'{NEW}/dropped.jsonl', shown)
+dropped = {name: total[f'dropped {name}'] for name in step_names}
+write_jsonl(f'{NEW}/funnel.json', [dict(
+    steps=funnel, dropped=dropped, private=total['private'], counts=counts, mixture=mixed,
+    tokens=total['tokens'], skipped=total['skipped'], seconds=round(time.time() - START, 1))])
+
+# -----------------------------------------------------------------------------
+# the new corpus takes the place of the old one
+
+new_names = sorted(os.listdir(NEW))
+old_names = list(OURS)
+for path in glob.glob(f'{glob.escape(data_dir)}/*.bin'):
+    if os.path.islink(path): # tokenizer.py writes files, not links
+        old_names.append(os.path.basename(path))
+old_names = [name for name in old_names if name not in new_names]
+write_text(MARKER, json.dumps(dict(new=new_names, old=old_names)))
+put_in_place()
+print0(f"{counts['text train rows']:,} documents to train on, {counts['text val rows']:,} to validate on")
+print0(f'written to {data_dir} in {time.time() - START:.1f} s')

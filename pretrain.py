@@ -1,338 +1,620 @@
 """
-Stage 1: pretraining. Learn language, and what the documents say, by predicting the next token of each of them.
-Most of the compute of the recipe is spent here; what comes out is a base model: it continues documents, it does not
-answer.
+Stage 1: pretraining. The model learns the language, and the facts in the documents, by predicting
+each next token. This takes most of the compute of the recipe. The result is a base model: it
+continues documents, it does not answer questions.
 
-Reads  data_dir/train_*.bin, val_*.bin, tokenizer.json      (tokenizer.py writes them)
-Writes out_dir/base.pt, base.jsonl (the curve), base.resume.pt while it runs
+Reads   data_dir/train_*.bin, data_dir/val_*.bin, data_dir/tokenizer.json
+Writes  out_dir/base.pt, out_dir/base.jsonl (the curve), out_dir/base.resume.pt while it runs
 
-on a laptop        $ python pretrain.py config/tiny.py
-on one GPU         $ python pretrain.py
-on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 pretrain.py          (large models: --parallel=fsdp)
-on two nodes       $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 pretrain.py
-                   $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 pretrain.py
+on a laptop     $ python pretrain.py config/tiny.py
+on one GPU      $ python pretrain.py config/gpt2.py
+on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 pretrain.py config/gpt2.py
+on two nodes    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \
+                      pretrain.py config/gpt2.py             (on the other node: --node_rank=1)
+only estimated  $ python pretrain.py config/d32.py --estimate=8xH100
 
-Left out: a curriculum. Every window is packed full, from one long stream of documents: attention
-crosses from one document into the next, and <|endoftext|> is what tells the model not to care.
+Without a profile, the settings are those of GPT-2 124M: 600,000 steps of 12,288 tokens, far too
+many for a CPU or a small corpus. The length is printed before the first step, the time left after.
+Left out: a curriculum, and a mask between documents. A window is cut from one long stream, so
+attention crosses from one document into the next; <|endoftext|> tells where they meet.
 """
-import contextlib, copy, functools, glob, json, math, os, subprocess, sys, time
-from types import SimpleNamespace
+import functools
+import glob
+import math
+import os
+import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-import model as lib
 from configurator import configure
-from estimate import estimate_run
-from model import GPT, GPTConfig, Tokenizer, die, print0
-from parallel import Engine, Pipeline, Whole
+from model import (
+    GPT,
+    GPTConfig,
+    Tokenizer,
+    all_sum,
+    catch_signals,
+    cleanup,
+    get_state,
+    load_checkpoint,
+    load_model,
+    load_resume,
+    make_optimizers,
+    open_log,
+    print0,
+    read_shard,
+    save_checkpoint,
+    save_resume,
+    seed_step,
+    set_state,
+    setup,
+    should_stop,
+)
 
 # -----------------------------------------------------------------------------
-# settings: the shape of GPT-2 124M (89M with our 4,096 tokens instead of its 50,257); config/tiny.py: a laptop's
+# settings
 # data
-data_dir = 'data/toytown'   # where the token shards are
-out_dir = 'out/toytown'     # where the checkpoint goes
-init_from = ''              # go on with this model: base.pt, a folder of Hugging Face's form, or a name there: gpt2, ..
+data_dir = 'data/toytown'   # folder of the data
+out_dir = 'out/toytown'     # folder of the checkpoints and logs
+init_from = ''              # start from this checkpoint (.pt); its model counts, not the one below
 # model
-arch = 'gpt2'               # gpt2 (LayerNorm, learned positions, GELU) or llama (RMSNorm, rotary positions, gated MLP)
-n_layer = 12                # blocks
+arch = 'gpt2'               # gpt2 (LayerNorm, learned positions, GELU) or llama (RMSNorm, rotary)
+n_layer = 12                # number of blocks
 n_head = 12                 # attention heads in a block
-n_kv_head = 0               # heads of keys and values, 0 = n_head
-n_embd = 768                # width
-n_hidden = 0                # width of the MLP, 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
-block_size = 1024           # tokens of context
-tie_embeddings = True       # one matrix for the input and the output embedding
-qk_norm = False             # normalise queries and keys
-key_shift = False           # half of the heads know a key by the token before it: small models copy sooner
-smear = 0                   # an embedding also holds those of as many tokens before it: small models learn sooner
-dropout = 0.1               # share of activations dropped while training; 0 where no text is seen twice
+n_kv_head = 0               # heads of keys and values (grouped-query attention); 0 = n_head
+n_embd = 768                # width of the embeddings and of the residual stream
+n_hidden = 0                # width of the MLP; 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
+block_size = 1024           # maximum context length, in tokens
+vocab_size = 50304          # only for --estimate without a tokenizer.json, whose size counts
+tie_embeddings = True       # share one matrix between the input and the output embedding
+qk_norm = False             # RMSNorm on queries and keys: allows higher learning rates
+key_shift = False           # half of the key heads use the token before: helps small models
 # training
-batch_size = 12             # windows in a micro-batch, on each process: lower it for memory, total_batch_size stays
-total_batch_size = 0        # windows in a step, of all processes and micro-batches; 0: one micro-batch on each process
-max_iters = 600000          # steps; 0: as many as tokens_per_param asks for
-tokens_per_param = 20.0     # tokens to train on for each parameter where max_iters = 0 (Hoffmann et al. 2022)
-estimate = ''               # instead of training, say what it would need on GPUs, as 8xH100: memory, hours, dollars
-sanity = False              # instead of training, learn one batch by heart: passes if the loss falls to nearly nothing
+max_iters = 600000          # steps; 0 = as many as tokens_per_param asks for
+tokens_per_param = 20.0     # if max_iters = 0: tokens per parameter (Hoffmann et al. 2022)
+batch_size = 12             # examples in a micro-batch on each process; lower it to save memory
+total_batch_size = 0        # examples in a step, all processes; 0 = one micro-batch on each process
+dropout = 0.1               # share of the activations that is dropped while training
 # optimizer
-optimizer = 'adamw'         # adamw, or muon (for the matrices in the blocks; the rest stays with AdamW)
-learning_rate = 3e-4        # at its highest
-min_lr = 3e-5               # at the end of the cosine
-warmup_iters = 2000         # steps of linear rise
-weight_decay = 0.1          # of matrices; vectors do not decay
-momentum = 0.95             # Muon: memory of the gradient; in a run of some hundred steps 0.8 is better
-beta1 = 0.9                 # AdamW: memory of the gradient
-beta2 = 0.95                # AdamW: memory of its square
-grad_clip = 1.0             # longest gradient; 0 = any
+optimizer = 'adamw'         # adamw, or muon for the matrices in the blocks and adamw for the rest
+learning_rate = 3e-4        # max learning rate
+min_lr = 3e-5               # learning rate at the end of the cosine
+warmup_iters = 2000         # steps of linear warm-up
+weight_decay = 0.1          # weight decay of matrices; vectors do not decay
+momentum = 0.95             # muon: momentum; 0.8 is better in a run of some hundred steps
+beta1 = 0.9                 # adamw: decay rate of the first moment
+beta2 = 0.95                # adamw: decay rate of the second moment
+grad_clip = 1.0             # clip the gradient norm at this value; 0 = off
 # evaluation and log
 eval_interval = 2000        # steps between evaluations
-eval_iters = 200            # batches of validation text in one evaluation, over all processes
+eval_iters = 200            # micro-batches of validation data in an evaluation, over all processes
 log_interval = 10           # steps between log lines
-save_interval = 2000        # steps between saves of base.resume.pt
+save_interval = 2000        # steps between saves of the resume file
+# instead of training
+estimate = ''               # print what a run needs on these GPUs, such as 8xH100, and leave
+sanity = False              # learn one batch by heart: proves that data, model and optimizer work
 # system
+parallel = 'ddp'            # several processes: ddp, fsdp (large models), pipeline (slow networks)
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'              # auto, float32, bfloat16, float16 (with a GradScaler, for GPUs without bfloat16)
-parallel = 'ddp'            # of several processes: ddp, fsdp (models too large for one GPU), pipeline; see parallel.py
-compile = False             # torch.compile: slow to start, then faster on a GPU; where it fails, training goes without
-check_device = False        # first compare one forward and backward pass with the CPU in fp32
-wandb_log = False           # also log to Weights & Biases, project out_dir (pip install wandb)
-seed = 1337                 # of the initial weights and the order of the data
-resume = True               # go on from base.resume.pt if a killed run left one
+dtype = 'auto'              # auto, float32, bfloat16 (and float16, in pretrain.py only)
+compile = False             # use torch.compile: slow to start, then faster on a GPU
+seed = 1337                 # seed of everything random
+resume = True               # continue from the resume file if an interrupted run has left one
 config = configure(globals())
 
+for name in ('eval_iters', 'batch_size', 'eval_interval', 'log_interval', 'save_interval'):
+    assert config[name] > 0, f'{name} must be positive, not {config[name]}'
+for name in ('max_iters', 'total_batch_size', 'min_lr',
+             'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip'):
+    assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
+for name in ('dropout', 'momentum', 'beta1', 'beta2'):
+    assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
+assert max_iters or tokens_per_param > 0, '--max_iters=0 needs a positive --tokens_per_param'
+assert parallel in ('ddp', 'fsdp', 'pipeline'), (
+    f"parallel must be 'ddp', 'fsdp' or 'pipeline', not {parallel!r}")
+
+tok_path = os.path.join(data_dir, 'tokenizer.json')
+if os.path.exists(tok_path) or not estimate:
+    tok = Tokenizer.load(tok_path)
+    vocab_size = tok.n_vocab
+    config.update(vocab_size=vocab_size, tokenizer=tok.hash) # a resumed run must have the same
+gpt_config = GPTConfig(
+    arch=arch, vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head,
+    n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden, dropout=dropout,
+    tie_embeddings=tie_embeddings, qk_norm=qk_norm, key_shift=key_shift)
+
 # -----------------------------------------------------------------------------
-# device, data
-if estimate: # of the tokenizer's vocabulary if there is one, else of the one that these settings would make
-    path = os.path.join(data_dir, 'tokenizer.json')
-    if os.path.exists(path):
-        vocab_size = Tokenizer.load(path).n_vocab
-    else:
-        settings = subprocess.check_output([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)),
-            'configurator.py'), 'tokenizer.py', *(word for word in sys.argv[1:] if not word.startswith('--'))])
-        vocab_size = {'gpt2': 50304, 'char': 128}.get(json.loads(settings)['kind'], json.loads(settings)['vocab_size'])
-    lib.check_settings(config)
-    estimate_run(config, vocab_size)
+# --estimate: what a run needs, without running it
+PEAK_FLOPS = {'H100': 989e12, 'A100': 312e12, '4090': 165e12} # bf16, from the data sheets
+GPU_MEMORY = {'H100': 80e9, 'A100': 80e9, '4090': 24e9} # bytes
+GPU_DOLLARS = {'H100': 3.0, 'A100': 1.8, '4090': 0.4} # an hour, about, in 2025
+USUAL_MFU = 0.4 # share of the peak that training reaches in practice
+
+class FusedAttention(torch.autograd.Function):
+    """Stands in for attention: keeps for the backward pass what a fused kernel keeps."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)
+        logsumexp = torch.empty(q.shape[:-1], device=q.device) # fp32, one number a query
+        ctx.save_for_backward(q, k, v, y, logsumexp)
+        return y
+
+def count_activations(gpt_config, batch_size, dtype=torch.bfloat16):
+    """
+    Bytes kept between the forward and backward pass of a micro-batch, as autograd reports them. On
+    the meta device tensors have shapes, but take no memory.
+    """
+    with torch.device('meta'):
+        gpt = GPT(gpt_config).to(dtype)
+        x = torch.zeros(batch_size, gpt_config.block_size, dtype=torch.long)
+    weights = {p.untyped_storage()._cdata for p in [*gpt.parameters(), *gpt.buffers()]}
+    saved = {} # storage id -> tensor; holding the tensor keeps its id from being used twice
+
+    def pack(tensor):
+        storage_id = tensor.untyped_storage()._cdata
+        if storage_id not in weights:
+            saved[storage_id] = tensor
+        return tensor
+
+    def attention(q, k, v, **options):
+        return FusedAttention.apply(q, k, v)
+
+    plain_attention = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = attention
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        F.cross_entropy(gpt(x).float().flatten(0, 1), x.flatten())
+    F.scaled_dot_product_attention = plain_attention
+    n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    logits_grad = x.numel() * gpt_config.vocab_size * (4 + dtype.itemsize) # in fp32 and in dtype
+    return n_bytes + logits_grad
+
+if estimate:
+    count, _, gpu = estimate.rpartition('x')
+    assert count.isdigit() and int(count) > 0 and gpu in PEAK_FLOPS, (
+        f'estimate must be a number of GPUs and their kind, such as 8xH100, not {estimate!r}; '
+        f'known kinds: {", ".join(PEAK_FLOPS)}')
+    n_gpus = int(count)
+    with torch.device('meta'):
+        gpt = GPT(gpt_config)
+    n_params = gpt.n_params()
+    total_batch_size = total_batch_size or batch_size * n_gpus
+    tokens_per_step = total_batch_size * block_size
+    max_iters = max_iters or math.ceil(tokens_per_param * n_params / tokens_per_step)
+    n_tokens = max_iters * tokens_per_step
+    print0(f'parameters: {n_params:,}, {gpt.n_params(embedding=False):,} without embeddings')
+    print0(f'tokens: {n_tokens:,} in {max_iters:,} steps, {n_tokens / n_params:.1f} a parameter')
+
+    n_shards = 1 if parallel == 'ddp' else n_gpus
+    n_moments = 2 * n_params # AdamW keeps two numbers for each parameter, Muon one
+    if optimizer == 'muon':
+        n_moments -= sum(p.numel() for p in gpt.blocks.parameters() if p.dim() > 1)
+    parts = {'weights, fp32': 4 * n_params / n_shards}
+    parts['gradients, fp32'] = 4 * n_params / n_shards
+    parts[f'state of {optimizer}, fp32'] = 4 * n_moments / n_shards
+    parts[f'activations of {batch_size} windows, bf16'] = count_activations(gpt_config, batch_size)
+    if parallel == 'fsdp': # one layer computes while the next one is gathered
+        largest = max(gpt.wte.weight.numel(), sum(p.numel() for p in gpt.blocks[0].parameters()))
+        parts['two gathered layers, bf16, and the gradient of one, fp32'] = (2 * 2 + 4) * largest
+    print0(f'memory on each of {n_gpus} {gpu} with {parallel}:')
+    for what, size in parts.items():
+        print0(f'  {size / 1e9:8.2f} GB  {what}')
+    needed = sum(parts.values())
+    fits = needed < 0.92 * GPU_MEMORY[gpu] # CUDA itself takes some
+    verdict = 'it fits' if fits else 'it does NOT fit: lower --batch_size, or --parallel=fsdp'
+    print0(f'  {needed / 1e9:8.2f} GB  of {GPU_MEMORY[gpu] / 1e9:.0f} GB: {verdict}')
+
+    flops = n_tokens * gpt.flops_per_token(block_size)
+    hours = flops / (n_gpus * PEAK_FLOPS[gpu] * USUAL_MFU) / 3600
+    print0(f'time: {flops:.2e} FLOPs at {USUAL_MFU:.0%} MFU: {hours:,.2f} hours, '
+           f'{hours * n_gpus * GPU_DOLLARS[gpu]:,.0f} dollars')
     raise SystemExit
-run = lib.start(config, fp16=True)
-shards = {s: sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{s}_*.bin'))) for s in ('train', 'val')}
-for split, found in shards.items():
-    if not found:
-        die(f'no token shards {data_dir}/{split}_*.bin: make them with `python tokenizer.py --data_dir={data_dir}`')
-tok = Tokenizer.load(os.path.join(data_dir, 'tokenizer.json'))
-vocab_size = tok.n_vocab
-shards = {s: [lib.read_shard(p, tok.hash) for p in found] for s, found in shards.items()}
-windows = {s: [(len(tokens) - 1) // block_size for tokens in found] for s, found in shards.items()}
-for split in windows:
-    if not sum(windows[split]):
-        n = sum(map(len, shards[split]))
-        die(f'{data_dir}: {n:,} {split} tokens, too few for one window of block_size {block_size} + 1: '
-            f'add text, or --block_size={max(1, n // 2)}')
-token_bytes = torch.tensor([len(tok.bytes_of(i)) for i in range(tok.n_vocab)], device=run.device)
-if parallel not in ('ddp', 'fsdp', 'pipeline'):
-    die(f"parallel is 'ddp', 'fsdp' or 'pipeline', not {parallel!r}")
-pipeline = parallel == 'pipeline' and run.ddp
-if run.ddp and parallel == 'fsdp' and optimizer == 'muon' or run.dtype == torch.float16 and parallel != 'ddp':
-    die("parallel='fsdp' goes with optimizer='adamw' (Muon needs whole matrices), float16 with parallel='ddp' only")
-share, shares = (0, 1) if pipeline else (run.rank, run.world) # which part of each batch is computed here, of how many
-total_batch_size = total_batch_size or batch_size * run.world
-accumulation, rest = divmod(total_batch_size, batch_size * shares)
-if rest or not accumulation:
-    die(f'total_batch_size {total_batch_size} is no multiple of batch_size {batch_size} x {shares} processes: '
-        f'--total_batch_size={max(1, round(total_batch_size / batch_size / shares)) * batch_size * shares}')
-config['total_batch_size'] = total_batch_size # this counts for the order of the data, not on how many it is computed
+
+# -----------------------------------------------------------------------------
+# device and data
+run = setup(config, allow_fp16=True)
+ddp = run.world_size > 1 and parallel == 'ddp'
+fsdp = run.world_size > 1 and parallel == 'fsdp'
+pipeline = run.world_size > 1 and parallel == 'pipeline'
+assert not (fsdp and optimizer == 'muon'), 'fsdp cuts matrices, muon needs whole ones: use adamw'
+assert run.dtype != torch.float16 or parallel == 'ddp', 'float16 works with --parallel=ddp only'
+stage = 'base'
+if sanity: # the same loop, but all steps see one batch, and the settings suit that
+    stage = 'sanity'
+    max_iters = save_interval = 301 # it saves nothing, unless it is interrupted
+    warmup_iters = 20
+    min_lr = learning_rate
+    gpt_config.dropout = 0.0
+resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
+out_path = os.path.join(out_dir, f'{stage}.pt')
+
+shards = {} # split -> token shards
+window_ends = {} # split -> for each shard the number of windows up to its end
+for split in ('train', 'val'):
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')))
+    assert paths, f'no {data_dir}/{split}_*.bin: run `python tokenizer.py --data_dir={data_dir}`'
+    shards[split] = [read_shard(path, tok.hash) for path in paths]
+    window_ends[split] = np.cumsum([max(0, len(t) - 1) // block_size for t in shards[split]])
+    n_tokens = sum(len(tokens) for tokens in shards[split])
+    assert window_ends[split][-1] > 0, (
+        f'{data_dir} has {n_tokens:,} {split} tokens, fewer than one window of block_size '
+        f'{block_size} + 1: add text, or --block_size={max(1, n_tokens // 2)}')
+n_train = int(window_ends['train'][-1]) # windows in an epoch
+token_bytes = torch.tensor([len(tok.token_bytes(i)) for i in range(vocab_size)], device=run.device)
+
+# data-parallel ranks get different examples; all stages of a pipeline work on the same ones
+dp_rank = 0 if pipeline else run.rank
+dp_world = 1 if pipeline else run.world_size
+total_batch_size = total_batch_size or batch_size * run.world_size
+config['total_batch_size'] = total_batch_size # fixes the order of the data, batch_size does not
+per_pass = batch_size * dp_world
+gradient_accumulation_steps = total_batch_size // per_pass
+nearest = max(1, round(total_batch_size / per_pass)) * per_pass
+assert total_batch_size == nearest, (
+    f'total_batch_size {total_batch_size} is not a multiple of batch_size {batch_size} x '
+    f'{dp_world} processes: --total_batch_size={nearest}')
 tokens_per_step = total_batch_size * block_size
-n_train = sum(map(len, shards['train']))
 
 def get_windows(split, index):
-    """Windows number `index` (list) of a split -> x, y (B, T) on the device; y is x one token later."""
-    ends = np.cumsum(windows[split])
+    """Windows with these numbers -> x, y (B, T); y is x one token later."""
     rows = []
     for i in index:
-        s = int(np.searchsorted(ends, i, side='right'))
-        at = (i - (ends[s - 1] if s else 0)) * block_size
-        rows.append(shards[split][s][at:at + block_size + 1].astype(np.int64))
-    rows = torch.from_numpy(np.stack(rows))
-    if rows.max() >= vocab_size:
-        die(f'token {rows.max()} in the shards, but the vocabulary has {vocab_size}: run tokenizer.py again')
-    rows = rows.pin_memory().to(run.device, non_blocking=True) if run.type == 'cuda' else rows.to(run.device)
+        shard = int(np.searchsorted(window_ends[split], i, side='right'))
+        windows_before = window_ends[split][shard - 1] if shard > 0 else 0
+        first = (i - windows_before) * block_size
+        rows.append(shards[split][shard][first:first + block_size + 1].astype(np.int64))
+    rows = torch.from_numpy(np.stack(rows)) # (B, T + 1)
+    assert rows.max() < vocab_size, (
+        f'the data hold token {rows.max()}, the vocabulary {vocab_size}: run tokenizer.py again')
+    if run.device_type == 'cuda':
+        rows = rows.pin_memory() # lets the copy run while the GPU computes
+    rows = rows.to(run.device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
 
-@functools.lru_cache(maxsize=2) # a batch may lie across two epochs
+@functools.lru_cache(maxsize=2) # a step may begin in one epoch and end in the next
 def get_order(epoch):
     """A seeded shuffle of the training windows, the same on all ranks."""
-    return np.random.default_rng((seed, epoch)).permutation(sum(windows['train']))
+    return np.random.default_rng((seed, epoch)).permutation(n_train)
 
-def get_batch(step, micro):
-    """The batch of this process. It depends on (seed, step, micro, share) only: every window comes once an epoch."""
-    n = sum(windows['train'])
-    first = step * total_batch_size + (micro * shares + share) * batch_size
-    return get_windows('train', [int(get_order(g // n)[g % n]) for g in range(first, first + batch_size)])
+def get_batches(step):
+    """The micro-batches of this process in this step; they depend on (seed, step, rank) only."""
+    batches = []
+    for micro in range(gradient_accumulation_steps):
+        first = step * total_batch_size + (micro * dp_world + dp_rank) * batch_size
+        numbers = range(first, first + batch_size) # counted from the start of the run
+        index = [int(get_order(i // n_train)[i % n_train]) for i in numbers]
+        batches.append(get_windows('train', index))
+    return batches
 
 # -----------------------------------------------------------------------------
-# model, optimizer
-if init_from: # its shape counts, not the settings above
-    model_args, weights = lib.pretrained(init_from, tok, block_size, dropout)
-    raw_model = GPT(GPTConfig(**model_args)).to(run.device)
-    raw_model.load_state_dict(weights)
+# model
+if init_from:
+    ckpt = load_checkpoint(init_from, ['base', 'sft', 'dpo', 'rlhf'], 'python pretrain.py')
+    model_args = ckpt['model_args']
+    assert Tokenizer(ckpt['tokenizer']).hash == tok.hash, (
+        f'{init_from} was trained with another tokenizer than {tok_path}: encode the data with it')
+    assert block_size <= model_args['block_size'], (
+        f'{init_from} has a context of {model_args["block_size"]} tokens, not {block_size}: '
+        f'--block_size={model_args["block_size"]}')
+    model_args.update(block_size=block_size, dropout=gpt_config.dropout)
+    if 'wpe.weight' in ckpt['weights']: # learned positions: keep those within block_size
+        ckpt['weights']['wpe.weight'] = ckpt['weights']['wpe.weight'][:block_size]
+    raw_model = load_model(ckpt, run.device)
 else:
-    raw_model = GPT(GPTConfig(arch, vocab_size, block_size, n_layer, n_head, n_kv_head, n_embd, n_hidden, dropout,
-                              tie_embeddings, qk_norm, key_shift, smear)).to(run.device)
-n_params, flops_per_token = raw_model.n_params(), raw_model.flops_per_token(block_size)
+    raw_model = GPT(gpt_config).to(run.device)
+n_params = raw_model.n_params()
+flops_per_token = raw_model.flops_per_token(block_size)
 max_iters = max_iters or math.ceil(tokens_per_param * n_params / tokens_per_step)
-print0(f'data: {n_train:,} train and {sum(map(len, shards["val"])):,} val tokens; {tokens_per_step:,} tokens a step, '
-       f'{max_iters:,} steps = {max_iters * tokens_per_step / n_train:.1f} epochs')
-print0(f'model: {raw_model.config.arch}, {n_params:,} parameters ({raw_model.n_params(embedding=False):,} without '
-       f'embeddings), {max_iters * tokens_per_step / n_params:.1f} tokens a parameter, '
-       f'{flops_per_token * tokens_per_step:.2e} FLOPs a step')
-loss_fn = lambda logits, y: F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
-scaler = torch.amp.GradScaler(run.type, enabled=run.dtype == torch.float16)
-if check_device: # drivers and new hardware can be silently wrong
-    passes, (x, y) = [], get_windows('train', [0])
-    for net, context in ((raw_model.eval(), run.autocast), (copy.deepcopy(raw_model).cpu(), contextlib.nullcontext)):
-        with context():
-            loss = loss_fn(net(x.to(net.wte.weight.device)), y.to(net.wte.weight.device))
-        loss.backward()
-        passes.append((loss.item(), torch.cat([p.grad.flatten().cpu() for p in net.parameters()])))
-        net.zero_grad(set_to_none=True)
-    (a, grad), (b, expected) = passes
-    off, allowed = ((grad - expected).norm() / expected.norm()).item(), 0.01 if run.dtype == torch.float32 else 0.1
-    words = f'loss {a:.4f} on {run.device} and {b:.4f} on the CPU, gradients {off:.1e} apart'
-    if not (abs(a - b) < 0.01 * b and off < allowed): # `not`: NaN too
-        die(f'check_device: {words}: this device computes something else, use --device=cpu or another driver')
-    print0(f'check_device: pass, {words}')
-    raw_model.train()
-engine = (Pipeline(raw_model, run, loss_fn, accumulation, scaler) if pipeline else
-          Engine(raw_model, parallel, run, loss_fn, accumulation, scaler))
-optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), kind=optimizer,
-                                 momentum=momentum)
-resume_path, out_path = os.path.join(out_dir, 'base.resume.pt'), os.path.join(out_dir, 'base.pt')
-config['tokenizer'] = tok.hash # a run does not go on with other tokens
-whole = Whole(raw_model, optimizers, run, parallel)
-free = lib.RESUMABLE | {'processes', 'batch_size', 'parallel', 'check_device', 'wandb_log'}
-first_step, more = lib.load_resume(resume_path, [whole, scaler], [], config, resume, free)
-model = raw_model
-if compile and not pipeline:
-    try: # the first call compiles
-        model = torch.compile(raw_model)
-        with run.autocast():
-            model(get_batch(0, 0)[0]).mean().backward()
-    except Exception as e:
-        print0(f'compile: failed, going on without: {type(e).__name__}: {str(e).strip().splitlines()[0][:200]}')
-        model = raw_model
-    raw_model.zero_grad(set_to_none=True)
-engine.wrap(model, optimizers)
+n_epochs = max_iters * total_batch_size / n_train
+print0(f'model: {raw_model.config.arch}, {n_params:,} parameters '
+       f'({raw_model.n_params(embedding=False):,} without embeddings), block_size {block_size}; '
+       f'a uniform guess has loss ln({vocab_size}) = {math.log(vocab_size):.4f}')
+n_total = max_iters * tokens_per_step
+print0(f'length: {max_iters:,} steps of {tokens_per_step:,} tokens = {n_total:,} tokens, '
+       f'{n_total / n_params:.1f} a parameter, {n_epochs:,.1f} epochs of {n_train:,} windows')
+if n_epochs > 100:
+    print0('the data are few for such a long run: lower --max_iters, or begin with config/tiny.py')
 
 # -----------------------------------------------------------------------------
-# evaluation, schedule
+# only for parallel='pipeline': each process holds some of the layers
+if pipeline: # importing these takes seconds
+    from torch.distributed.checkpoint import state_dict as dcp
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+class Pipeline(torch.nn.Module):
+    """
+    One stage of a GPT: the first takes ids, the last returns logits, the others pass (B, T, C) on.
+    Micro-batches follow one another through the stages, forward and backward in turn ("1F1B",
+    Narayanan et al. 2019). Little is sent between processes, so a slow network is enough.
+    """
+
+    def __init__(self, gpt):
+        super().__init__()
+        n_layer = len(gpt.blocks)
+        assert run.world_size <= min(n_layer, gradient_accumulation_steps), (
+            f'a pipeline of {run.world_size} processes needs as many layers and micro-batches, not '
+            f'{n_layer} and {gradient_accumulation_steps}: lower --nproc_per_node, or use '
+            f'--total_batch_size={run.world_size * batch_size}')
+        self.gpt = gpt
+        self.is_first = run.rank == 0
+        self.is_last = run.rank == run.world_size - 1
+        self.tied = gpt.config.tie_embeddings
+
+        # remove what the other stages hold; what remains keeps its name
+        first = n_layer * run.rank // run.world_size
+        end = n_layer * (run.rank + 1) // run.world_size
+        for i in range(n_layer):
+            if not first <= i < end:
+                gpt.blocks[i] = None
+        if not self.is_first:
+            gpt.wpe = None
+        if not self.is_last:
+            gpt.norm = gpt.head = None
+        if not (self.is_first or (self.is_last and self.tied)): # tied: both ends hold it
+            gpt.wte = None
+        self.ends = dist.new_group([0, run.world_size - 1])
+        stage = PipelineStage(self, run.rank, run.world_size, run.device)
+        self.schedule = Schedule1F1B(stage, gradient_accumulation_steps, self.get_loss,
+                                     scale_grads=False) # get_loss divides already
+
+    def forward(self, x):
+        pos = torch.arange(x.size(1), device=x.device)
+        rope = self.gpt.rope(pos)
+        if self.is_first:
+            x = self.gpt.embed(x, pos) # (B, T) -> (B, T, C)
+        for layer, block in enumerate(self.gpt.blocks):
+            if block is not None:
+                x = block(x, pos, rope, None, None, layer)
+        if self.is_last:
+            x = self.gpt.head(self.gpt.norm(x)) # (B, T, C) -> (B, T, V)
+        return x
+
+    def get_loss(self, logits, y):
+        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum')
+        return loss / tokens_per_step
+
+    def forward_backward(self, batches):
+        """Compute the gradients of a step. Returns its loss on the last process, 0 elsewhere."""
+        losses = []
+        with run.autocast():
+            if self.is_first:
+                self.schedule.step(torch.cat([x for x, _ in batches]))
+            elif self.is_last:
+                self.schedule.step(target=torch.cat([y for _, y in batches]), losses=losses)
+            else:
+                self.schedule.step()
+        if self.tied and (self.is_first or self.is_last): # the copies get the sum of both gradients
+            dist.all_reduce(self.gpt.wte.weight.grad, group=self.ends)
+        return sum(loss.item() for loss in losses)
+
+    def clip_grad_norm_(self, max_norm):
+        """As torch.nn.utils.clip_grad_norm_, over the parameters of all stages."""
+        square = 0.0
+        for name, p in self.gpt.named_parameters():
+            is_copy = self.is_last and name == 'wte.weight' # the first stage counts it
+            square += 0.0 if is_copy else p.grad.double().square().sum().item()
+        norm = torch.tensor(all_sum(square)[0] ** 0.5)
+        torch.nn.utils.clip_grads_with_norm_(self.gpt.parameters(), max_norm, norm)
+        return norm
+
+    def logits(self, x):
+        """x (B, T) -> logits (B, T, V) on the last process, None on the others."""
+        if not self.is_first:
+            x = torch.empty(*x.shape, self.gpt.config.n_embd, device=run.device)
+            dist.recv(x, run.rank - 1)
+        x = self(x)
+        if self.is_last:
+            return x
+        dist.send(x.float(), run.rank + 1)
+        return None
+
+    def get_state(self, optimizers):
+        """The same as model.get_state: the state of the whole model, on rank 0."""
+        options = dcp.StateDictOptions(cpu_offload=True)
+        part = dcp.get_state_dict(self.gpt, optimizers, options=options)
+        parts = [None] * run.world_size if run.master else None
+        dist.gather_object(part, parts)
+        weights = {}
+        moments = {}
+        groups = []
+        for stage_weights, optimizer_states in parts or []:
+            weights.update(stage_weights)
+            moments.update(optimizer_states.get('state', {}))
+            groups += optimizer_states.get('param_groups', [])
+        return dict(weights=weights, optimizers=dict(state=moments, param_groups=groups))
+
+    def set_state(self, optimizers, state):
+        """Takes its part of what get_state returned, here or in a run with ddp or fsdp."""
+        dcp.set_state_dict(self.gpt, optimizers, model_state_dict=state['weights'],
+                           optim_state_dict=state['optimizers'],
+                           options=dcp.StateDictOptions(strict=False))
+
+if pipeline:
+    pipe = Pipeline(raw_model)
+
+# -----------------------------------------------------------------------------
+# optimizer, and the state of an interrupted run
+if fsdp: # each process holds a piece of every tensor and gathers a layer only while it computes
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy(run.dtype, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(run.device_type, (run.world_size,))
+    for block in raw_model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(raw_model, mesh=mesh, mp_policy=policy)
+optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
+                             kind=optimizer, momentum=momentum)
+# fp16 has few exponent bits: scale the loss up, so that small gradients do not become 0
+scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == torch.float16)
+first_step = 0
+progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0)
+saved = load_resume(resume_path, config, resume, ('world_size', 'batch_size', 'parallel'))
+if saved:
+    if pipeline:
+        pipe.set_state(optimizers, saved['state'])
+    else:
+        set_state(raw_model, optimizers, saved['state'])
+    first_step = saved['step']
+    progress = saved['progress']
+    scaler.load_state_dict(progress['scaler'])
+model = torch.compile(raw_model) if compile and not pipeline else raw_model
+if ddp:
+    model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
+
+# -----------------------------------------------------------------------------
+# evaluation and learning rate
 @torch.no_grad()
-def estimate_loss(split='val'):
-    """Mean loss in nats a token, and bits per byte, which can be compared across tokenizers."""
+def evaluate():
+    """val_loss: mean loss in nats a token. val_bpb: bits per byte, comparable across tokenizers."""
     raw_model.eval()
-    nats, tokens, n_bytes = 0.0, 0, 0
-    n = min(sum(windows[split]), eval_iters * batch_size)
-    for i in range(0, n, shares * batch_size): # the same windows for any number of processes
-        mine = range(min(n, i + share * batch_size), min(n, i + (share + 1) * batch_size))
-        x, y = get_windows(split, mine or [0]) # with fsdp all must take part, also those who have nothing left
-        logits = engine.logits(x)                                                 # (B, T, V)
-        if logits is not None and mine:
-            nats += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum').item()
-            tokens += y.numel()
+    nats = 0.0
+    n_tokens = 0
+    n_bytes = 0
+    n_windows = min(int(window_ends['val'][-1]), eval_iters * batch_size)
+    for start in range(0, n_windows, dp_world * batch_size):
+        first = start + dp_rank * batch_size
+        mine = range(first, min(n_windows, first + batch_size))
+        # with fsdp every rank must take part in every forward pass, also when it has nothing left
+        x, y = get_windows('val', mine or [0])
+        with run.autocast():
+            logits = pipe.logits(x) if pipeline else raw_model(x) # (B, T, V)
+        if mine and logits is not None:
+            loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum')
+            nats += loss.item()
+            n_tokens += y.numel()
             n_bytes += token_bytes[y].sum().item()
     raw_model.train()
-    nats, tokens, n_bytes = lib.all_sum(nats, tokens, n_bytes)
-    return nats / tokens, nats / math.log(2) / max(1, n_bytes)
+    nats, n_tokens, n_bytes = all_sum(nats, n_tokens, n_bytes)
+    return dict(val_loss=nats / n_tokens, val_bpb=nats / math.log(2) / max(1, n_bytes))
 
 def get_lr(step):
-    """Linear warm-up, then a cosine down to min_lr at the last step."""
+    """Linear warm-up, then cosine decay to min_lr."""
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    t = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters)
+    t = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters) # 0 .. 1
     return min_lr + 0.5 * (learning_rate - min_lr) * (1 + math.cos(math.pi * min(1.0, t)))
 
 # -----------------------------------------------------------------------------
-# sanity: can it learn one batch by heart? If not, the data, the model or the learning rate is wrong
-if sanity:
-    raw_model.eval() # without dropout
-    for step in range(301):
-        lossf = engine.forward_backward(functools.partial(get_batch, 0))
-        if step % 50 == 0 or lossf < 0.1:
-            print0(f'sanity: step {step}, loss {lossf:.3f} on one batch')
-        if not math.isfinite(lossf) or lossf < 0.1:
-            break
-        engine.clip(grad_clip)
-        engine.update(learning_rate * min(1, (step + 1) / 20))
-        scaler.update()
-        raw_model.zero_grad(set_to_none=True)
-    print0(f'sanity: {"pass" if lossf < 0.1 else "FAIL"}')
-    lib.finish(run)
-    raise SystemExit(int(not lossf < 0.1))
-
-# -----------------------------------------------------------------------------
 # the loop
-log = lib.open_log(os.path.join(out_dir, 'base.jsonl'), first_step)
-if wandb_log and run.master:
-    try:
-        import wandb
-    except ImportError:
-        die('wandb is not installed: `pip install wandb`, or --wandb_log=false')
-    wandb.init(project=os.path.basename(os.path.normpath(out_dir)), config=config)
-    to_file, log = log, lambda step, **numbers: (to_file(step=step, **numbers), wandb.log(numbers, step=step))
-run.catch_signals()
-smooth, seconds = more.get('smooth', 0.0), more.get('seconds', 0.0)
-bad, t0 = 0, time.time()
-val_loss = val_bpb = float('nan')
-peak, notes = lib.peak_flops(run), more.get('notes', {}) # notes: what the lines of diagnosis below compare with
+log = open_log(os.path.join(out_dir, f'{stage}.jsonl'), first_step)
+peak_flops = 0.0 # unknown
+if run.device_type == 'cuda':
+    for gpu, flops in PEAK_FLOPS.items():
+        if gpu in torch.cuda.get_device_name(run.device):
+            peak_flops = flops
+catch_signals(run)
+ema_loss = progress['ema_loss'] # running mean of the loss, for the log lines
+n_tokens = progress['n_tokens'] # read so far
+started = time.time() - progress['seconds'] # as if the run had never been interrupted
+t0 = time.time()
 for step in range(first_step, max_iters + 1):
     # evaluate: all ranks take part
     if step % eval_interval == 0 or step == max_iters:
-        val_loss, val_bpb = estimate_loss()
-        print0(f'step {step:6d} | val loss {val_loss:.4f} | {val_bpb:.4f} bits per byte'
-               + (f' | an untrained model guesses: ln({vocab_size}) = {math.log(vocab_size):.4f}'
-                  if step == 0 and not init_from else ''))
-        log(step=step, val_loss=val_loss, val_bpb=val_bpb)
-        if step:
-            train_loss = smooth / (1 - 0.9 ** step)
-            if val_loss > notes.get('val', val_loss) and train_loss < notes['train']:
-                print0(f'  val loss rises, {notes["val"]:.4f} -> {val_loss:.4f}, while the training loss falls, '
-                       f'{notes["train"]:.4f} -> {train_loss:.4f}: it memorises. More text, fewer steps or --dropout')
-            if step > warmup_iters and train_loss > notes.get('start', train_loss):
-                print0(f'  loss {train_loss:.4f} is above its start, {notes["start"]:.4f}: lower --learning_rate')
-            notes.update(val=val_loss, train=train_loss)
-    leave = lib.stopping(run)
-    if leave or step == max_iters or step > first_step and step % save_interval == 0:
-        more = dict(seconds=seconds + time.time() - t0, smooth=smooth, notes=notes)
-        if step < max_iters:
-            whole.gather()
-            if run.master:
-                lib.save_resume(resume_path, step, [whole, scaler], [], config, **more)
-    if leave and step < max_iters:
-        die(f'stopped at step {step} and saved: the same command goes on from there')
+        val_metrics = evaluate()
+        val_text = ' | '.join(f'{name} {value:.4f}' for name, value in val_metrics.items())
+        print0(f'step {step:6d} | {val_text}')
+        log(step=step, **val_metrics)
     if step == max_iters:
         break
 
-    # forward and backward
-    lib.seed_step(seed, step, run.rank)
-    lr, t1 = get_lr(step), time.time()
-    lossf = engine.forward_backward(functools.partial(get_batch, step))
-    norm = engine.clip(grad_clip)
-    notes.setdefault('start', lossf)
-    epoch = (step + 1) * tokens_per_step // block_size // sum(windows['train'])
-    if epoch > notes.get('epoch', 0):
-        print0(f'step {step}: every window has been seen {epoch} times' if epoch > 1 else
-               f'step {step}: every window has been seen once; from here on text repeats')
-        notes['epoch'] = epoch
+    # save, and leave after Ctrl-C or SIGTERM
+    leave = should_stop(run)
+    if step > first_step and (leave or step % save_interval == 0):
+        progress.update(ema_loss=ema_loss, seconds=time.time() - started, n_tokens=n_tokens)
+        progress['scaler'] = scaler.state_dict()
+        state = pipe.get_state(optimizers) if pipeline else get_state(raw_model, optimizers)
+        save_resume(resume_path, step, state, config, **progress)
+    assert not leave, f'stopped at step {step} and saved: the same command continues from there'
 
-    # update, unless the step would ruin the weights
-    if math.isfinite(lossf) and math.isfinite(norm):
-        bad, smooth = 0, 0.9 * smooth + 0.1 * lossf # a running mean for the log, debiased below like Adam's
-        engine.update(lr)
-    elif math.isfinite(lossf) and scaler.get_scale() > 1:
-        print0(f'step {step}: gradients too large for fp16 at a scale of {scaler.get_scale():.0f}: skipped, half it')
+    # The loss is a sum over valid tokens (or pairs), divided by their number in the whole step, of
+    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    t1 = time.time()
+    seed_step(seed, step, run.rank)
+    batches = get_batches(0 if sanity else step)
+    n_valid = tokens_per_step # all windows are full
+    n_seen = tokens_per_step
+    n_tokens += n_seen
+
+    # forward and backward
+    lossf = 0.0
+    if pipeline:
+        lossf = pipe.forward_backward(batches)
+        batches = [] # nothing is left for the loop
+    for micro, (x, y) in enumerate(batches):
+        if fsdp:
+            raw_model.set_requires_gradient_sync(micro == len(batches) - 1)
+        if ddp: # exchange gradients only once, with the last micro-batch
+            model.require_backward_grad_sync = micro == len(batches) - 1
+        with run.autocast():
+            logits = model(x).float().flatten(0, 1) # (B T, V)
+        loss = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='sum')
+        loss = loss / max(1, n_valid)
+        scaler.scale(loss * run.world_size).backward() # DDP averages over ranks; we need the sum
+        lossf += loss.item()
+    lossf = all_sum(lossf)[0]
+    if sanity and lossf < 0.1:
+        break
+
+    # clip; one step with a gradient that is not finite would ruin the weights
+    if pipeline:
+        norm = pipe.clip_grad_norm_(grad_clip or math.inf)
     else:
-        bad += 1
-        print0(f'step {step}: loss {lossf}, gradient norm {norm}: skipped ({bad} in a row)')
-        if bad == 5:
-            die('5 steps in a row without a finite loss: lower --learning_rate or --grad_clip, or --dtype=float32; '
-                f'the last good state, if one was saved, is {resume_path}')
+        for opt in optimizers:
+            scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    if fsdp:
+        norm = norm.full_tensor()
+    norm = norm.item()
+    overflow = scaler.get_scale() > 1 and not math.isfinite(norm)
+    if overflow: # happens now and then in fp16
+        print0(f'step {step}: fp16 overflow: step skipped, loss scale {scaler.get_scale()} halved')
+    assert overflow or math.isfinite(norm), (
+        f'step {step}: loss {lossf}, gradient norm {norm}: lower --learning_rate and use '
+        f'--resume=false; {resume_path} has the last good state, if one was saved')
+
+    # update
+    lr = get_lr(step)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = lr
+        scaler.step(opt) # opt.step(), except in fp16
     scaler.update()
     raw_model.zero_grad(set_to_none=True)
 
     # log
+    ema_loss = 0.9 * ema_loss + 0.1 * lossf
     if step % log_interval == 0 or step == max_iters - 1:
-        dt, left = time.time() - t1, (time.time() - t0) / (step - first_step + 1) * (max_iters - step - 1)
-        print0(f'step {step:6d} | loss {smooth / (1 - 0.9 ** (step + 1)):.4f} | lr {lr:.2e} | norm {norm:.3f} | '
-               f'{tokens_per_step / dt:,.0f} tok/s, {flops_per_token * tokens_per_step / dt / run.world / peak:.0%} MFU'
-               f' | {100 * (step + 1) / max_iters:.0f}%, {left:.0f} s left')
-        log(step=step, loss=lossf, lr=lr, norm=norm, tokens_per_second=tokens_per_step / dt)
+        dt = time.time() - t1
+        left = (time.time() - t0) / (step + 1 - first_step) * (max_iters - step - 1)
+        smooth_loss = ema_loss / (1 - 0.9 ** (step + 1)) # corrects the start at 0, as Adam does
+        speed = flops_per_token * n_seen / dt / run.world_size # FLOP/s of each process
+        usage = f'{speed / peak_flops:.0%} MFU' if peak_flops else f'{speed:.1e} FLOP/s'
+        print0(f'step {step:6d} | loss {smooth_loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | '
+               f'{n_seen / dt:,.0f} tok/s | {usage} | '
+               f'{(step + 1) / max_iters:.0%}, {left / 60:.1f} min left')
+        log(step=step, loss=lossf, lr=lr, norm=norm,
+            tokens_per_second=n_seen / dt)
 
 # -----------------------------------------------------------------------------
 # save
-weights = whole.gather(optimizers=False).saved['weights']
+if sanity:
+    assert lossf < 0.1, f'sanity: FAIL: loss {lossf:.3f} on one batch after {step} steps, not < 0.1'
+    print0(f'sanity: pass: loss {lossf:.3f} on one batch after {step} steps')
+    cleanup(run)
+    raise SystemExit
+seconds = time.time() - started
+weights = raw_model.state_dict()
+if pipeline:
+    weights = pipe.get_state([])['weights']
+if fsdp:
+    weights = get_state(raw_model, [])['weights']
 if run.master:
-    flops = flops_per_token * tokens_per_step * max_iters
-    metrics = dict(val_loss=val_loss, val_bpb=val_bpb, seconds=more['seconds'], flops=flops,
-                   tokens=tokens_per_step * max_iters)
-    lib.save_checkpoint(out_path, 'base', SimpleNamespace(config=raw_model.config, state_dict=lambda: weights),
-                        tok, config, max_iters, metrics)
-    print(f'saved {out_path}: val loss {val_loss:.4f}, {val_bpb:.4f} bits per byte, {more["seconds"]:.0f} s')
-lib.finish(run)
+    flops = flops_per_token * n_tokens
+    metrics = dict(val_metrics, seconds=seconds, tokens=n_tokens, flops=flops)
+    save_checkpoint(out_path, stage, weights, asdict(raw_model.config), tok,
+                    config, max_iters, metrics)
+    print(f'saved {out_path}: {val_text}, {seconds:.0f} s')
+cleanup(run)

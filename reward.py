@@ -1,296 +1,459 @@
 """
-Stage 3: the reward model. Comparing answers is easier than writing them, so people rank the answers of the SFT model,
-and a model learns to score answers as they would (Christiano et al. 2017; Ouyang et al. 2022, step 2).
+Stage 3: the reward model. It is easier to compare answers than to write them. So people rank
+answers of the SFT model, and a model learns to score answers as they would (Christiano et al. 2017;
+Ouyang et al. 2022, step 2).
 
-Reads  out_dir/sft.pt, data_dir/preferences_{train,val}.jsonl; with sample_prompts data_dir/prompts_{train,val}.jsonl
-Writes out_dir/reward.pt, reward.jsonl, reward.resume.pt while it runs; with sample_prompts out_dir/preferences_*.jsonl
+Reads   out_dir/sft.pt, data_dir/preferences_{train,val}.jsonl; if sample_prompts > 0 also
+        data_dir/prompts_{train,val}.jsonl, to make out_dir/preferences_{train,val}.jsonl
+Writes  out_dir/reward.pt, out_dir/reward.jsonl (the curve), out_dir/reward.resume.pt while it runs
 
-on a laptop        $ python reward.py config/tiny.py
-on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 reward.py
+on a laptop     $ python reward.py config/tiny.py        (on one GPU the same, or without a profile)
+on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 reward.py
+on two nodes    with the flags that pretrain.py shows
 
-The body starts as the SFT model; the output matrix is replaced by one number, read at the answer's last token. Each
-ranking of K answers gives K (K - 1) / 2 pairs; the loss of a pair is -log sigmoid(score of the better - score of the
-worse), the Bradley-Terry model. Scores are normalised at the end, so that the KL coefficient of the next stage keeps
-its meaning. Left out: a margin for how much better (Llama 2), several labellers with opinions of their own.
+The body starts as the SFT model; the output matrix is replaced by one number, read at the last
+token of the answer. A ranking of K answers gives K (K - 1) / 2 pairs. The loss of a pair is
+-log sigmoid(score(better) - score(worse)), the Bradley-Terry model. At the end the scores are
+normalised, so that the KL coefficient of the next stage keeps its meaning.
+
+Left out: a margin that says how much better an answer is (Llama 2), several labellers who disagree.
 """
-import functools, itertools, math, os, sys, time
+import functools
+import itertools
+import math
+import os
+import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import model as lib
 from configurator import configure
-from model import ScalarModel, Tokenizer, die, print0
+from model import (
+    ScalarModel,
+    Tokenizer,
+    all_gather_list,
+    all_sum,
+    catch_signals,
+    cleanup,
+    generate,
+    get_state,
+    grade,
+    last_token,
+    load_checkpoint,
+    load_model,
+    load_resume,
+    make_optimizers,
+    open_log,
+    pad_right,
+    print0,
+    read_jsonl,
+    read_prompts,
+    save_checkpoint,
+    save_resume,
+    seed_step,
+    set_state,
+    setup,
+    should_stop,
+    simulated_ranking,
+    write_jsonl,
+)
 
 # -----------------------------------------------------------------------------
 # settings
 # data
-data_dir = 'data/toytown'   # where preferences_*.jsonl and prompts_*.jsonl are
-out_dir = 'out/toytown'     # where sft.pt is and reward.pt goes
-max_length = 0              # tokens of the longest prompt with answer; 0 = the model's block_size
-# sampling answers and having them ranked
-sample_prompts = 0          # prompts for which the SFT model answers; 0 = only rank files are used
+data_dir = 'data/toytown'   # folder of the data
+out_dir = 'out/toytown'     # folder of the checkpoints and logs
+max_length = 0              # leave out longer examples, in tokens; 0 = the model's block_size
+# sampling: the SFT model answers prompts, a simulated labeller ranks the answers
+sample_prompts = 0          # prompts to answer; 0 = use only the rankings in data_dir
 sample_answers = 4          # answers to each prompt
 sample_batch = 64           # prompts answered at a time
-max_new_tokens = 64         # longest answer
-temperature = 1.0           # of the sampling
-labeller_noise = 0.2        # the simulated labeller sees the gold score plus N(0, this)
+max_new_tokens = 64         # maximum length of an answer
+temperature = 1.0           # sampling temperature
+labeller_noise = 0.2        # the labeller sees the gold score plus N(0, labeller_noise)
 # training
-epochs = 1                  # passes over the rankings: a few thousand labels are learned by heart in more
-batch_size = 8              # rankings in a step, on each process
+epochs = 1                  # passes over the training data
+batch_size = 8              # examples in a micro-batch on each process; lower it to save memory
+gradient_accumulation_steps = 1 # micro-batches in a step
+dropout = 0.0               # share of the activations that is dropped while training
 # optimizer
-learning_rate = 1e-5        # at its highest; then linear to 0
-warmup_iters = 20           # steps of linear rise
-weight_decay = 0.0          # of matrices
-beta1 = 0.9                 # AdamW: memory of the gradient
-beta2 = 0.95                # AdamW: memory of its square
-grad_clip = 1.0             # longest gradient; 0 = any
+optimizer = 'adamw'         # adamw, or muon for the matrices in the blocks and adamw for the rest
+learning_rate = 1e-5        # max learning rate
+warmup_iters = 20           # steps of linear warm-up
+weight_decay = 0.0          # weight decay of matrices; vectors do not decay
+momentum = 0.95             # muon: momentum; 0.8 is better in a run of some hundred steps
+beta1 = 0.9                 # adamw: decay rate of the first moment
+beta2 = 0.95                # adamw: decay rate of the second moment
+grad_clip = 1.0             # clip the gradient norm at this value; 0 = off
 # evaluation and log
-eval_interval = 200         # steps between evaluations
+eval_interval = 100         # steps between evaluations
 log_interval = 10           # steps between log lines
-save_interval = 500         # steps between saves of reward.resume.pt
+save_interval = 500         # steps between saves of the resume file
 # system
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
-dtype = 'auto'              # auto, float32, bfloat16
-seed = 1337                 # of the answers, the labeller, the new head and the order of the data
-resume = True               # go on from reward.resume.pt if a killed run left one
+dtype = 'auto'              # auto, float32, bfloat16 (and float16, in pretrain.py only)
+compile = False             # use torch.compile: slow to start, then faster on a GPU
+seed = 1337                 # seed of everything random
+resume = True               # continue from the resume file if an interrupted run has left one
 config = configure(globals())
 
+for name in ('epochs', 'gradient_accumulation_steps',
+             'sample_answers', 'sample_batch', 'max_new_tokens',
+             'batch_size', 'eval_interval', 'log_interval', 'save_interval'):
+    assert config[name] > 0, f'{name} must be positive, not {config[name]}'
+for name in ('temperature', 'labeller_noise',
+             'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip'):
+    assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
+for name in ('dropout', 'momentum', 'beta1', 'beta2'):
+    assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
+
 # -----------------------------------------------------------------------------
-# device, models
-run = lib.start(config)
-sft = lib.load_checkpoint(os.path.join(out_dir, 'sft.pt'), ['sft'], f'python sft.py --out_dir={out_dir}')
-tok = Tokenizer(sft['tokenizer'])
-sft['model_args']['dropout'] = 0.0
-raw_model = lib.load_model(sft, run.device, ScalarModel)
-max_length = min(max_length or raw_model.config.block_size, raw_model.config.block_size)
-resume_path, out_path = os.path.join(out_dir, 'reward.resume.pt'), os.path.join(out_dir, 'reward.pt')
-started, n_sampled = time.time(), 0
+# device and model
+run = setup(config)
+ddp = run.world_size > 1
+stage = 'reward'
+ckpt_path = os.path.join(out_dir, 'sft.pt')
+ckpt = load_checkpoint(ckpt_path, ['sft'], f'python sft.py --out_dir={out_dir}')
+ckpt['model_args']['dropout'] = dropout
+tok = Tokenizer(ckpt['tokenizer'])
+raw_model = load_model(ckpt, run.device, ScalarModel)
+block_size = raw_model.config.block_size
+max_length = min(max_length or block_size, block_size)
+resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
+out_path = os.path.join(out_dir, f'{stage}.pt')
 
 # -----------------------------------------------------------------------------
 # answers of the SFT model, ranked by the simulated labeller
-def sample_rankings(split, n):
-    """Answer n prompts of the split, rank the answers, write out_dir/preferences_SPLIT.jsonl."""
-    global n_sampled
-    path, prompts = os.path.join(data_dir, f'prompts_{split}.jsonl'), []
-    for row, ids in lib.read_prompts(path, tok, data_dir, ranked=True):
+def sample_rankings(split):
+    """
+    Sample answers to prompts, have them ranked, write out_dir/preferences_SPLIT.jsonl. Returns the
+    share of pairs that the labeller orders alike when asked twice, and the tokens processed.
+    """
+    path = os.path.join(data_dir, f'prompts_{split}.jsonl')
+    prompts = []
+    for row, ids in read_prompts(path, tok, need_checks=True):
         if len(ids) + max_new_tokens <= max_length:
             prompts.append((row, ids))
-    if not prompts:
-        die(f'{path}: no prompt leaves room for {max_new_tokens} new tokens in {max_length}: lower --max_new_tokens')
+    assert prompts, (f'{path}: no prompt leaves room for {max_new_tokens} new tokens in '
+                     f'{max_length}: lower --max_new_tokens')
     rng = np.random.default_rng((seed, split == 'val')) # the same labeller on all ranks
-    prompts = [prompts[i] for i in rng.permutation(len(prompts))[:n]]
-    policy, answers, t0 = lib.load_model(sft, run.device).eval(), [], time.time()
-    lib.seed_step(seed, int(split == 'val'), run.rank) # each rank draws answers of its own
-    mine = prompts[run.rank::run.world]
-    for i in range(0, len(mine), sample_batch):
-        queries = [ids for _, ids in mine[i:i + sample_batch] for _ in range(sample_answers)]
-        with run.autocast():
-            new = lib.generate(policy, queries, max_new_tokens, tok.end, temperature)
-        n_sampled += sum(map(len, queries)) + sum(map(len, new)) # read and said
-        texts = [tok.said(r) for r in new]
-        answers += [texts[k:k + sample_answers] for k in range(0, len(texts), sample_answers)]
-        done = len(answers) / len(mine)
-        if run.master and (sys.stdout.isatty() or done == 1):
-            left = (time.time() - t0) * (1 / done - 1)
-            print(f'\r{split}: answered {done:.0%} of {len(prompts)} prompts, {left:.0f} s left ',
-                  end='\n' if done == 1 else '', flush=True)
-    rows, same, agree, pairs = [], 0, 0, 0
-    for (row, _), texts in zip(prompts, lib.gather(answers, run)):
-        texts = list(dict.fromkeys(texts)) # an empty answer too: else PPO finds that nobody ever scored one
-        gold = [lib.grade(row['checks'], t)[1] for t in texts]
-        ranking, again = (lib.simulated_ranking(gold, labeller_noise, rng) for _ in range(2))
-        if len(ranking) < 2:
-            continue # all answers as good: nothing to learn
-        rows.append(dict(messages=row['messages'], completions=texts, ranking=ranking, checks=row['checks']))
-        for a, b in itertools.combinations(ranking, 2):
-            same, agree, pairs = same + (again.index(a) < again.index(b)), agree + (gold[a] > gold[b]), pairs + 1
-    if not rows:
-        die(f'{path}: the labeller found all answers alike, nothing to learn: more --sample_answers or --temperature')
-    if run.master:
-        lib.write_jsonl(os.path.join(out_dir, f'preferences_{split}.jsonl'), rows)
-    print0(f'{split}: {len(rows)} prompts ranked, {pairs} pairs; the labeller agrees with the gold order on '
-           f'{agree / pairs:.1%}, and with itself, asked again, on {same / pairs:.1%}')
-    lib.all_sum(0) # all ranks wait until the file is written
-    return same / pairs
+    prompts = [prompts[i] for i in rng.permutation(len(prompts))[:sample_prompts]]
 
-self_agreement = None
+    policy = load_model(ckpt, run.device).eval()
+    seed_step(seed, int(split == 'val'), run.rank) # each rank draws its own random numbers
+    mine = prompts[run.rank::run.world_size]
+    answers = [] # for each of my prompts a list of texts
+    n_tokens = 0
+    for first in range(0, len(mine), sample_batch):
+        queries = []
+        for _, ids in mine[first:first + sample_batch]:
+            queries += [ids] * sample_answers
+        with run.autocast():
+            responses = generate(policy, queries, max_new_tokens, tok.end, temperature)
+        n_tokens += sum(len(ids) for ids in queries + responses)
+        texts = [tok.decode_answer(ids) for ids in responses]
+        for i in range(0, len(texts), sample_answers):
+            answers.append(texts[i:i + sample_answers])
+        print0(f'{split}: answered {len(answers)} of {len(mine)} prompts')
+
+    rows = []
+    n_pairs = 0
+    n_same = 0
+    for (row, _), texts in zip(prompts, all_gather_list(answers, run)):
+        texts = list(dict.fromkeys(texts)) # each text once; '' too, or PPO finds it unscored
+        gold = [grade(row['checks'], text)[1] for text in texts]
+        ranking = simulated_ranking(gold, labeller_noise, rng)
+        second = simulated_ranking(gold, labeller_noise, rng)
+        if len(ranking) < 2: # all answers are equally good: nothing to learn
+            continue
+        rows.append({**row, 'completions': texts, 'ranking': ranking})
+        for better, worse in itertools.combinations(ranking, 2):
+            n_pairs += 1
+            n_same += second.index(better) < second.index(worse)
+    assert rows, (f'{path}: the answers to each prompt are equally good, nothing to learn: '
+                  'raise --sample_answers or --temperature')
+    if run.master:
+        write_jsonl(os.path.join(out_dir, f'preferences_{split}.jsonl'), rows)
+    print0(f'{split}: {len(rows)} prompts ranked, {n_pairs} pairs; when asked twice, the labeller '
+           f'orders {n_same / n_pairs:.1%} of them alike')
+    return n_same / n_pairs, all_sum(n_tokens)[0] # all_sum waits until the file is written
+
+t0 = time.time()
+sampled = {} # nothing is sampled, or it was before the run was interrupted
 if sample_prompts and not (resume and os.path.exists(resume_path)):
-    sample_rankings('train', sample_prompts)
-    self_agreement = sample_rankings('val', sample_prompts)
-    n_sampled = lib.all_sum(n_sampled)[0]
+    _, n_train = sample_rankings('train')
+    agreement, n_val = sample_rankings('val')
+    sampled = dict(self_agreement=agreement, n_sampled=n_train + n_val, seconds=time.time() - t0)
 
 # -----------------------------------------------------------------------------
-# data: a ranking -> its answers as tokens, best first, and their gold scores where checks are known
-def load_rankings(split):
-    name, rankings, too_long = f'preferences_{split}.jsonl', [], 0
-    paths = [os.path.join(out_dir, name)] * bool(sample_prompts) + [os.path.join(data_dir, name)]
-    if sample_prompts and split == 'val':
-        paths.pop() # held out are the SFT model's own answers: the labeller's agreement with itself is known on those
-    for path in filter(os.path.exists, paths):
-        for line, row in lib.read_jsonl(path):
-            try:
-                texts, ranking = row['completions'], row['ranking']
-                if len(set(ranking)) != len(ranking) or len(ranking) < 2 or not set(ranking) <= set(range(len(texts))):
-                    raise ValueError(f'ranking {ranking} of {len(texts)} completions needs 2 or more different indices')
-                ids = [tok.render(row['messages'] + [dict(role='assistant', content=texts[i])])[0] for i in ranking]
-                gold = [lib.grade(row['checks'], texts[i])[1] for i in ranking] if row.get('checks') else None
-            except (KeyError, TypeError, ValueError) as e:
-                die(f'{path}:{line}: {f"no {e}" if isinstance(e, KeyError) else e}')
-            if max(map(len, ids)) > max_length:
-                too_long += 1
-            else:
-                rankings.append((ids, gold))
-    if too_long:
-        print0(f'{name}: {too_long} of {too_long + len(rankings)} rankings left out, longer than {max_length} tokens')
-    if not rankings and too_long:
-        die(f'{name}: all {too_long} rankings are longer than {max_length} tokens: pretrain with a larger --block_size')
-    if not rankings:
-        die(f'no rankings in {" or ".join(paths)}: make them with `python prepare_data.py --data_dir={data_dir}`')
-    return rankings
+# data
+def read_example(row):
+    """
+    A line of a preferences file -> length, answers, gold. answers: prompt and answer as tokens,
+    best first. gold: their gold scores, 0 if there are no checks. length: of the longest answer.
+    """
+    for name in ('messages', 'completions', 'ranking'):
+        if not isinstance(row.get(name), list):
+            raise ValueError(f'{name} is missing, or is not a list')
+    texts = row['completions']
+    ranking = row['ranking']
+    if len(ranking) < 2 or len(set(ranking)) < len(ranking):
+        raise ValueError(f'ranking {ranking} must name two or more different answers')
+    if not set(ranking) <= set(range(len(texts))):
+        raise ValueError(f'ranking {ranking} names an answer that is not among the {len(texts)}')
+    answers = []
+    gold = []
+    for i in ranking:
+        answer = dict(role='assistant', content=texts[i])
+        answers.append(tok.render(row['messages'] + [answer])[0])
+        gold.append(grade(row['checks'], texts[i])[1] if row.get('checks') else 0.0)
+    return max(len(ids) for ids in answers), answers, gold
 
-train, val = load_rankings('train'), load_rankings('val')
-step_size = batch_size * run.world
-if len(train) < step_size:
-    die(f'{len(train)} rankings do not fill one step of {step_size} (batch_size {batch_size} x {run.world} processes): '
-        f'--batch_size={max(1, len(train) // run.world)}')
+def load_examples(split):
+    """All examples of the split that are not too long: a list of what read_example returns."""
+    paths = [os.path.join(data_dir, f'preferences_{split}.jsonl')]
+    if sample_prompts:
+        paths.insert(0, os.path.join(out_dir, f'preferences_{split}.jsonl'))
+        if split == 'val': # the labeller's agreement with itself is known for these only
+            paths.pop()
+    found = [path for path in paths if os.path.exists(path)]
+    assert found, f'no {paths[-1]}: make it with `python prepare_data.py --data_dir={data_dir}`'
+    examples = []
+    n_too_long = 0
+    for path in found:
+        for line, row in read_jsonl(path):
+            try:
+                example = read_example(row)
+            except (TypeError, ValueError) as e:
+                raise AssertionError(f'{path}:{line}: {e}') from None
+            if example[0] > max_length:
+                n_too_long += 1
+            else:
+                examples.append(example)
+
+    if n_too_long:
+        print0(f'{split}: left out {n_too_long} of {n_too_long + len(examples)} examples, too long')
+    assert examples, (f'{path}: no example fits into {max_length} tokens: '
+                      'add shorter ones, or pretrain with a larger --block_size')
+    return examples
+
+train = load_examples('train')
+val = load_examples('val')
+step_size = batch_size * gradient_accumulation_steps * run.world_size # examples in a step
+assert len(train) >= step_size, (
+    f'{len(train)} examples do not fill one step of {step_size} (batch_size {batch_size} x '
+    f'accumulation {gradient_accumulation_steps} x {run.world_size} processes): '
+    f'--gradient_accumulation_steps=1 --batch_size={max(1, len(train) // run.world_size)}')
 steps_per_epoch = len(train) // step_size
 max_iters = epochs * steps_per_epoch
-print0(f'data: {len(train):,} rankings, {sum(math.comb(len(ids), 2) for ids, _ in train):,} pairs; {step_size} a step, '
-       f'{max_iters} steps; {len(val)} rankings to validate')
+print0(f'data: {len(train):,} examples, {len(val):,} for validation; {step_size} a step, '
+       f'{steps_per_epoch:,} steps an epoch, {max_iters:,} steps')
 
 @functools.lru_cache(maxsize=1)
 def get_order(epoch):
-    """A seeded shuffle of the rankings, the same on all ranks."""
-    return np.random.default_rng((seed, epoch)).permutation(len(train))
+    """A seeded shuffle, the same on all ranks -> (steps_per_epoch, step_size), indices of train."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(train))[:steps_per_epoch * step_size]
+    # similar lengths share a step, so that little is padded: sort within pools of 16 steps
+    pool_size = 16 * step_size
+    by_length = []
+    for first in range(0, len(order), pool_size):
+        pool = order[first:first + pool_size]
+        by_length += sorted(pool, key=lambda j: train[j][0])
+    order = np.array(by_length).reshape(steps_per_epoch, step_size)
+    return rng.permutation(order) # shuffles the rows, which are the steps
 
-def get_batch(step):
-    """The rankings of this process in this step; they depend on (seed, step, rank) only."""
-    first = step % steps_per_epoch * step_size
-    return [train[j] for j in get_order(step // steps_per_epoch)[first:first + step_size][run.rank::run.world]]
-
-def score(model, rankings):
-    """Scores of all answers, (number of answers,): the head's number at each one's last real token, <|end|>."""
-    rows = [ids for answers, _ in rankings for ids in answers]
-    with run.autocast():
-        return lib.at_end(model(lib.pad_right(rows, tok.pad, run.device)), rows)
-
-def pair_margins(scores, rankings):
-    """score(better) - score(worse) of every pair; the answers of a ranking stand together in scores, best first."""
-    margins, at = [], 0
-    for answers, _ in rankings:
-        i, j = torch.triu_indices(len(answers), len(answers), 1)
-        margins.append(scores[at + i] - scores[at + j])
-        at += len(answers)
-    return torch.cat(margins)
-
-@torch.no_grad()
-def evaluate():
-    """Loss, accuracy against the labeller, accuracy against the gold order (None where no checks are known)."""
-    loss = right = pairs = gold_right = gold_pairs = 0
-    for i in range(run.rank * batch_size, len(val), run.world * batch_size):
-        batch = val[i:i + batch_size]
-        margins = pair_margins(score(raw_model, batch), batch).cpu()
-        gold = [g for answers, scores in batch for g in scores or [0.0] * len(answers)]
-        true = pair_margins(torch.tensor(gold), batch) # 0 where the gold order is unknown
-        loss -= F.logsigmoid(margins).sum().item()
-        right += (margins > 0).sum().item()
-        pairs += len(margins)
-        gold_right += ((margins > 0) == (true > 0))[true != 0].sum().item()
-        gold_pairs += (true != 0).sum().item()
-    loss, right, pairs, gold_right, gold_pairs = lib.all_sum(loss, right, pairs, gold_right, gold_pairs)
-    return loss / pairs, right / pairs, gold_right / gold_pairs if gold_pairs else None
+def get_batches(step):
+    """The micro-batches of this process in this step; they depend on (seed, step, rank) only."""
+    order = get_order(step // steps_per_epoch)[step % steps_per_epoch]
+    mine = order[run.rank::run.world_size]
+    batches = []
+    for first in range(0, len(mine), batch_size):
+        examples = [train[j] for j in mine[first:first + batch_size]]
+        batches.append(examples)
+    return batches
 
 # -----------------------------------------------------------------------------
-# optimizer, schedule
-optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2))
-config['starts_from'] = round(sft['metrics']['seconds'], 3) # tells one sft.pt from another
-first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
-model = DDP(raw_model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else raw_model
+# optimizer, and the state of an interrupted run
+optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
+                             kind=optimizer, momentum=momentum)
+config['starts_from'] = ckpt['metrics'].get('seconds') # tells one checkpoint from another
+first_step = 0
+progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0)
+progress.update(sampled)
+saved = load_resume(resume_path, config, resume)
+if saved:
+    set_state(raw_model, optimizers, saved['state'])
+    first_step = saved['step']
+    progress = saved['progress']
+model = torch.compile(raw_model) if compile else raw_model
+if ddp:
+    model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
+
+# -----------------------------------------------------------------------------
+# scores and pairs
+def get_scores(model, rankings):
+    """Scores of all answers (n_answers,), each read at the answer's last token, <|end|>."""
+    rows = list(itertools.chain(*[answers for _, answers, _ in rankings]))
+    x = pad_right(rows, tok.pad, run.device)
+    with run.autocast():
+        scores = model(x) # (n_answers, T)
+    return last_token(scores, rows)
+
+def pair_margins(scores, rankings):
+    """
+    score(better) - score(worse) of all pairs (n_pairs,). scores (n_answers,): the answers of a
+    ranking stand together, best first.
+        pair_margins([5, 3, 1], a ranking of 3 answers) -> [5 - 3, 5 - 1, 3 - 1]
+    """
+    margins = []
+    first = 0
+    for _, answers, _ in rankings:
+        better, worse = torch.triu_indices(len(answers), len(answers), offset=1)
+        margins.append(scores[first + better] - scores[first + worse])
+        first += len(answers)
+    return torch.cat(margins)
+
+# -----------------------------------------------------------------------------
+# evaluation and learning rate
+@torch.no_grad()
+def evaluate():
+    """
+    val_loss: mean loss on the validation data. val_accuracy: the share of its pairs that the model
+    orders as the labeller did. val_gold_accuracy: as the gold score does, where it is known.
+    """
+    raw_model.eval()
+    sums = torch.zeros(5)
+    for first in range(run.rank * batch_size, len(val), run.world_size * batch_size):
+        batch = val[first:first + batch_size]
+        margins = pair_margins(get_scores(raw_model, batch), batch).cpu()
+        gold = torch.tensor(list(itertools.chain(*[gold for _, _, gold in batch])))
+        gold_margins = pair_margins(gold, batch)
+        is_right = margins > 0
+        is_known = gold_margins != 0
+        is_gold = is_known & (is_right == (gold_margins > 0))
+        loss = -F.logsigmoid(margins).sum()
+        n_pairs = torch.tensor(len(margins))
+        sums += torch.stack([loss, n_pairs, is_right.sum(), is_known.sum(), is_gold.sum()])
+    raw_model.train()
+    loss, n_pairs, n_right, n_known, n_gold = all_sum(*sums)
+    found = dict(val_loss=loss / n_pairs, val_accuracy=n_right / n_pairs)
+    if n_known:
+        found['val_gold_accuracy'] = n_gold / n_known
+    return found
 
 def get_lr(step):
-    """Linear warm-up, then linear down to 0."""
-    return learning_rate * min((step + 1) / (warmup_iters + 1), (max_iters - step) / max(1, max_iters - warmup_iters))
+    """Linear warm-up, then linear decay to 0."""
+    warmup = (step + 1) / (warmup_iters + 1)
+    decay = (max_iters - step) / max(1, max_iters - warmup_iters)
+    return learning_rate * min(warmup, decay)
 
 # -----------------------------------------------------------------------------
 # the loop
-log = lib.open_log(os.path.join(out_dir, 'reward.jsonl'), first_step)
-run.catch_signals()
-self_agreement, n_sampled = more.get('self_agreement', self_agreement), more.get('n_sampled', n_sampled)
-smooth, seconds, n_tokens = more.get('smooth', 0.0), more.get('seconds', 0.0), more.get('n_tokens', 0)
-bad, t0, accuracy, gold_accuracy = 0, time.time(), float('nan'), None
+log = open_log(os.path.join(out_dir, f'{stage}.jsonl'), first_step)
+catch_signals(run)
+ema_loss = progress['ema_loss'] # running mean of the loss, for the log lines
+n_tokens = progress['n_tokens'] # read so far
+started = time.time() - progress['seconds'] # as if the run had never been interrupted
+t0 = time.time()
 for step in range(first_step, max_iters + 1):
     # evaluate: all ranks take part
     if step % eval_interval == 0 or step == max_iters:
-        val_loss, accuracy, gold_accuracy = evaluate()
-        print0(f'step {step:6d} | val loss {val_loss:.4f} | {accuracy:.1%} of held-out pairs as the labeller'
-               + (f', {gold_accuracy:.1%} as the gold order' if gold_accuracy is not None else ''))
-        log(step=step, val_loss=val_loss, accuracy=accuracy, gold_accuracy=gold_accuracy)
-    leave = lib.stopping(run)
-    if leave or step == max_iters or step > first_step and step % save_interval == 0:
-        more = dict(seconds=seconds + time.time() - started, smooth=smooth, n_tokens=n_tokens, n_sampled=n_sampled,
-                    self_agreement=self_agreement)
-        if run.master and step < max_iters:
-            lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
-    if leave and step < max_iters:
-        die(f'stopped at step {step} and saved: the same command goes on from there')
+        val_metrics = evaluate()
+        val_text = ' | '.join(f'{name} {value:.4f}' for name, value in val_metrics.items())
+        print0(f'step {step:6d} | {val_text}')
+        log(step=step, **val_metrics)
     if step == max_iters:
         break
 
-    # forward and backward: the sum over all pairs of the step, divided by their number on all ranks
-    lib.seed_step(seed, step, run.rank)
-    lr, t1, batch = get_lr(step), time.time(), get_batch(step)
-    margins = pair_margins(score(model, batch), batch)                            # (pairs,)
-    n_pairs, n_seen = lib.all_sum(len(margins), sum(len(ids) for answers, _ in batch for ids in answers))
-    loss = -F.logsigmoid(margins).sum() / n_pairs
-    (loss * run.world).backward() # DDP takes the mean over ranks, the sum is wanted
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf')).item()
-    lossf, right = lib.all_sum(loss.item(), (margins > 0).sum().item())
+    # save, and leave after Ctrl-C or SIGTERM
+    leave = should_stop(run)
+    if step > first_step and (leave or step % save_interval == 0):
+        progress.update(ema_loss=ema_loss, seconds=time.time() - started, n_tokens=n_tokens)
+        state = get_state(raw_model, optimizers)
+        save_resume(resume_path, step, state, config, **progress)
+    assert not leave, f'stopped at step {step} and saved: the same command continues from there'
+
+    # The loss is a sum over valid tokens (or pairs), divided by their number in the whole step, of
+    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    t1 = time.time()
+    seed_step(seed, step, run.rank)
+    batches = get_batches(step)
+    n_valid = 0
+    n_seen = 0
+    for _, answers, _ in itertools.chain(*batches):
+        n_valid += math.comb(len(answers), 2)
+        n_seen += sum(len(ids) for ids in answers)
+    n_valid, n_seen = all_sum(n_valid, n_seen)
     n_tokens += n_seen
 
-    # update, unless the step would ruin the weights
-    if math.isfinite(lossf) and math.isfinite(norm):
-        bad, smooth = 0, 0.9 * smooth + 0.1 * lossf # a running mean for the log, debiased below like Adam's
-        for opt in optimizers:
-            for group in opt.param_groups:
-                group['lr'] = lr
-            opt.step()
-    else:
-        bad += 1
-        print0(f'step {step}: loss {lossf}, gradient norm {norm}: skipped ({bad} in a row)')
-        if bad == 5:
-            die('5 steps in a row without a finite loss: lower --learning_rate or --grad_clip, or --dtype=float32; '
-                f'the last good state, if one was saved, is {resume_path}')
+    # forward and backward
+    lossf = 0.0
+    n_right = 0
+    for micro, batch in enumerate(batches):
+        if ddp: # exchange gradients only once, with the last micro-batch
+            model.require_backward_grad_sync = micro == len(batches) - 1
+        margins = pair_margins(get_scores(model, batch), batch) # (n_pairs,)
+        loss = -F.logsigmoid(margins).sum()
+        loss = loss / max(1, n_valid)
+        (loss * run.world_size).backward() # DDP averages over ranks; we need the sum
+        lossf += loss.item()
+        n_right += (margins > 0).sum().item()
+    lossf = all_sum(lossf)[0]
+    accuracy = all_sum(n_right)[0] / n_valid # of the pairs of this step
+
+    # clip; one step with a gradient that is not finite would ruin the weights
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    norm = norm.item()
+    assert math.isfinite(norm), (
+        f'step {step}: loss {lossf}, gradient norm {norm}: lower --learning_rate and use '
+        f'--resume=false; {resume_path} has the last good state, if one was saved')
+
+    # update
+    lr = get_lr(step)
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['lr'] = lr
+        opt.step()
     raw_model.zero_grad(set_to_none=True)
 
     # log
+    ema_loss = 0.9 * ema_loss + 0.1 * lossf
     if step % log_interval == 0 or step == max_iters - 1:
-        left = (time.time() - t0) / (step - first_step + 1) * (max_iters - step - 1)
-        print0(f'step {step:6d} | loss {smooth / (1 - 0.9 ** (step + 1)):.4f} | {right / n_pairs:.0%} right '
-               f'| lr {lr:.2e} | norm {norm:.3f} | {n_seen / (time.time() - t1):,.0f} tok/s '
-               f'| {100 * (step + 1) / max_iters:.0f}%, {left:.0f} s left')
-        log(step=step, loss=lossf, accuracy=right / n_pairs, lr=lr, norm=norm)
+        dt = time.time() - t1
+        left = (time.time() - t0) / (step + 1 - first_step) * (max_iters - step - 1)
+        smooth_loss = ema_loss / (1 - 0.9 ** (step + 1)) # corrects the start at 0, as Adam does
+        print0(f'step {step:6d} | loss {smooth_loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | '
+               f'{n_seen / dt:,.0f} tok/s | accuracy {accuracy:.2f} | '
+               f'{(step + 1) / max_iters:.0%}, {left / 60:.1f} min left')
+        log(step=step, loss=lossf, lr=lr, norm=norm,
+            tokens_per_second=n_seen / dt, accuracy=accuracy)
 
 # -----------------------------------------------------------------------------
-# normalise: mean 0 and standard deviation 1 over the answers that were ranked
+# normalise: mean 0 and standard deviation 1 over the answers of the training data
+raw_model.eval()
 with torch.no_grad():
-    scores = torch.cat([score(raw_model, train[i:i + batch_size]) for i in range(0, len(train), batch_size)])
-    mean, std = scores.mean(), scores.std().clamp(min=1e-4)
-    raw_model.mean.copy_(mean)
-    raw_model.std.copy_(std)
-    again = (scores - mean) / std # what the model says from now on
-print0(f'scores of the ranked answers: mean {mean:.3f}, std {std:.3f}; then {again.mean():.3f}, {again.std():.3f}')
+    scores = torch.cat([get_scores(raw_model, train[first:first + batch_size])
+                        for first in range(0, len(train), batch_size)])
+raw_model.mean.copy_(scores.mean())
+raw_model.std.copy_(scores.std().clamp(min=1e-4))
+print0(f'mean {scores.mean():.3f} and std {scores.std():.3f} of the scores become 0 and 1')
 
 # -----------------------------------------------------------------------------
 # save
+seconds = time.time() - started
+weights = raw_model.state_dict()
 if run.master:
-    lengths = [len(ids) for answers, _ in train for ids in answers]
-    n_read = sum(lengths) + n_sampled # for the normalisation and the sampling: forward only, a third of the cost
-    per_token = raw_model.body.flops_per_token(sum(lengths) / len(lengths))
-    metrics = dict(val_loss=val_loss, accuracy=accuracy, gold_accuracy=gold_accuracy, self_agreement=self_agreement,
-                   seconds=more['seconds'], tokens=n_tokens, flops=per_token * (n_tokens + n_read / 3))
-    lib.save_checkpoint(out_path, 'reward', raw_model, tok, config, max_iters, metrics)
-    print(f'saved {out_path}: {accuracy:.1%} of held-out pairs as the labeller, {more["seconds"]:.0f} s')
-lib.finish(run)
+    lengths = [len(ids) for ids in itertools.chain(*[answers for _, answers, _ in train])]
+    n_forward = progress.get('n_sampled', 0) + sum(lengths) # no backward: a third of the cost
+    mean_length = sum(lengths) / len(lengths)
+    flops = raw_model.body.flops_per_token(mean_length) * (n_tokens + n_forward / 3)
+    metrics = dict(val_metrics, seconds=seconds, tokens=n_tokens, flops=flops,
+                   self_agreement=progress.get('self_agreement'))
+    save_checkpoint(out_path, stage, weights, asdict(raw_model.config), tok,
+                    config, max_iters, metrics)
+    print(f'saved {out_path}: {val_text}, {seconds:.0f} s')
+cleanup(run)

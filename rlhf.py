@@ -1,25 +1,53 @@
 """
-Stage 4: reinforcement learning from human feedback. PPO (Schulman et al. 2017) on the answers of the model itself, with
-the reward model as judge and a KL penalty that keeps it near the SFT model (Ziegler et al. 2019; Ouyang et al. 2022).
+Stage 4: reinforcement learning from human feedback (RLHF). PPO (Schulman et al. 2017) trains the
+SFT model on its own answers: the reward model scores each answer, and a KL penalty keeps the policy
+close to the SFT model (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022).
 
-Reads  out_dir/sft.pt, reward.pt, data_dir/prompts_train.jsonl, prompts_val.jsonl
-Writes out_dir/rlhf.pt, rlhf.jsonl (the curves), rlhf.resume.pt while it runs
+Reads   out_dir/sft.pt, out_dir/reward.pt, data_dir/prompts_train.jsonl, data_dir/prompts_val.jsonl
+Writes  out_dir/rlhf.pt, out_dir/rlhf.jsonl (the curves), out_dir/rlhf.resume.pt while it runs
 
-on a laptop        $ python rlhf.py config/tiny.py
-on 8 GPUs          $ torchrun --standalone --nproc_per_node=8 rlhf.py
+on a laptop    $ python rlhf.py config/tiny.py
+on one GPU     $ python rlhf.py
+on 8 GPUs      $ torchrun --standalone --nproc_per_node=8 rlhf.py
+on two nodes   $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 rlhf.py
+               $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 rlhf.py
 
-Four models: the actor answers and learns; the critic, started from the reward model, guesses how an answer will be
-scored, at each of its tokens; the reference (the SFT model) and the reward model are frozen. One update:
+Four models take part. The actor (the policy) writes the answers; it starts as the SFT model. The
+critic (the value function) predicts, at each token of an answer, the reward that is still to come;
+it starts as the reward model. Both are trained. The reference (the SFT model) and the reward model
+are frozen. One update has six phases:
     1. roll out: the actor answers a batch of prompts
-    2. look back: log-probabilities of actor and reference, values of the critic, at every token of the answers
-    3. score: the reward model reads each whole answer; an answer that did not stop is fined
-    4. rewards: at every token -kl_coef * (logprob - ref_logprob), at the last one the score on top
-    5. advantages by GAE, whitened
-    6. learn: several passes of minibatches over the clipped PPO losses
-Left out: an entropy bonus (the KL penalty keeps the answers spread), the mix-in of pretraining gradients (PPO-ptx), the
-reuse of old answers.
+    2. log-probabilities and values: actor, reference and critic read the answers
+    3. score: the reward model reads each answer to its end
+    4. rewards: each token gets -kl_coef * (logprob - ref_logprob), the last one also the score
+    5. advantages: generalized advantage estimation (GAE), then whitening
+    6. learn: several epochs of minibatches on the clipped PPO losses
+
+Shapes: B answers, P tokens of a prompt, R tokens of its response, T the largest P + R of a batch,
+C n_embd, V vocab_size. The logits at one token predict the next token. So the tensors that describe
+tokens have T-1 positions, and position t belongs to token t+1. A row with P = 4, R = 3 and T = 8:
+
+    token                   0       1       2       3       4       5       6       7
+    query_responses (B, T)  <eot>   <user>  Job?    <asst>  A       baker   <end>   <pad>
+    position                        0       1       2       3       4       5       6
+    response_mask (B, T-1)          0       0       0       1       1       1       0
+    logprobs      (B, T-1)          0       0       0       -0.8    -1.6    -0.1    0
+    values        (B, T-1)          0       0       0       +0.2    +0.3    +0.6    0
+    rewards       (B, T-1)          0       0       0       -kl     -kl     s - kl  0
+
+The mask is 1 at positions P-1 to P+R-2. The value at position t is predicted before token t+1 is
+known. kl is kl_coef * (logprob - ref_logprob), s the score minus the penalty for a missing <end>.
+`grep 'PPO detail' rlhf.py` lists the details that decide whether PPO works.
+
+Left out: an entropy bonus (the KL penalty already keeps the answers diverse), pretraining gradients
+(PPO-ptx), a replay buffer (an answer is used in one update only).
 """
-import functools, math, os, time
+import functools
+import math
+import os
+import time
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,336 +55,542 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import model as lib
 from configurator import configure
-from model import ScalarModel, Tokenizer, die, print0
+from model import (
+    ScalarModel, Tokenizer, all_sum, catch_signals, cleanup, generate, get_state, grade, last_token,
+    load_checkpoint, load_model, load_resume, make_optimizers, open_log, pad_right, print0,
+    read_prompts, save_checkpoint, save_resume, seed_step, set_state, setup, should_stop)
 
 # -----------------------------------------------------------------------------
 # settings
 # data
-data_dir = 'data/toytown'   # where prompts_train.jsonl and prompts_val.jsonl are
-out_dir = 'out/toytown'     # where sft.pt and reward.pt are, and rlhf.pt goes
+data_dir = 'data/toytown'   # folder of the data
+out_dir = 'out/toytown'     # folder of the checkpoints and logs
 # rollout
-max_iters = 200             # updates; each answers a fresh batch of prompts
-batch_size = 64             # prompts in an update, on each process
-max_new_tokens = 64         # longest answer
-temperature = 1.0           # of sampling; also divides the logits wherever log-probabilities are taken
-missing_end_penalty = 1.0   # subtracted from the score of an answer that did not stop in time
+max_iters = 200             # number of updates; each one answers a new batch of prompts
+batch_size = 64             # prompts per update, on each process
+max_new_tokens = 64         # maximum length of an answer, in tokens
+temperature = 1.0           # sampling temperature; also used for all log-probabilities
+missing_end_penalty = 1.0   # subtracted from the score of an answer without <|end|>
 # KL penalty
-kl_coef = 0.05              # price of a nat away from the SFT model, in units of the normalised score
-kl_target = 0.0             # nats an answer; > 0 adapts kl_coef towards it (Ziegler et al. 2019)
-kl_horizon = 10000          # answers over which kl_coef adapts
+kl_coef = 0.05              # KL penalty coefficient (reward per nat of KL from the SFT model)
+kl_target = 0.0             # adapt kl_coef to reach this KL, in nats per answer; 0 = off
+kl_horizon = 10000          # number of answers over which kl_coef adapts
 # PPO
-ppo_epochs = 4              # passes over the answers of an update
-minibatch_size = 64         # answers in an optimizer step, on each process; divides batch_size
-micro_batch_size = 64       # answers in a forward pass; divides minibatch_size: lower it for memory, results stay
-gamma = 1.0                 # discount of later rewards
-lam = 0.95                  # GAE: 0 trusts the critic, 1 the rewards
-cliprange = 0.2             # the ratio of new to old probability earns nothing outside 1 +- this
-cliprange_value = 0.2       # the critic moves at most this far from its old value; 0 = any
-vf_coef = 0.1               # weight of the critic's loss
-target_kl = 0.0             # leave the passes early when new and old policy are this many nats a token apart; 0 = never
+ppo_epochs = 4              # passes over the answers of one update
+minibatch_size = 64         # answers per optimizer step, on each process; divides batch_size
+micro_batch_size = 64       # answers per forward pass; divides minibatch_size; lower = less memory
+gamma = 1.0                 # discount factor of later rewards
+gae_lambda = 0.95           # GAE lambda: 0 = trust the critic, 1 = trust the rewards
+cliprange = 0.2             # PPO clip range for the probability ratio
+cliprange_value = 0.2       # clip range for the change of a value; 0 = off
+vf_coef = 0.1               # coefficient of the value loss
+target_kl = 0.0             # stop the PPO epochs early when approx_kl exceeds this; 0 = off
 # optimizer
-learning_rate = 1e-5        # at its highest; then linear to 0
-warmup_iters = 0            # updates of linear rise
-weight_decay = 0.0          # of matrices
-beta1 = 0.9                 # AdamW: memory of the gradient
-beta2 = 0.95                # AdamW: memory of its square
-adam_eps = 1e-5             # AdamW: larger than usual, calms the first updates
-grad_clip = 1.0             # longest gradient; 0 = any
+learning_rate = 1e-5        # max learning rate
+warmup_iters = 0            # updates of linear warm-up
+weight_decay = 0.0          # weight decay of matrices; vectors do not decay
+beta1 = 0.9                 # adamw: decay rate of the first moment
+beta2 = 0.95                # adamw: decay rate of the second moment
+adam_eps = 1e-5             # adamw: epsilon; PyTorch's default is 1e-8
+grad_clip = 1.0             # clip the gradient norm at this value; 0 = off
 # evaluation and log
-eval_interval = 20          # updates between evaluations on held-out prompts
-eval_prompts = 200          # held-out prompts in one evaluation
+eval_interval = 20          # updates between evaluations
+eval_prompts = 200          # validation prompts in one evaluation
 sample_interval = 20        # updates between printed answers
-save_interval = 20          # updates between saves of rlhf.resume.pt
+save_interval = 20          # updates between saves of the resume file
 # system
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16
-seed = 1337                 # of the prompts' order and the answers
-resume = True               # go on from rlhf.resume.pt if a killed run left one
+seed = 1337                 # seed of everything random
+resume = True               # continue from the resume file if an interrupted run has left one
 config = configure(globals())
 
+for name in ('max_iters', 'batch_size', 'max_new_tokens', 'kl_horizon', 'ppo_epochs',
+             'minibatch_size', 'micro_batch_size', 'eval_interval', 'eval_prompts',
+             'sample_interval', 'save_interval'):
+    assert config[name] > 0, f'{name} must be positive, not {config[name]}'
+for name in ('missing_end_penalty', 'kl_coef', 'kl_target', 'gamma', 'gae_lambda', 'cliprange',
+             'cliprange_value', 'vf_coef', 'target_kl', 'learning_rate', 'warmup_iters',
+             'weight_decay', 'adam_eps', 'grad_clip'):
+    assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
+for name in ('beta1', 'beta2'):
+    assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
+assert temperature >= 0.01, (
+    f'temperature must be at least 0.01, not {temperature}: greedy answers explore nothing')
+# PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches save memory only.
+assert batch_size % minibatch_size == 0 and minibatch_size % micro_batch_size == 0, (
+    f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size}, and '
+    f'minibatch_size a multiple of micro_batch_size {micro_batch_size}: '
+    f'--minibatch_size={batch_size} --micro_batch_size={batch_size}')
+
 # -----------------------------------------------------------------------------
-# device, models. Dropout is off in all four: else the ratio would not be 1 at the first step
-run = lib.start(config)
-if temperature <= 0:
-    die(f'temperature is {temperature}: a policy that always takes the likeliest token explores nothing, take 1.0')
-if batch_size % minibatch_size or minibatch_size % micro_batch_size:
-    die(f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size}, and that of micro_batch_size '
-        f'{micro_batch_size}: --minibatch_size={batch_size} --micro_batch_size={batch_size}')
-sft = lib.load_checkpoint(os.path.join(out_dir, 'sft.pt'), ['sft'], f'python sft.py --out_dir={out_dir}')
-rm = lib.load_checkpoint(os.path.join(out_dir, 'reward.pt'), ['reward'], f'python reward.py --out_dir={out_dir}')
-if sft['tokenizer'] != rm['tokenizer']:
-    die(f'sft.pt and reward.pt have different tokenizers: run `python reward.py --out_dir={out_dir}` again')
-sft['model_args']['dropout'] = rm['model_args']['dropout'] = 0.0
+# device and checkpoints
+run = setup(config)
+ddp = run.world_size > 1
+stage = 'rlhf'
+sft_path = os.path.join(out_dir, 'sft.pt')
+sft = load_checkpoint(sft_path, ['sft'], f'python sft.py --out_dir={out_dir}')
+reward_path = os.path.join(out_dir, 'reward.pt')
+reward = load_checkpoint(reward_path, ['reward'], f'python reward.py --out_dir={out_dir}')
+assert sft['tokenizer'] == reward['tokenizer'], (
+    f'sft.pt and reward.pt have different tokenizers: make reward.pt again with '
+    f'`python reward.py --out_dir={out_dir}`')
 tok = Tokenizer(sft['tokenizer'])
-block_size = min(sft['model_args']['block_size'], rm['model_args']['block_size'])
-
-class ActorCritic(nn.Module):
-    """Policy and value function in one module: one DDP wrap, one optimizer, one gradient norm."""
-
-    def __init__(self, actor, critic):
-        super().__init__()
-        self.actor, self.critic = actor, critic
-
-    def forward(self, ids, actions):
-        return *get_logprobs(self.actor, ids, actions), self.critic(ids)[:, :-1]
-
-def get_logprobs(policy, ids, actions):
-    """
-    ids (B, T) and actions (B, T-1), True where ids[:, 1:] is a token of the answer -> log-probabilities of those tokens
-    and entropies of their distributions, both (B, T-1), 0 elsewhere. Logits are made at the answers' positions only.
-    """
-    logits = policy.head(policy.hidden(ids)[:, :-1][actions]).float() / temperature  # (actions, V)
-    logp = F.log_softmax(logits, dim=-1)
-    chosen = logp.gather(-1, ids[:, 1:][actions][:, None]).squeeze(-1)            # (actions,)
-    entropy = -(logp.exp() * logp).sum(-1)
-    zeros = torch.zeros(actions.shape, device=ids.device)
-    return zeros.masked_scatter(actions, chosen), zeros.masked_scatter(actions, entropy)
-
-raw_model = ActorCritic(lib.load_model(sft, run.device), lib.load_model(rm, run.device, ScalarModel))
-reference = lib.load_model(sft, run.device).requires_grad_(False)
-reward_model = lib.load_model(rm, run.device, ScalarModel).requires_grad_(False)
-optimizers = lib.make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), adam_eps)
-resume_path, out_path = os.path.join(out_dir, 'rlhf.resume.pt'), os.path.join(out_dir, 'rlhf.pt')
-config['starts_from'] = [round(ckpt['metrics']['seconds'], 3) for ckpt in (sft, rm)] # tells them from others
-first_step, more = lib.load_resume(resume_path, [raw_model], optimizers, config, resume)
-model = DDP(raw_model, device_ids=[run.device.index] if run.type == 'cuda' else None) if run.ddp else raw_model
+block_size = min(sft['model_args']['block_size'], reward['model_args']['block_size'])
+resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
+out_path = os.path.join(out_dir, f'{stage}.pt')
 
 # -----------------------------------------------------------------------------
 # prompts
 def load_prompts(split):
-    """The split's prompts: [(row, ids)]. Prompts that leave no room for an answer are counted and left out."""
-    path, prompts, too_long = os.path.join(data_dir, f'prompts_{split}.jsonl'), [], 0
-    for row, ids in lib.read_prompts(path, tok, data_dir):
-        if len(ids) + max_new_tokens + 1 > block_size: # + 1 for the <|end|> that scoring may add
-            too_long += 1
+    """The prompts of a split: list of (row, ids), without those that leave no room to answer."""
+    path = os.path.join(data_dir, f'prompts_{split}.jsonl')
+    prompts = []
+    n_too_long = 0
+    for row, ids in read_prompts(path, tok):
+        if len(ids) + max_new_tokens + 1 > block_size: # + 1: phase 3 may append <|end|>
+            n_too_long += 1
         else:
             prompts.append((row, ids))
-    if too_long:
-        print0(f'{path}: {too_long} of {too_long + len(prompts)} prompts leave no room for {max_new_tokens} new tokens')
-    if not prompts:
-        die(f'{path}: no prompt leaves room for {max_new_tokens} new tokens in {block_size}: lower --max_new_tokens')
+    if n_too_long:
+        print0(f'{path}: left out {n_too_long} of {n_too_long + len(prompts)} prompts, '
+               f'no room for {max_new_tokens} new tokens')
+    assert prompts, (f'{path}: no prompt leaves room for {max_new_tokens} new tokens in a context '
+                     f'of {block_size}: lower --max_new_tokens')
     return prompts
 
-train, val = load_prompts('train'), load_prompts('val')
-print0(f'data: {len(train):,} prompts, {batch_size * run.world} an update, {max_iters} updates = '
-       f'{max_iters * batch_size * run.world / len(train):.1f} passes; {len(val)} prompts to validate')
+train_prompts = load_prompts('train')
+val_prompts = load_prompts('val')
+step_size = batch_size * run.world_size # prompts in an update, on all processes
+print0(f'data: {len(train_prompts):,} prompts, {len(val_prompts):,} for validation; {step_size} an '
+       f'update, {max_iters:,} updates, {max_iters * step_size / len(train_prompts):.1f} epochs')
 
-@functools.lru_cache(maxsize=2) # an update may lie across two passes
+@functools.lru_cache(maxsize=2) # an update may begin in one epoch and end in the next
 def get_order(epoch):
-    """A seeded shuffle of the prompts, the same on all ranks."""
-    return np.random.default_rng((seed, epoch)).permutation(len(train))
+    """A seeded shuffle, the same on all ranks -> indices of train_prompts."""
+    return np.random.default_rng((seed, epoch)).permutation(len(train_prompts))
 
 def get_prompts(step):
     """The prompts of this process in this update; they depend on (seed, step, rank) only."""
-    rows = []
-    for g in range((step * run.world + run.rank) * batch_size, (step * run.world + run.rank + 1) * batch_size):
-        rows.append(train[get_order(g // len(train))[g % len(train)]])
-    return rows
+    first = (step * run.world_size + run.rank) * batch_size
+    prompts = []
+    for i in range(first, first + batch_size):
+        epoch, place = divmod(i, len(train_prompts))
+        prompts.append(train_prompts[get_order(epoch)[place]])
+    return prompts
 
 # -----------------------------------------------------------------------------
-# phases 1 to 3: answers, what the models say of them, scores
+# models
+class ActorCritic(nn.Module):
+    """PPO detail: actor and critic in one module, for one DDP wrapper, optimizer, gradient norm."""
+
+    def __init__(self, actor, critic):
+        super().__init__()
+        self.actor = actor
+        self.critic = critic
+
+    def forward(self, query_responses, response_mask):
+        """ids (B, T) and mask (B, T-1) -> logprobs, entropy, values, each (B, T-1)."""
+        logprobs, entropy = get_logprobs(self.actor, query_responses, response_mask)
+        # PPO detail: the critic reads prompt and response, and predicts before the token is known.
+        values = self.critic(query_responses)[:, :-1]           # (B, T-1)
+        return logprobs, entropy, values
+
+def get_logprobs(policy, query_responses, response_mask):
+    """
+    Log-probabilities of the response tokens, and the entropies of their distributions, in nats.
+
+    query_responses: (B, T) ids. response_mask: (B, T-1), True where the next token is a response
+    token. Returns logprobs and entropy, both (B, T-1), 0 where the mask is False.
+    """
+    # Only for the N response tokens: logits (B, T-1, V) would be the largest tensor of the script.
+    hidden = policy.hidden(query_responses)[:, :-1][response_mask]  # (N, C)
+    next_tokens = query_responses[:, 1:][response_mask]         # (N,) PPO detail: shift by one
+    logits = policy.head(hidden).float()                        # (N, V)
+    # PPO detail: divide the logits by the sampling temperature, here as in generate(). Otherwise
+    # these are not the probabilities with which the answers were drawn.
+    logp = F.log_softmax(logits / temperature, dim=-1)          # (N, V)
+    token_logprobs = logp.gather(-1, next_tokens[:, None]).squeeze(-1)
+    token_entropies = -(logp.exp() * logp).sum(-1)
+
+    # put the N numbers back in their places
+    zeros = torch.zeros(response_mask.shape, device=query_responses.device)
+    logprobs = zeros.masked_scatter(response_mask, token_logprobs)
+    entropy = zeros.masked_scatter(response_mask, token_entropies)
+    return logprobs, entropy
+
+# PPO detail: no dropout in any of the four models. Otherwise the first ratio is not 1.
+sft['model_args']['dropout'] = 0.0
+reward['model_args']['dropout'] = 0.0
+# PPO detail: separate networks for actor and critic. The critic starts as the reward model.
+raw_model = ActorCritic(load_model(sft, run.device), load_model(reward, run.device, ScalarModel))
+reference = load_model(sft, run.device).requires_grad_(False)
+reward_model = load_model(reward, run.device, ScalarModel).requires_grad_(False)
+
+# -----------------------------------------------------------------------------
+# optimizer, and the state of an interrupted run
+# PPO detail: Adam's epsilon is 1e-5. With 1e-8 the first updates are too large.
+optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), eps=adam_eps)
+# tells one pair of checkpoints from another
+config['starts_from'] = [sft['metrics'].get('seconds'), reward['metrics'].get('seconds')]
+first_step = 0
+progress = dict(kl_coef=kl_coef, seconds=0.0, n_tokens=0)
+saved = load_resume(resume_path, config, resume, may_change=['sample_interval'])
+if saved:
+    set_state(raw_model, optimizers, saved['state'])
+    first_step = saved['step']
+    progress = saved['progress']
+model = raw_model
+if ddp:
+    model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
+
+# -----------------------------------------------------------------------------
+# phases 1 to 3: roll out, log-probabilities and values, score
 @torch.no_grad()
 def rollout(prompts):
     """
-    Answer the prompts. Returns ids (B, T): prompt + answer, padded right; actions (B, T-1): True where ids[:, 1:] is of
-    the answer; logprobs, ref_logprobs, entropy, values (B, T-1), 0 outside of actions; score, ended (B,); texts.
+    Answer the prompts, a list of (row, ids). Returns a namespace:
+        query_responses         (B, T) ids of prompt and response, padded on the right
+        response_mask           (B, T-1) True where the next token is a response token
+        logprobs, ref_logprobs  (B, T-1) of actor and reference; 0 where the mask is False
+        entropy, values         (B, T-1) of actor and critic; 0 where the mask is False
+        scores                  (B,) of the reward model
+        ended                   (B,) False where the response has no <|end|>
+        texts                   list of B strings, the decoded responses
     """
-    # 1. roll out: pure sampling (no top-k, no top-p), since the ratio assumes that answers come from the policy itself
+    # 1. roll out
+    # PPO detail: pure sampling, no top-k or top-p: the ratio needs answers of the policy itself.
+    # PPO detail: left padding, with positions that do not count the pads. generate() does it.
+    queries = [ids for _, ids in prompts]
     with run.autocast():
-        queries = [ids for _, ids in prompts]
-        responses = lib.generate(raw_model.actor, queries, max_new_tokens, tok.end, temperature)
-        ids = lib.pad_right([q + r for q, r in zip(queries, responses)], tok.pad, run.device) # (B, T)
-        first = torch.tensor([len(q) for q in queries], device=run.device)[:, None]
-        last = torch.tensor([len(q) + len(r) for q, r in zip(queries, responses)], device=run.device)[:, None]
-        at = torch.arange(1, ids.size(1), device=run.device)
-        actions = (at >= first) & (at < last)                                     # (B, T-1)
+        responses = generate(raw_model.actor, queries, max_new_tokens, tok.end, temperature)
+    rows = [query + response for query, response in zip(queries, responses)]
+    query_responses = pad_right(rows, tok.pad, run.device)      # (B, T)
 
-        # 2. look back
-        parts = [(*raw_model(i, a), get_logprobs(reference, i, a)[0])
-                 for i, a in zip(ids.split(micro_batch_size), actions.split(micro_batch_size))]
-        logprobs, entropy, values, ref_logprobs = map(torch.cat, zip(*parts))
+    # PPO detail: everything after <|end|> is masked, in all losses and in all means.
+    # PPO detail: <|pad|> is not the stop token. Otherwise <|end|> is masked too and never learned.
+    prompt_length = torch.tensor([[len(query)] for query in queries], device=run.device)    # (B, 1)
+    row_length = torch.tensor([[len(row)] for row in rows], device=run.device)              # (B, 1)
+    token = torch.arange(1, query_responses.size(1), device=run.device)             # (T-1,)
+    response_mask = (token >= prompt_length) & (token < row_length)                 # (B, T-1)
 
-        # 3. score the text that would be shown: up to <|end|>, which is added where the answer was cut off
-        ended = torch.tensor([r[-1] == tok.end for r in responses], device=run.device)
-        scored = [q + r + [tok.end] * (r[-1] != tok.end) for q, r in zip(queries, responses)]
-        score = torch.cat([lib.at_end(reward_model(lib.pad_right(part, tok.pad, run.device)), part)
-                           for i in range(0, len(scored), micro_batch_size)
-                           for part in [scored[i:i + micro_batch_size]]])                     # (B,)
-    return ids, actions, logprobs, ref_logprobs, entropy, values * actions, score, ended, list(map(tok.said, responses))
+    # 2. log-probabilities and values
+    # PPO detail: the old log-probabilities and values are computed once, before any learning.
+    logprobs = torch.zeros(response_mask.shape, device=run.device)
+    ref_logprobs = torch.zeros_like(logprobs)
+    entropy = torch.zeros_like(logprobs)
+    values = torch.zeros_like(logprobs)
+    for first in range(0, len(rows), micro_batch_size):
+        micro = slice(first, first + micro_batch_size)
+        ids = query_responses[micro]
+        mask = response_mask[micro]
+        with run.autocast():
+            logprobs[micro], entropy[micro], values[micro] = raw_model(ids, mask)
+            ref_logprobs[micro], _ = get_logprobs(reference, ids, mask)
+    values = values * response_mask
+
+    # 3. score
+    # PPO detail: EOS trick. A response is cut at <|end|>. If it has none, <|end|> is appended here,
+    # because the reward model has learned to score there, and phase 4 subtracts a penalty.
+    ended = [row[-1] == tok.end for row in rows]
+    complete_rows = []
+    for row, has_end in zip(rows, ended):
+        complete_rows.append(row if has_end else row + [tok.end])
+    # PPO detail: the reward model reads prompt and response; the score is at the last real token.
+    # PPO detail: reward normalization: reward.py has scaled the scores to mean 0 and std 1.
+    scores = torch.zeros(len(rows), device=run.device)          # (B,)
+    for first in range(0, len(rows), micro_batch_size):
+        micro = slice(first, first + micro_batch_size)
+        with run.autocast():
+            token_scores = reward_model(pad_right(complete_rows[micro], tok.pad, run.device))
+        scores[micro] = last_token(token_scores, complete_rows[micro])
+
+    return SimpleNamespace(
+        query_responses=query_responses, response_mask=response_mask, logprobs=logprobs,
+        ref_logprobs=ref_logprobs, entropy=entropy, values=values, scores=scores,
+        ended=torch.tensor(ended, device=run.device),
+        texts=[tok.decode_answer(response) for response in responses])
 
 # -----------------------------------------------------------------------------
 # phases 4 and 5: rewards, advantages
-def get_rewards(score, ended, logprobs, ref_logprobs, actions, kl_coef):
-    """(B, T-1): the KL penalty (the k1 estimator: unbiased) at each token, the score at the last."""
-    rewards = -kl_coef * (logprobs - ref_logprobs) * actions
-    last = actions.size(1) - 1 - actions.int().flip(1).argmax(1)                              # (B,)
-    rewards[torch.arange(len(last)), last] += score - missing_end_penalty * ~ended
+def get_rewards(batch, kl_coef):
+    """Rewards (B, T-1): the KL penalty at each response token, and the score at the last one."""
+    # PPO detail: per-token KL penalty. The sum of logprob - ref_logprob over a response is the k1
+    # estimator of KL(policy || reference): unbiased, but negative for some responses.
+    kl = batch.logprobs - batch.ref_logprobs                    # (B, T-1)
+    rewards = -kl_coef * kl * batch.response_mask
+    scores = torch.where(batch.ended, batch.scores, batch.scores - missing_end_penalty)
+    # The last response token is the first True from the right: argmax returns the first maximum.
+    from_right = batch.response_mask.int().flip(1).argmax(1)    # (B,)
+    last = batch.response_mask.size(1) - 1 - from_right         # (B,)
+    rewards[torch.arange(len(last)), last] += scores
     return rewards
 
-def gae(rewards, values, actions):
+def gae(rewards, values, response_mask):
     """
-    Generalised advantage estimation (Schulman et al. 2016): sum over l of (gamma lam)^l delta_{t+l}, from the right,
-    with delta_t = r_t + gamma V_{t+1} - V_t, V = 0 after the answer. All (B, T-1) -> advantages, returns, 0 outside.
+    Generalized advantage estimation (Schulman et al. 2016): how much better than predicted?
+
+        delta_t     = r_t + gamma * V_{t+1} - V_t
+        advantage_t = delta_t + gamma * gae_lambda * advantage_{t+1}
+
+    The value after the last token is 0, also if the response was cut at max_new_tokens: the critic
+    knows the position, so it can predict the cut. All tensors are (B, T-1). Returns advantages and
+    returns (the targets of the critic), both 0 where the mask is False.
     """
-    advantages, last_gae, next_value = torch.zeros_like(rewards), 0.0, 0.0
-    for t in reversed(range(rewards.size(1))):
+    advantages = torch.zeros_like(rewards)
+    advantage = 0.0
+    next_value = 0.0
+    for t in reversed(range(rewards.size(1))):                  # PPO detail: GAE from the right
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        last_gae = (delta + gamma * lam * last_gae) * actions[:, t]
-        next_value = values[:, t] * actions[:, t]
-        advantages[:, t] = last_gae
-    return advantages, (advantages + values) * actions
+        advantage = (delta + gamma * gae_lambda * advantage) * response_mask[:, t]
+        advantages[:, t] = advantage
+        next_value = values[:, t] * response_mask[:, t]
+    returns = (advantages + values) * response_mask             # PPO detail: the value target
+    return advantages, returns
 
 def masked_mean(x, mask):
-    """Mean of x where mask is True, over all ranks: pads are no actions."""
-    total, n = lib.all_sum((x * mask).sum().item(), mask.sum().item())
-    return total / max(1, n)
+    """Mean of x over the True positions of mask, on all ranks together."""
+    total, count = all_sum((x * mask).sum().item(), mask.sum().item())
+    return total / max(1, count)
 
-def variance(x, mask):
-    """Variance of x where mask is True, over all ranks."""
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+def masked_variance(x, mask):
+    """Variance of x over the True positions of mask, on all ranks together."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)   # PPO detail: biased variance
 
 def whiten(x, mask):
-    """Mean 0 and variance 1 over the unmasked entries of all ranks; 0 elsewhere."""
-    return (x - masked_mean(x, mask)) * mask / math.sqrt(variance(x, mask) + 1e-8)
+    """Scale x to mean 0 and variance 1 over the True positions of mask; 0 elsewhere."""
+    std = math.sqrt(masked_variance(x, mask) + 1e-8)
+    return (x - masked_mean(x, mask)) * mask / std
+
+# -----------------------------------------------------------------------------
+# phase 6: the loss
+STATISTICS = ('approx_kl', 'clipfrac', 'ratio', 'ratio_gap', 'pg_loss', 'v_loss')
+
+def get_loss(batch, rows):
+    """
+    The clipped PPO losses (Schulman et al. 2017, equations 7 and 9) of a micro-batch.
+
+    batch: from rollout(), with advantages and returns (B, T-1). rows: indices of the micro-batch.
+    Returns the sum of the loss over the response tokens, and the sums of STATISTICS, (6,).
+    """
+    response_mask = batch.response_mask[rows]                   # (rows, T-1)
+    advantages = batch.advantages[rows]
+    returns = batch.returns[rows]
+    old_values = batch.values[rows]
+    with run.autocast():
+        logprobs, _, values = model(batch.query_responses[rows], response_mask)
+
+    # PPO detail: clipped surrogate objective. A token whose ratio has left the clip range in the
+    # direction of its advantage gets no gradient. At ratio 1 the gradient is that of REINFORCE.
+    log_ratio = (logprobs - batch.logprobs[rows]) * response_mask
+    ratio = log_ratio.exp()                                     # new probability / old probability
+    pg_loss1 = -advantages * ratio
+    pg_loss2 = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    pg_loss = torch.max(pg_loss1, pg_loss2)
+
+    # PPO detail: value function loss clipping around the old values.
+    v_loss = (values - returns) ** 2
+    if cliprange_value > 0:
+        change = (values - old_values).clamp(-cliprange_value, cliprange_value)
+        v_loss_clipped = (old_values + change - returns) ** 2
+        v_loss = torch.max(v_loss, v_loss_clipped)
+    v_loss = 0.5 * v_loss
+
+    # PPO detail: overall loss, here without an entropy bonus.
+    loss = pg_loss + vf_coef * v_loss                           # (rows, T-1)
+
+    # PPO detail: debug variables. approx_kl is the k3 estimator of KL(old policy || new policy):
+    # never negative, low variance (Schulman 2020, "Approximating KL divergence").
+    with torch.no_grad():
+        approx_kl = ratio - 1 - log_ratio
+        ratio_gap = (ratio - 1).abs()
+        clipfrac = ratio_gap > cliprange
+        statistics = (approx_kl, clipfrac, ratio, ratio_gap, pg_loss, v_loss)
+        sums = torch.stack([(x * response_mask).sum() for x in statistics])
+    return (loss * response_mask).sum(), sums
+
+# -----------------------------------------------------------------------------
+# evaluation and learning rate
+def mean_gold(prompts, texts):
+    """Gold rewards of the answers, for the log. gold: mean score; met: share that is correct."""
+    n = 0
+    gold = 0.0
+    met = 0
+    for (row, _), text in zip(prompts, texts):
+        if row.get('checks'):
+            all_met, score = grade(row['checks'], text)
+            n += 1
+            gold += score
+            met += all_met
+    n, gold, met = all_sum(n, gold, met)
+    return dict(gold=gold / n, met=met / n) if n > 0 else {}
 
 @torch.no_grad()
 def evaluate():
-    """Held-out prompts, always the same seed: mean proxy score, KL, share that stops; gold score and checks met."""
-    rows = val[:eval_prompts][run.rank::run.world]
-    lib.seed_step(seed, 0, run.rank)
-    total = np.zeros(7)
-    for i in range(0, len(rows), batch_size):
-        prompts = rows[i:i + batch_size]
-        _, actions, logprobs, ref_logprobs, entropy, _, score, ended, texts = rollout(prompts)
-        grades = [lib.grade(row['checks'], text) for (row, _), text in zip(prompts, texts) if row.get('checks')]
-        total += [len(prompts), score.sum().item(), (logprobs - ref_logprobs).sum().item(), ended.sum().item(),
-                  len(grades), sum(s for _, s in grades), sum(m for m, _ in grades)]
-    n, score, kl, ended, graded, gold, met = lib.all_sum(*total)
-    return dict(val_score=score / n, val_kl=kl / n, val_ended=ended / n,
-                **(dict(val_gold=gold / graded, val_met=met / graded) if graded else {}))
+    """Answer validation prompts, always with the same seed. Returns means over the answers."""
+    prompts = val_prompts[:eval_prompts][run.rank::run.world_size]
+    seed_step(seed, 0, run.rank)
+    score = 0.0
+    kl = 0.0
+    ended = 0
+    texts = []
+    for first in range(0, len(prompts), batch_size):
+        batch = rollout(prompts[first:first + batch_size])
+        score += batch.scores.sum().item()
+        kl += (batch.logprobs - batch.ref_logprobs).sum().item()
+        ended += batch.ended.sum().item()
+        texts += batch.texts
+    n, score, kl, ended = all_sum(len(prompts), score, kl, ended)
+    metrics = dict(val_score=score / n, val_kl=kl / n, val_ended=ended / n)
+    for name, mean in mean_gold(prompts, texts).items():
+        metrics[f'val_{name}'] = mean
+    return metrics
 
 def get_lr(step):
-    """Linear warm-up, then linear down to 0."""
-    return learning_rate * min((step + 1) / (warmup_iters + 1), (max_iters - step) / max(1, max_iters - warmup_iters))
+    """Linear warm-up, then linear decay to 0."""
+    warmup = (step + 1) / (warmup_iters + 1)
+    decay = (max_iters - step) / max(1, max_iters - warmup_iters)
+    return learning_rate * min(warmup, decay)
 
 # -----------------------------------------------------------------------------
 # the loop
-log = lib.open_log(os.path.join(out_dir, 'rlhf.jsonl'), first_step)
-run.catch_signals()
-kl_coef, seconds, n_tokens = more.get('kl_coef', kl_coef), more.get('seconds', 0.0), more.get('n_tokens', 0)
-bad, t0, held_out = 0, time.time(), {}
+PRINTED = ('score', 'kl', 'gold', 'met', 'entropy', 'clipfrac', 'length', 'ended', 'norm')
+log = open_log(os.path.join(out_dir, f'{stage}.jsonl'), first_step)
+catch_signals(run)
+kl_coef = progress['kl_coef']
+n_tokens = progress['n_tokens'] # in prompts and responses so far
+started = time.time() - progress['seconds'] # as if the run had never been interrupted
+t0 = time.time()
 for step in range(first_step, max_iters + 1):
     # evaluate: all ranks take part
     if step % eval_interval == 0 or step == max_iters:
-        held_out = evaluate()
-        print0(f'step {step:5d} | held out: ' + ' | '.join(f'{k[4:]} {v:.3f}' for k, v in held_out.items()))
-        log(step=step, **held_out)
-    leave = lib.stopping(run)
-    if leave or step == max_iters or step > first_step and step % save_interval == 0:
-        more = dict(seconds=seconds + time.time() - t0, n_tokens=n_tokens, kl_coef=kl_coef)
-        if run.master and step < max_iters:
-            lib.save_resume(resume_path, step, [raw_model], optimizers, config, **more)
-    if leave and step < max_iters:
-        die(f'stopped at step {step} and saved: the same command goes on from there')
+        val_metrics = evaluate()
+        val_text = ' | '.join(f'{name} {value:.4f}' for name, value in val_metrics.items())
+        print0(f'step {step:6d} | {val_text}')
+        log(step=step, **val_metrics)
     if step == max_iters:
         break
 
+    # save, and leave after Ctrl-C or SIGTERM
+    leave = should_stop(run)
+    if step > first_step and (leave or step % save_interval == 0):
+        progress.update(kl_coef=kl_coef, seconds=time.time() - started, n_tokens=n_tokens)
+        state = get_state(raw_model, optimizers)
+        save_resume(resume_path, step, state, config, **progress)
+    assert not leave, f'stopped at step {step} and saved: the same command continues from there'
+
     # phases 1 to 5
-    lib.seed_step(seed, step + 1, run.rank) # ranks draw different answers
-    lr, t1, prompts = get_lr(step), time.time(), get_prompts(step)
-    ids, actions, logprobs, ref_logprobs, entropy, values, score, ended, texts = rollout(prompts)
-    rewards = get_rewards(score, ended, logprobs, ref_logprobs, actions, kl_coef)
-    advantages, returns = gae(rewards, values, actions)
-    advantages = whiten(advantages, actions)
+    t1 = time.time()
+    # PPO detail: a seed that depends on the rank, so that the processes sample different answers.
+    seed_step(seed, step + 1, run.rank) # evaluate() uses step 0
+    prompts = get_prompts(step)
+    batch = rollout(prompts)
+    rewards = get_rewards(batch, kl_coef)
+    advantages, batch.returns = gae(rewards, batch.values, batch.response_mask)
+    # PPO detail: advantage whitening, on all ranks together. It removes the scale of the rewards.
+    batch.advantages = whiten(advantages, batch.response_mask)
 
     # 6. learn
-    stats = {k: [] for k in ('approx_kl', 'clipfrac', 'ratio', 'ratio_gap', 'pg_loss', 'v_loss', 'norm')}
+    # PPO detail: a new permutation in each epoch. Each epoch uses each answer once.
+    minibatches = []
     for epoch in range(ppo_epochs):
-        order = torch.randperm(batch_size)
-        for mini in order.split(minibatch_size):
-            n_actions = lib.all_sum(actions[mini].sum().item())[0]
-            sums = torch.zeros(6)
-            for micro, mb in enumerate(mini.split(micro_batch_size)):
-                if run.ddp: # gradients travel only with the last micro-batch
-                    model.require_backward_grad_sync = (micro + 1) * micro_batch_size >= minibatch_size
-                with run.autocast():
-                    mb_logprobs, _, mb_values = model(ids[mb], actions[mb])       # (micro, T-1)
-                log_ratio = (mb_logprobs - logprobs[mb]) * actions[mb]
-                ratio = log_ratio.exp()
-                pg_loss = torch.max(-advantages[mb] * ratio,
-                                    -advantages[mb] * ratio.clamp(1 - cliprange, 1 + cliprange))
-                v_loss = (mb_values - returns[mb]) ** 2
-                if cliprange_value:
-                    v_clipped = values[mb] + (mb_values - values[mb]).clamp(-cliprange_value, cliprange_value)
-                    v_loss = torch.max(v_loss, (v_clipped - returns[mb]) ** 2)
-                loss = ((pg_loss + vf_coef * 0.5 * v_loss) * actions[mb]).sum() / n_actions
-                (loss * run.world).backward() # DDP takes the mean over ranks, the sum is wanted
-                with torch.no_grad():
-                    k3 = ratio - 1 - log_ratio # Schulman's estimator of KL(old || new): never negative, low variance
-                    gap = (ratio - 1).abs()
-                    parts = (k3, gap > cliprange, ratio, gap, pg_loss, 0.5 * v_loss)
-                    sums += torch.stack([(p * actions[mb]).sum() for p in parts]).cpu()
-            sums = [s / n_actions for s in lib.all_sum(*sums)]
-            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or float('inf')).item()
-            stop = not math.isfinite(norm) or 0 < target_kl < sums[0]
-            if not stop:
-                for opt in optimizers:
-                    for group in opt.param_groups:
-                        group['lr'] = lr
-                    opt.step()
-            raw_model.zero_grad(set_to_none=True)
-            for name, value in zip(stats, sums + [norm]):
-                stats[name].append(value)
-            if stop:
-                break
-        if stop:
-            break
-    bad = 0 if math.isfinite(norm) else bad + 1
-    if bad:
-        print0(f'step {step}: gradient norm {norm}: skipped ({bad} in a row)')
-    if bad == 5:
-        die('5 updates in a row without a finite gradient: lower --learning_rate or raise --kl_coef; the last good '
-            f'state, if one was saved, is {resume_path}')
+        minibatches += torch.randperm(batch_size).split(minibatch_size)
+    lr = get_lr(step) # PPO detail: learning rate annealing
+    history = [] # statistics of each minibatch
+    for minibatch in minibatches:
+        # The loss is a sum over the response tokens, divided by their number in the minibatch: all
+        # micro-batches, all ranks. A mean of means would give short answers more weight.
+        n_valid = all_sum(batch.response_mask[minibatch].sum().item())[0]
+        sums = torch.zeros(len(STATISTICS), device=run.device)
+        micro_batches = minibatch.split(micro_batch_size)
+        for micro, rows in enumerate(micro_batches):
+            if ddp: # exchange gradients only once, with the last micro-batch
+                model.require_backward_grad_sync = micro == len(micro_batches) - 1
+            loss, micro_sums = get_loss(batch, rows)
+            sums += micro_sums
+            loss = loss / n_valid
+            loss = loss * run.world_size # DDP averages over ranks; we need the sum
+            loss.backward()
+        means = [total / n_valid for total in all_sum(*sums.tolist())]
 
-    # log: the curves to watch are score, kl and gold; the losses tell little
-    grades = [(lib.grade(row['checks'], text)) for (row, _), text in zip(prompts, texts) if row.get('checks')]
-    row_kl = (logprobs - ref_logprobs).sum(1)                                  # (B,) nats an answer
-    n, s, s2, kl, length, stopped, graded, gold, met, seen = lib.all_sum(
-        batch_size, score.sum().item(), (score ** 2).sum().item(), row_kl.sum().item(), actions.sum().item(),
-        ended.sum().item(), len(grades), sum(g for _, g in grades), sum(m for m, _ in grades),
-        (ids != tok.pad).sum().item())
-    # k3 is steady near the reference only: far from it, its tail is heavy and single updates jump
-    k3 = masked_mean((ref_logprobs - logprobs).exp() - 1 - (ref_logprobs - logprobs), actions) * length / n
-    line = dict(step=step, score=s / n, score_std=math.sqrt(max(0, s2 / n - (s / n) ** 2)), kl=kl / n, kl_k3=k3,
-                rlhf_reward=(s - kl_coef * kl) / n, entropy=masked_mean(entropy, actions), length=length / n,
-                ended=stopped / n, ratio_gap_first=stats['ratio_gap'][0], kl_coef=kl_coef, lr=lr,
-                explained_variance=1 - variance(returns - values, actions) / max(1e-8, variance(returns, actions)),
-                **{k: float(np.mean(v)) for k, v in stats.items()})
-    if graded:
-        line.update(gold=gold / graded, met=met / graded)
-    log(**line)
-    n_tokens += seen
-    left = (time.time() - t0) / (step - first_step + 1) * (max_iters - step - 1)
-    print0(f'step {step:5d} | score {line["score"]:+.3f} | kl {line["kl"]:.2f} | '
-           + (f'gold {line["gold"]:.3f} | met {line["met"]:.0%} | ' if graded else '')
-           + f'entropy {line["entropy"]:.3f} | clip {line["clipfrac"]:.3f} | length {line["length"]:.1f} | '
-           f'ended {line["ended"]:.0%} | norm {line["norm"]:.2f} | {time.time() - t1:.1f} s, {left:.0f} s left')
+        # PPO detail: global gradient clipping, of actor and critic together
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        norm = norm.item()
+        assert math.isfinite(norm), (
+            f'step {step}: gradient norm {norm}: lower --learning_rate or raise --kl_coef, and use '
+            f'--resume=false; {resume_path} has the last good state, if one was saved')
+        history.append(dict(zip(STATISTICS, means), norm=norm))
+
+        # PPO detail: early stopping, if the new policy is too far from the old one
+        if 0 < target_kl < history[-1]['approx_kl']:
+            raw_model.zero_grad(set_to_none=True)
+            break
+
+        # update
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group['lr'] = lr
+            opt.step()
+        raw_model.zero_grad(set_to_none=True)
+
+    # log. Watch score, kl and gold; the losses say little.
+    all_rows = torch.ones_like(batch.ended)                     # (B,) mask for numbers per answer
+    row_kl = (batch.logprobs - batch.ref_logprobs).sum(1)       # (B,) nats, by k1
+    kl = masked_mean(row_kl, all_rows)
+    length = masked_mean(batch.response_mask.sum(1), all_rows)
+    # kl_k3 estimates the same KL by k3. Its variance is low near the reference, high far from it.
+    log_ratio = batch.ref_logprobs - batch.logprobs
+    token_k3 = masked_mean(log_ratio.exp() - 1 - log_ratio, batch.response_mask)
+    # 1: the critic predicts the returns exactly. 0: it is as good as a constant. Below 0: worse.
+    error_variance = masked_variance(batch.returns - batch.values, batch.response_mask)
+    return_variance = masked_variance(batch.returns, batch.response_mask)
+    explained_variance = 1 - error_variance / max(1e-8, return_variance)
+    metrics = dict(
+        score=masked_mean(batch.scores, all_rows),
+        score_std=math.sqrt(masked_variance(batch.scores, all_rows)),
+        rlhf_reward=masked_mean(rewards.sum(1), all_rows), # what PPO maximizes: score - penalties
+        kl=kl, kl_k3=token_k3 * length, kl_coef=kl_coef, length=length,
+        ended=masked_mean(batch.ended, all_rows),
+        entropy=masked_mean(batch.entropy, batch.response_mask),
+        explained_variance=explained_variance,
+        ratio_gap_first=history[0]['ratio_gap'], # PPO detail: the first ratio must be 1: gap 0
+        lr=lr)
+    for name in history[0]:
+        metrics[name] = float(np.mean([statistics[name] for statistics in history]))
+    metrics.update(mean_gold(prompts, batch.texts))
+    log(step=step, **metrics)
+    n_tokens += all_sum((batch.query_responses != tok.pad).sum().item())[0]
+    dt = time.time() - t1
+    left = (time.time() - t0) / (step + 1 - first_step) * (max_iters - step - 1)
+    text = ' | '.join(f'{name} {metrics[name]:.3f}' for name in PRINTED if name in metrics)
+    print0(f'step {step:6d} | {text} | {dt:.1f} s, {left / 60:.1f} min left')
+
+    # PPO detail: print answers. Reward hacking is visible in them before it is visible in a curve.
     if step % sample_interval == 0:
-        for (row, _), text, sc, k in list(zip(prompts, texts, score.tolist(), row_kl.tolist()))[:3]:
-            print0(f'    {row["messages"][-1]["content"]!r}\n      -> {text!r} (score {sc:+.2f}, kl {k:.1f})')
-    if kl_target: # proportional controller, fed by the KL of all ranks, so that they stay together
-        kl_coef *= 1 + float(np.clip(line['kl'] / kl_target - 1, -0.2, 0.2)) * n / kl_horizon
+        for i in range(min(3, batch_size)):
+            question = prompts[i][0]['messages'][-1]['content']
+            print0(f'    {question!r}\n      -> {batch.texts[i]!r} '
+                   f'(score {batch.scores[i]:+.2f}, kl {row_kl[i]:.1f})')
+
+    # PPO detail: adaptive KL coefficient (Ziegler et al. 2019). kl is the mean over all ranks, so
+    # the coefficient is the same on all ranks.
+    if kl_target > 0:
+        error = min(max(kl / kl_target - 1, -0.2), 0.2)
+        kl_coef *= 1 + error * step_size / kl_horizon
 
 # -----------------------------------------------------------------------------
 # save
+seconds = time.time() - started
+weights = raw_model.actor.state_dict()
 if run.master:
-    # a token is sampled once, read by four models, learned by two ppo_epochs times; reading costs a third of learning
-    per_token = raw_model.actor.flops_per_token(n_tokens / max(1, max_iters * batch_size * run.world))
-    flops = per_token * n_tokens * (5 / 3 + 2 * ppo_epochs)
-    metrics = dict(**held_out, seconds=more['seconds'], flops=flops, tokens=n_tokens)
-    lib.save_checkpoint(out_path, 'rlhf', raw_model.actor, tok, config, max_iters, metrics)
-    print(f'saved {out_path}: score {held_out["val_score"]:+.3f}, KL {held_out["val_kl"]:.2f} nats an answer, '
-          f'{more["seconds"]:.0f} s')
-lib.finish(run)
+    # Each token is sampled once, read by four models, and learned by two models in each PPO epoch.
+    # flops_per_token is the cost of learning; a forward pass costs a third of it.
+    mean_length = n_tokens / max(1, max_iters * step_size)
+    passes = (1 + 4) / 3 + 2 * ppo_epochs
+    flops = raw_model.actor.flops_per_token(mean_length) * n_tokens * passes
+    metrics = dict(val_metrics, seconds=seconds, tokens=n_tokens, flops=flops)
+    save_checkpoint(out_path, stage, weights, asdict(raw_model.actor.config), tok,
+                    config, max_iters, metrics)
+    print(f'saved {out_path}: {val_text}, {seconds:.0f} s')
+cleanup(run)

@@ -1,363 +1,528 @@
 """
-Turns text into numbers: learns a byte-level BPE tokenizer from our own documents, then encodes the documents with it.
+Learn a byte-level BPE tokenizer from our own documents, then encode the documents with it.
 
-    data_dir/train/*.jsonl.gz, val/*.jsonl.gz  ->  data_dir/tokenizer.json, train_000000.bin .., val_000000.bin ..
+Byte pair encoding starts from the 256 bytes, so every text can be encoded. It looks for the pair of
+neighbouring tokens that is most frequent in the corpus, makes it a new token, and repeats (Sennrich
+et al. 2016; on bytes as in GPT-2, Radford et al. 2019). Encoding applies the merges in that order.
 
-Byte pair encoding starts from the 256 bytes, so that no text is ever unknown. It looks for the pair of neighbours that
-is most frequent in the corpus, makes it a new token, and repeats. Encoding applies the same merges in the same order.
-bpe.py has the algorithm; here are the corpus, the processes and the files. The corpus is never in memory as a whole.
+Reads   data_dir/train/*.jsonl.gz, val/*.jsonl.gz (documents), chat_{train,val}.jsonl if asked to
+Writes  data_dir/tokenizer.json, train_000000.bin .., val_000000.bin .. (token shards)
 
-    python tokenizer.py config/tiny.py                             learn and encode: seconds on a laptop
-    python tokenizer.py config/tiny.py --show=understanding        watch the merges of a word
-    python tokenizer.py config/tiny.py --compare=true              bytes per token by kind of text, beside GPT-2
-    python tokenizer.py config/tiny.py --export=out/toytown/hf     for Hugging Face's libraries and for tiktoken
+    python tokenizer.py config/tiny.py                         # learn and encode: seconds
+    python tokenizer.py config/tiny.py --show=understanding    # watch the merges of a word
+    python tokenizer.py config/tiny.py --compare=true          # bytes per token, next to GPT-2
     python tokenizer.py --data_dir=data/web --vocab_size=32768 --train_chars=2_000_000_000
-    python tokenizer.py config/tiny.py config/midtrain.py          with another's tokenizer, conversations mixed in
+    python tokenizer.py config/tiny.py config/midtrain.py      # with the tokenizer of data/toytown
+
+It uses all cores of one machine and never holds the whole corpus in memory.
+Left out: other ways to choose tokens (WordPiece, Unigram), BPE dropout, several machines.
 """
-import atexit, base64, collections, concurrent.futures, gc, glob, itertools, json, multiprocessing, os, shutil, signal
-import sys, time
+import atexit, base64, collections, concurrent.futures, glob, heapq, itertools, json
+import multiprocessing, operator, os, shutil, signal, sys, threading, time
+
 import numpy as np
 import regex # comes with tiktoken; unlike re it knows \p{L}, "any letter"
 import tiktoken
-from bpe import PATTERNS, show_merges, tokens_of, train_bpe, visible
+
 from configurator import configure
-from huggingface import tokenizer_files
-from model import (SHARD_FORMS, SPECIAL_TOKENS, Tokenizer, atomic, check_settings, die, print0, read_jsonl, read_shard,
-                   write_shard, write_texts)
+from model import (SHARD_FORMATS, SPECIAL_TOKENS, Tokenizer, print0, read_jsonl, write_shard,
+                   write_text)
 
 # -----------------------------------------------------------------------------
 # settings
-data_dir = 'data/toytown'  # where prepare_data.py has put train/ and val/; tokenizer.json and the shards go there too
-kind = 'bpe'               # bpe: learned here; char: every character of train/ is a token; gpt2: that of GPT-2
-vocab_size = 4096          # of bpe: tokens in all, 256 bytes + merges + 6 special tokens
-pattern = 'gpt4'           # of bpe: how text is split before merging: gpt4, gpt2 or a regular expression
-use = ''                   # a tokenizer.json to encode with, instead of learning one: that of a model to go on with
-conversations = 0          # how often chat_train.jsonl is mixed in, with the special tokens, as sft.py sees it
+data_dir = 'data/toytown'  # folder with train/ and val/ of prepare_data.py; results go there too
+kind = 'bpe'               # bpe: learn merges; char: one token per character; gpt2: GPT-2's own
+vocab_size = 4096          # bpe: number of tokens = 256 bytes + merges + 6 special tokens
+pattern = 'gpt4'           # bpe: split text by this pattern: gpt4, gpt2 or a regular expression
+use = ''                   # encode with this tokenizer.json (of a trained model), learn nothing
+conversations = 0          # add chat_train.jsonl this many times, as sft.py renders it
 train_chars = 0            # learn from this many characters, an equal share of each file (0 = all)
-max_chunks = 2_000_000     # distinct chunks kept while counting; of more, the rarest are forgotten
-shard_tokens = 100_000_000 # tokens per .bin file, at most; a document is never cut (0 = one file)
-processes = 0              # that count chunks; as many threads encode (0 = one per core)
+max_chunks = 2_000_000     # count at most this many distinct chunks, forget the rarest (0 = all)
+shard_tokens = 100_000_000 # max tokens in a .bin file; documents are never cut (0 = one file)
+processes = 0              # processes that count, and threads that encode (0 = one per core)
 seed = 1337                # order of the documents in the shards
-show = ''                  # a text: show its merges step by step with the tokenizer in data_dir, then exit
-compare = False            # show how well the tokenizer in data_dir packs which kind of text, then exit
-export = ''                # a folder: write the tokenizer in data_dir there in the forms of other libraries, then exit
+show = ''                  # show the merges of this text with the tokenizer in data_dir, then exit
+compare = False            # show how well the tokenizer in data_dir compresses texts, then exit
 config = configure(globals())
-# -----------------------------------------------------------------------------
-# functions
 
+# -----------------------------------------------------------------------------
+# byte pair encoding: learn the merges
+
+# Text is first split into chunks, roughly words, and merges stay inside a chunk: "dog." and "dog!"
+# share the token "dog". \p{L} is a letter, \p{N} a digit, \s white space; "++" never backtracks.
+PATTERNS = dict(
+    gpt2=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s",
+    gpt4=r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+
+# The first 256 tokens are the bytes, in the order of GPT-2 and Hugging Face: printable ones first.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = bytes(PRINTABLE + [b for b in range(256) if b not in PRINTABLE]) # BYTES[i] is token i
+BYTE_TO_ID = bytes.maketrans(BYTES, bytes(range(256)))
+
+def train_bpe(chunks, n_merges):
+    """
+    Learn up to n_merges merges from {chunk: how often it occurs}. Returns pairs of token ids; merge
+    number k makes token 256 + k. The most frequent pair is merged first; of equally frequent pairs,
+    the one with the smallest ids. Stops when no pair occurs twice: its token would save nothing.
+        train_bpe({'low': 5, 'lower': 2}, 2) -> [(l, o), (256, w)], with l, o, w the ids of bytes
+    """
+    # A word is a string in which the character chr(i) stands for token i. Then a pair is a string
+    # of two characters, strings are sorted by ids, and str.split and str.join do a merge.
+    words = []
+    for chunk in chunks:
+        ids = chunk.encode().translate(BYTE_TO_ID)
+        words.append(ids.decode('latin-1')) # byte i becomes chr(i)
+    freqs = list(chunks.values())
+
+    counts = collections.defaultdict(int) # pair -> how often it occurs in the corpus
+    where = collections.defaultdict(list) # pair -> indices of the words that may contain it
+    for i, word in enumerate(words):
+        for pair in map(operator.add, word, word[1:]): # 'abc' -> 'ab', 'bc'
+            counts[pair] += freqs[i]
+            where[pair].append(i)
+
+    # heapq keeps the smallest item in front, so counts are negative in the heap.
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+
+    merges = []
+    while heap and len(merges) < n_merges:
+        count, pair = heapq.heappop(heap)
+        count = -count
+        if count != counts[pair]: # out of date: other merges have used up some of these pairs
+            heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        if count < 2:
+            break
+        left, right = pair
+        new = chr(256 + len(merges))
+        merges.append((ord(left), ord(right)))
+
+        # Merge the pair in every word. Only its neighbours change: "x left right y" -> "x new y".
+        new_counts = collections.defaultdict(int)
+        for i in set(where.pop(pair)): # a word is listed for each of its pairs
+            parts = words[i].split(pair) # from left to right: 'aaab' -> '', 'ab'
+            words[i] = new.join(parts)
+
+            replaced = [] # (old pair, new pair)
+            for k in range(1, len(parts)): # a new token stands between parts[k - 1] and parts[k]
+                before = parts[k - 1]
+                after = parts[k]
+                if before:
+                    replaced.append((before[-1] + left, before[-1] + new))
+                elif k > 1: # "left right left right" -> "new new"
+                    replaced.append((right + left, new + new))
+                if after:
+                    replaced.append((right + after[0], new + after[0]))
+
+            for old_pair, new_pair in replaced:
+                counts[old_pair] -= freqs[i]
+                new_counts[new_pair] += freqs[i]
+                where[new_pair].append(i)
+
+        counts.update(new_counts)
+        for new_pair, count in new_counts.items():
+            heapq.heappush(heap, (-count, new_pair))
+        if len(merges) % 5000 == 0:
+            print0(f'{len(merges):,} of {n_merges:,} merges')
+    return merges
+
+def merges_to_tokens(merges):
+    """Pairs of ids -> the bytes of every token: the 256 bytes, then one token per merge."""
+    tokens = [bytes([b]) for b in BYTES]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    return tokens
+
+# -----------------------------------------------------------------------------
+# byte pair encoding: apply the merges, step by step (tiktoken does the same in Rust)
+
+def merge_steps(chunk, ranks):
+    """
+    Encode the bytes of a chunk with ranks, {token: id}. Yields at the start and after each merge:
+    pieces    the bytes in their current tokens: [l, o, w], then [lo, w], then [low]
+    newest    index of the piece that was made last, None at the start
+    choices   sorted (rank, index of the left piece) of all merges that are possible now
+    """
+    pieces = [bytes([b]) for b in chunk]
+    newest = None
+    while True:
+        choices = []
+        for i in range(len(pieces) - 1):
+            rank = ranks.get(pieces[i] + pieces[i + 1])
+            if rank is not None:
+                choices.append((rank, i))
+        choices.sort()
+        yield pieces, newest, choices
+        if not choices:
+            return
+        # The lowest rank is merged first, as it was learned first; of equal ranks, the leftmost.
+        newest = choices[0][1]
+        merged = pieces[newest] + pieces[newest + 1]
+        pieces = pieces[:newest] + [merged] + pieces[newest + 2:]
+
+def printable(token):
+    """Bytes -> text that is safe to print. What is not printable is escaped, as Python does it."""
+    text = token.decode('utf-8', 'backslashreplace')
+    return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+def show_merges(chunk, ranks, color):
+    """Print the merges of a chunk, a line each: the newest token on yellow, the others on blues."""
+    print(f"\n'{printable(chunk)}' is {len(chunk)} bytes")
+    for pieces, newest, choices in merge_steps(chunk, ranks):
+        label = 'bytes' if newest is None else f'rank {ranks[pieces[newest]]:6}'
+        texts = [printable(piece) for piece in pieces]
+        if color:
+            for i in range(len(texts)):
+                background = 43 if i == newest else (46, 104)[i % 2]
+                texts[i] = f'\033[30;{background}m{texts[i]}\033[0m'
+        print(f'{label:11} |', ('' if color else '|').join(texts))
+        names = {rank: f"{rank} '{printable(pieces[i] + pieces[i + 1])}'" for rank, i in choices}
+        if names:
+            print('            | lowest rank:', ', not '.join(list(names.values())[:4]))
+    print('ids         |', *(ranks[piece] for piece in pieces))
+
+# -----------------------------------------------------------------------------
+# documents: read, count and encode them in parallel
 EOT = SPECIAL_TOKENS[0] # <|endoftext|>
-gc.disable() # millions of small objects, none in a circle: the collector would walk through them again and again
 
 def clean(text):
-    """Joins surrogate pairs; a lone half, which no UTF-8 can hold, becomes U+FFFD (tiktoken does the same)."""
+    """Repair what tiktoken cannot encode."""
+    # JSON can hold half of a surrogate pair, UTF-8 cannot: it becomes U+FFFD.
     text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    # tiktoken's matcher overflows its stack on a run of a million blanks: runs of more than 10,000 are cut short
-    long = any(text[i:i + 5000].isspace() for i in range(0, len(text), 5000))
-    return regex.sub(r'(?<!\s)(\s{10000})\s++', r'\1', text) if long else text
+    # A million blanks overflow tiktoken's stack: cut runs of white space to 10,000. Such a run
+    # fills a whole block, and to look for one first saves time.
+    if any(text[i:i + 5000].isspace() for i in range(0, len(text), 5000)):
+        text = regex.sub(r'(?<!\s)(\s{10000})\s++', r'\1', text)
+    return text
 
-def meter(what, total, unit, size=1):
-    """-> a function to be told what is done: it prints rate and time left at every tenth and twice a minute."""
-    start = last = time.time()
-    tenth = 0
-    def tell(done):
-        nonlocal last, tenth
-        now = time.time()
-        if now > last + (1 if done * 10 // total > tenth else 30):
-            last, tenth, rate = now, done * 10 // total, done / max(now - start, 1e-9)
-            print0(f'{what} | {done / total:4.0%} | {rate / size:,.1f} {unit}/s | {(total - done) / rate:.0f} s left')
-    return tell
-
-def batches(what, files, n_chars=0):
-    """Yields lists of documents, a million characters each; n_chars: of as many in all, an equal share of each file."""
-    sizes, batch, size, before = [os.path.getsize(path) for path in files], [], 0, 0
-    tell = meter(what, sum(sizes), 'MB of files', 1e6)
+def read_batches(what, files, stats, max_chars=0):
+    """
+    Yield the documents of the files as lists of texts, about a million characters each.
+    max_chars: stop after this many characters, an equal share of each file (0 = read all).
+    stats: a Counter, in which 'chars' and 'empty' count characters read and documents skipped.
+    """
+    total = sum(os.path.getsize(path) for path in files)
+    done = 0
+    start = last_print = time.time()
+    batch = []
+    batch_chars = 0
     for k, path in enumerate(files):
-        room = (n_chars - seen[what, 'chars']) // (len(files) - k) if n_chars else sys.maxsize
-        with open(path, 'rb') as raw:
-            for line, row in read_jsonl(path, raw):
-                text = row.get('text')
-                if not isinstance(text, str):
-                    die(f'{path}:{line}: no text in this document, expected {{"text": "..."}}')
-                if not text or text.isspace():
-                    seen[what, 'empty'] += 1
-                    continue
-                batch.append(text[:room])
-                room, size = room - len(batch[-1]), size + len(batch[-1])
-                seen[what, 'chars'] += len(batch[-1])
-                if size > 10**6 or not room:
-                    tell(before + raw.tell())
-                    yield batch
-                    batch, size = [], 0
-                if not room:
-                    break
-        before += sizes[k]
+        room = (max_chars - stats['chars']) // (len(files) - k) if max_chars else sys.maxsize
+        for line, row in read_jsonl(path):
+            if room <= 0:
+                break
+            text = row.get('text')
+            assert isinstance(text, str), f'{path}:{line}: no text, a document is {{"text": "..."}}'
+            if not text or text.isspace():
+                stats['empty'] += 1
+                continue
+            text = text[:room]
+            batch.append(text)
+            room -= len(text)
+            batch_chars += len(text)
+            stats['chars'] += len(text)
+            if batch_chars > 1_000_000:
+                yield batch
+                batch = []
+                batch_chars = 0
+
+        done += os.path.getsize(path)
+        now = time.time()
+        if now > last_print + 10:
+            last_print = now
+            rate = done / (now - start)
+            left = (total - done) / rate
+            print0(f'{what} | {done / total:4.0%} | {rate / 1e6:.1f} MB/s | {left:.0f} s left')
     if batch:
         yield batch
-    tell(before)
 
-def in_parallel(pool, work, batches):
-    """work(batch) of every batch, in order. Unlike pool.map it does not read the corpus ahead: two batches a worker."""
+def map_in_order(pool, function, batches):
+    """Like pool.map, which would read the whole corpus ahead; this reads two batches per worker."""
     waiting = collections.deque()
     for batch in batches:
-        waiting.append(pool.submit(work, batch))
-        if len(waiting) > 2 * workers:
+        waiting.append(pool.submit(function, batch))
+        if len(waiting) > 2 * n_workers:
             yield waiting.popleft().result()
     for future in waiting:
         yield future.result()
 
-def begin_worker(parent=os.getpid()): # the default is of the process that reads this line: the parent
-    """Of a process that counts: Ctrl-C is for its parent; when that is killed, it leaves within a second."""
+def init_worker():
+    """Start of a counting process: leave Ctrl-C to the parent, and exit when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, lambda *_: os.getppid() == parent or os._exit(1))
-    signal.setitimer(signal.ITIMER_REAL, 1, 1)
+    def exit_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 def count_chunks(texts):
-    """-> how often each chunk occurs in these documents."""
-    chunks = collections.Counter()
+    """List of texts -> Counter of their chunks."""
+    chunks = []
     for text in texts:
-        chunks.update(regex.findall(split_by, clean(text)))
-    return chunks
+        chunks += split_pattern.findall(clean(text))
+    return collections.Counter(chunks)
 
 def encode_documents(texts):
-    """-> (ids of the documents, each after an <|endoftext|>; their bytes). One call for all: short ones are slow."""
+    """List of texts -> ids of all, each document after an <|endoftext|>; number of bytes."""
     texts = [clean(text) for text in texts]
-    plain = [text for text in texts if EOT not in text] # a text that spells it goes alone: it must not become one
-    parts = [[tok.eot, *tok.encode(text)] for text in texts if EOT in text]
+    n_bytes = sum(len(text.encode()) for text in texts)
+    # One call for all documents is twice as fast as one for each. Only a document that spells
+    # <|endoftext|> itself is encoded alone: there it must not become the special token.
+    plain = [text for text in texts if EOT not in text]
+    parts = [[tok.eot] + tok.encode(text) for text in texts if EOT in text]
     if plain:
-        parts.append(tok.enc.encode_to_numpy(EOT + EOT.join(plain), allowed_special={EOT}, disallowed_special=()))
-    return np.concatenate(parts).astype(dtype), sum(len(text.encode()) for text in texts)
+        joined = EOT + EOT.join(plain)
+        parts.append(tok.enc.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=()))
+    return np.concatenate(parts).astype(dtype), n_bytes
 
 def encode_conversations(path):
-    """Yields the same of the conversations of a file, a thousand at a time."""
-    rows = read_jsonl(path)
-    while part := list(itertools.islice(rows, 1000)):
-        ids = []
-        for line, row in part:
-            try:
-                ids += tok.render(row.get('messages'))[0]
-            except ValueError as e:
-                die(f'{path}:{line}: {e}')
-        yield np.array(ids, dtype), sum(len(tok.bytes_of(i)) for i in ids)
+    """Yield the same for each conversation of a file."""
+    for line, row in read_jsonl(path):
+        try:
+            ids, _ = tok.render(row.get('messages'))
+        except ValueError as e:
+            raise AssertionError(f'{path}:{line}: {e}') from None
+        yield np.array(ids, dtype), sum(len(tok.token_bytes(i)) for i in ids)
 
-def gpt2():
-    """GPT-2's encoding, from tiktoken's cache or the network; RuntimeError if neither has it."""
+def load_gpt2():
+    """GPT-2's encoding, from tiktoken's cache or from the network."""
     try:
         return tiktoken.get_encoding('gpt2')
-    except Exception as e: # whatever requests, the disk or the check of the file raises
-        raise RuntimeError(f"GPT-2's vocabulary is not at hand ({type(e).__name__}): once downloaded on a machine with "
-                           'a network, the folder that TIKTOKEN_CACHE_DIR names holds it') from None
-
-def print_largest(tok):
-    largest = sorted(range(len(tok.tokens)), key=lambda i: (-len(tok.tokens[i]), i))[:10]
-    print0('largest tokens: ' + ' '.join(f"'{visible(tok.tokens[i])}'" for i in largest))
+    except Exception as e: # whatever the network, the disk or the check of the file raises
+        raise AssertionError(f"cannot load GPT-2's vocabulary ({type(e).__name__}): set TIKTOKEN_"
+                             'CACHE_DIR to the cache of a machine that has downloaded it') from None
 
 # -----------------------------------------------------------------------------
-# look at the tokenizer, or take it along
-
-again = ' '.join(a for a in sys.argv[1:] if a.endswith('.py') or a.startswith('--data_dir=')) # for the hints below
+# files: what is in data_dir, and how new files take the place of old ones
 tokenizer_json = os.path.join(data_dir, 'tokenizer.json')
-sys.stdout.reconfigure(errors='backslashreplace') # what a terminal cannot show is shown by its number, without a crash
-check_settings(config)
-files = {split: sorted(glob.glob(f'{glob.escape(data_dir)}/{split}/*.jsonl.gz')) for split in ('train', 'val')}
-shards = {split: sorted(glob.glob(f'{glob.escape(data_dir)}/{split}_*.bin')) for split in files}
-seen = collections.Counter() # (what, 'chars' or 'empty'): how much has been read
-with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config/samples.json'), encoding='utf-8') as f:
-    samples = json.load(f) # kind of text: a text
+partial = os.path.join(data_dir, 'tokenizer.partial') # 1. new files are written here
+ready = os.path.join(data_dir, 'tokenizer.ready')     # 2. all are whole; old files are deleted
+moving = os.path.join(data_dir, 'tokenizer.moving')   # 3. new files are moved to data_dir
 
+def find(pattern):
+    return sorted(glob.glob(os.path.join(glob.escape(data_dir), pattern)))
+
+def is_foreign(path):
+    """Was this shard published by others? Those of FineWeb, in GPT-2's tokens, have no hash."""
+    header = np.fromfile(path, '<i4', 4).tolist()
+    return len(header) == 4 and header[0] in SHARD_FORMATS and header[3] == 0
+
+def finish_swap():
+    """
+    Put the new files in the place of the old ones. The folder's name says how far we are, so a run
+    that was killed here is completed by the next one. tokenizer.json is deleted first and moved
+    last: without it no other stage starts on half of the shards.
+    """
+    if os.path.isdir(ready):
+        for path in find('tokenizer.json') + find('train_??????.bin') + find('val_??????.bin'):
+            if not is_foreign(path):
+                os.remove(path)
+        os.rename(ready, moving)
+    if os.path.isdir(moving):
+        for name in sorted(os.listdir(moving), reverse=True): # val_*, train_*, tokenizer.json
+            os.replace(os.path.join(moving, name), os.path.join(data_dir, name))
+        os.rmdir(moving)
+
+finish_swap()
+documents = {split: find(f'{split}/*.jsonl.gz') for split in ('train', 'val')}
+samples_json = os.path.join(os.path.dirname(__file__), 'config', 'samples.json')
+with open(samples_json, encoding='utf-8') as f:
+    samples = json.load(f) # kind of text -> a short text
+sys.stdout.reconfigure(errors='backslashreplace') # escape what this terminal cannot show
+
+# -----------------------------------------------------------------------------
+# --show, --compare: look at the tokenizer in data_dir
 if show:
     tok = Tokenizer.load(tokenizer_json)
-    if tok.spec['kind'] == 'char':
-        die('every token is one character: nothing is merged')
+    assert tok.spec['kind'] != 'char', '--show: every token is one character, nothing is merged'
     ranks = {token: i for i, token in enumerate(tok.tokens)}
+    color = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
     for chunk in regex.findall(tok.spec['pattern'], clean(show)):
-        show_merges(chunk.encode(), ranks, colour=sys.stdout.isatty() and 'NO_COLOR' not in os.environ)
+        show_merges(chunk.encode(), ranks, color)
+    sys.exit()
 
 if compare:
-    tok, other = Tokenizer.load(tokenizer_json), None
+    tok = Tokenizer.load(tokenizer_json)
     try:
-        other = gpt2()
-    except RuntimeError as e:
+        gpt2 = load_gpt2()
+    except AssertionError as e:
         print0(e)
-    for path in files['val']:
-        for _, row in read_jsonl(path):
-            name, text = f"val: {row.get('source', 'documents')}", row.get('text')
-            if isinstance(text, str) and len(samples.get(name, '')) < 10**5 and (name in samples or len(samples) < 50):
-                samples[name] = samples.get(name, '') + clean(text) + '\n'
+        gpt2 = None
+
+    for path in documents['val'][:30]: # add 100 documents of each file to the samples
+        for _, row in itertools.islice(read_jsonl(path), 100):
+            name = f"val: {row.get('source', 'documents')}"
+            samples[name] = samples.get(name, '') + clean(str(row.get('text'))) + '\n'
+
     print0(f'\n{"bytes per token":30} GPT-2   ours')
     for name, text in samples.items():
-        ids, theirs = tok.encode(text), f'{len(text.encode()) / len(other.encode_ordinary(text)):.2f}' if other else '-'
-        rate = sum(len(tok.bytes_of(i)) for i in ids) / max(1, len(ids)) # of char, without the characters it left out
-        print0(f'{name[:28]:28} {theirs:>7} {rate:6.2f} ' + '█' * min(round(4 * rate), 60))
-    print_largest(tok)
-    used = np.zeros(tok.n_vocab, int)
-    for path in shards['train']:
-        for part in np.array_split(read_shard(path, tok.hash), 100): # bincount needs 8 bytes a token
-            used += np.bincount(part, minlength=tok.n_vocab)
-    unused = [token for token, n in zip(tok.tokens, used) if not n]
-    print0(f'{len(unused):,} of {len(tok.tokens):,} tokens never occur in the training shards' + ', the largest: ' *
-           bool(unused) + ' '.join(f"'{visible(token)}'" for token in sorted(unused, key=len)[:-11:-1]))
-
-if export:
-    tok = Tokenizer.load(tokenizer_json)
-    if os.path.realpath(export) == os.path.realpath(data_dir):
-        die(f'--export={export} is data_dir: its tokenizer.json would be overwritten; take another folder')
-    try:
-        forms = tokenizer_files(tok)
-    except ValueError as e:
-        die(f'{tokenizer_json} cannot be exported: {e}')
-    if tok.spec['pattern'] not in PATTERNS.values() and tok.spec['kind'] == 'bpe':
-        print0('a pattern of your own: other engines may split it in another way, compare the ids')
-    write_texts(export, forms)
-    for name in forms:
-        print0(f'wrote {os.path.join(export, name)}')
-
-if show or compare or export:
+        theirs = '-'
+        if gpt2:
+            theirs = f'{len(text.encode()) / max(1, len(gpt2.encode_ordinary(text))):.2f}'
+        ids = tok.encode(text)
+        n_bytes = sum(len(tok.token_bytes(i)) for i in ids) # char leaves unknown characters out
+        ours = n_bytes / max(1, len(ids))
+        bar = '█' * min(round(4 * ours), 60)
+        print0(f'{name[:28]:28} {theirs:>7} {ours:6.2f} {bar}')
     sys.exit()
 
 # -----------------------------------------------------------------------------
-# learn the tokens
-
-t_start = time.time()
-partial = os.path.join(data_dir, 'tokenizer.partial')
-shutil.rmtree(partial, ignore_errors=True) # of a run that was killed
-spec = dict(version=1, kind=kind, pattern=PATTERNS.get(pattern, pattern), special_tokens=SPECIAL_TOKENS)
+# check the settings
+assert kind in ('bpe', 'char', 'gpt2'), f"kind must be 'bpe', 'char' or 'gpt2', not {kind!r}"
+split_pattern = regex.compile(r'[\s\S]') # of kind = 'char'
+for name in ('conversations', 'train_chars', 'max_chunks', 'shard_tokens', 'processes', 'seed'):
+    assert config[name] >= 0, f'{name} must not be negative, as {config[name]} is'
 n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
-if kind not in ('bpe', 'char', 'gpt2'):
-    die(f"kind is 'bpe', 'char' or 'gpt2', not {kind!r}")
-if kind == 'bpe' and n_merges < 1:
-    die(f'vocab_size = {vocab_size} is too small: bytes, special tokens and one merge make {257 + len(SPECIAL_TOKENS)}')
-try: # both engines must understand the pattern: `regex` counts the chunks here, tiktoken encodes with it later
-    split_by = regex.compile(spec['pattern'] if kind == 'bpe' else r'[\s\S]')
-    if split_by.groups:
-        raise ValueError('write (?:...) instead of (...), which would return only the group')
-    pieces = [piece.encode() for text in samples.values() for piece in split_by.findall(text)]
-    if split_by.match('') or b'' in pieces:
-        raise ValueError('it matches the empty text')
-    words = dict.fromkeys([bytes([b]) for b in range(256)] + pieces) # where these are tokens, each piece becomes itself
-    trial = tiktoken.Encoding('trial', pat_str=split_by.pattern, mergeable_ranks={w: i for i, w in enumerate(words)},
-                              special_tokens={})
-    theirs = [trial.decode_single_token_bytes(i) for text in samples.values() for i in trial.encode_ordinary(text)]
-    if theirs != pieces:
-        ours, theirs = next(((a, b) for a, b in zip(pieces, theirs) if a != b), (b'', b''))
-        raise ValueError(f'`regex`, which learns, finds {visible(ours)!r} where tiktoken, which encodes, finds '
-                         f'{visible(theirs)!r}')
-except (regex.error, ValueError) as e:
-    die(f'pattern = {pattern!r} is neither gpt4, gpt2 nor a regular expression: {e}')
-heads = {path: np.fromfile(path, '<i4', 4).tolist() for found in shards.values() for path in found}
-foreign = {path for path, head in heads.items() if head[:1] in ([magic] for magic in SHARD_FORMS) and head[3:] == [0]}
-if foreign and kind != 'gpt2':
-    die(f'{min(foreign)} was not made here, its tokens are those of GPT-2: add --kind=gpt2, or take another data_dir')
-for split in files:
-    if not files[split] and not foreign & set(shards[split]): # FineWeb's shards come without documents
-        die(f'no documents {data_dir}/{split}/*.jsonl.gz: make them with `python prepare_data.py {again}`')
+if kind == 'bpe':
+    assert 263 <= vocab_size <= 10**6, f'vocab_size must be 263 to 1,000,000, not {vocab_size:,}'
 
-workers = processes or os.cpu_count() or 1
-if use:
-    known = Tokenizer.load(use)
-    spec, tokens, kind = known.spec, known.tokens, known.spec['kind']
-elif kind == 'gpt2':
+    # Two regex engines read the pattern: regex counts the chunks here, tiktoken encodes with it
+    # later. Both must accept it and keep every character.
+    sample = '\n'.join(samples.values())
+    bytes_only = {bytes([b]): b for b in range(256)}
     try:
-        enc = gpt2()
-    except RuntimeError as e:
-        die(e)
-    tokens, spec['pattern'] = [enc.decode_single_token_bytes(i) for i in range(50256)], enc._pat_str
-    spec['n_vocab'] = 50304 # 50,256 + 6 tokens, padded to a multiple of 128: GPUs multiply such matrices faster
+        split_pattern = regex.compile(PATTERNS.get(pattern, pattern))
+        trial = tiktoken.Encoding('trial', pat_str=split_pattern.pattern,
+                                  mergeable_ranks=bytes_only, special_tokens={})
+        assert split_pattern.groups == 0, 'write (?:...) instead of (...)'
+        chunks = split_pattern.findall(sample)
+        assert '' not in chunks, 'it matches the empty text'
+        kept = [''.join(chunks), trial.decode(trial.encode_ordinary(sample))]
+        assert kept == [sample, sample], 'it must match every character, add |[\\s\\S] at the end'
+    except (AssertionError, ValueError, regex.error) as e:
+        raise AssertionError(f'pattern {pattern!r} is not gpt4, gpt2 or a good one: {e}') from None
+
+foreign = [path for path in find('train_??????.bin') + find('val_??????.bin') if is_foreign(path)]
+assert not foreign or kind == 'gpt2', f"{foreign[0]} has GPT-2's tokens: add --kind=gpt2"
+profiles = [word for word in sys.argv[1:] if word.endswith('.py') or word.startswith('--data_dir=')]
+prepare_command = ' '.join(['python prepare_data.py'] + profiles)
+for split in documents:
+    assert documents[split] or foreign, \
+        f'no documents {data_dir}/{split}/*.jsonl.gz: make them with `{prepare_command}`'
+
+# -----------------------------------------------------------------------------
+# learn the tokens
+t_start = time.time()
+n_workers = processes or os.cpu_count() or 1
+spec = dict(version=1, kind=kind, pattern=split_pattern.pattern, special_tokens=SPECIAL_TOKENS)
+
+if use:
+    spec = Tokenizer.load(use).spec
+    kind = spec['kind']
+elif kind == 'gpt2':
+    gpt2 = load_gpt2()
+    tokens = [gpt2.decode_single_token_bytes(i) for i in range(50256)]
+    spec['pattern'] = gpt2._pat_str
+    spec['n_vocab'] = 50304 # 50,256 + 6 tokens, padded to a multiple of 128: faster on GPUs
 else:
-    small = sum(map(os.path.getsize, files['train'])) < 10**6 # soon done: processes would only take time to start
-    if workers == 1 or small or 'fork' not in multiprocessing.get_all_start_methods():
-        pool = concurrent.futures.ThreadPoolExecutor(1)
-    else:
-        pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('fork'), begin_worker)
-    chunks, rare = collections.Counter(), 0
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    if n_workers > 1 and 'fork' in multiprocessing.get_all_start_methods():
+        # Processes, since only one thread runs Python at a time. Forked ones have split_pattern.
+        fork = multiprocessing.get_context('fork')
+        pool = concurrent.futures.ProcessPoolExecutor(n_workers, fork, init_worker)
+
+    chunks = collections.Counter()
+    stats = collections.Counter()
+    rare = 0 # chunks that occur this often or less are forgotten
     with pool:
-        for found in in_parallel(pool, count_chunks, batches('count', files['train'], train_chars)):
-            chunks.update(found)
-            while len(chunks) > max_chunks > 0 and kind == 'bpe':
+        batches = read_batches('count', documents['train'], stats, train_chars)
+        for batch_chunks in map_in_order(pool, count_chunks, batches):
+            chunks.update(batch_chunks)
+            while kind == 'bpe' and len(chunks) > max_chunks > 0:
                 rare += 1
-                chunks = collections.Counter({chunk: n for chunk, n in chunks.items() if n > rare})
-    print0(f"{seen['count', 'chars']:,} characters in {chunks.total():,} chunks, {len(chunks):,} of them distinct")
+                chunks = collections.Counter({c: n for c, n in chunks.items() if n > rare})
+    print0(f"{stats['chars']:,} characters in {chunks.total():,} chunks, {len(chunks):,} distinct")
     if rare:
-        print0(f'more than max_chunks = {max_chunks:,}: {rare} times the rarest were forgotten, first those seen once')
+        print0(f'more than max_chunks = {max_chunks:,}: the rarest were forgotten {rare} times')
+
     if kind == 'char':
-        chars = sorted(chunks)
-        tokens = [c.encode() for c in chars]
-        spec['pattern'] = '[' + ''.join(c if c.isalnum() else f'\\U{ord(c):08x}' for c in chars) + ']'
+        tokens = [char.encode() for char in sorted(chunks)]
+        # This pattern skips all other characters. Escape those that mean something inside [...].
+        escaped = [c if c.isalnum() else f'\\U{ord(c):08x}' for c in sorted(chunks)]
+        spec['pattern'] = '[' + ''.join(escaped) + ']'
     else:
-        merges = train_bpe(chunks, n_merges, meter('learn', n_merges, 'merges'))
-        tokens = tokens_of(merges)
-        print0(f'256 bytes + {len(merges):,} merges + {len(SPECIAL_TOKENS)} special tokens | '
-               f'{time.time() - t_start:.1f} s')
+        merges = train_bpe(chunks, n_merges)
+        tokens = merges_to_tokens(merges)
+        seconds = time.time() - t_start
+        print0(f'256 bytes, {len(merges):,} merges, 6 special tokens | {seconds:.2f} s')
         if len(merges) < n_merges:
-            print0(f'stopped early at {vocab_size - n_merges + len(merges):,} instead of {vocab_size:,}: no pair of '
-                   'tokens occurs twice any more')
-spec['ranks'] = [base64.b64encode(token).decode() for token in tokens]
+            print0(f'stopped before {n_merges:,} merges: no pair of tokens occurs twice now')
+
+if not use:
+    spec['ranks'] = [base64.b64encode(token).decode() for token in tokens]
 tok = Tokenizer(spec)
 
 # -----------------------------------------------------------------------------
-# encode the documents, then put the new files in the place of the old
-
-# Everything is written to a folder of its own first, so that a run that is stopped leaves the old files as they were.
+# encode the documents
+# A run that stops before the swap leaves the old files as they were: all is written to `partial`.
+shutil.rmtree(partial, ignore_errors=True) # of a run that was killed
 atexit.register(shutil.rmtree, partial, ignore_errors=True)
-with atomic(os.path.join(partial, 'tokenizer.json')) as tmp, open(tmp, 'w', encoding='utf-8') as f:
-    json.dump(spec, f, indent=1)
+os.makedirs(partial)
+write_text(os.path.join(partial, 'tokenizer.json'), json.dumps(spec, indent=1))
 dtype = np.uint16 if tok.n_vocab <= 2**16 else np.uint32
+token_sizes = np.array([len(tok.token_bytes(i)) for i in range(tok.n_vocab)])
 
-for split in files:
-    if not files[split]:
+for split in documents:
+    if not documents[split]:
         continue
-    # First all tokens go into one file, in the order of the documents; then each shard takes its documents from there,
-    # wherever they are. So any document can land in any shard, and no more than one shard is in memory.
-    starts, used, n_bytes, n_tokens = [], np.zeros(tok.n_vocab, int), 0, 0 # used: how often each token occurs
-    flat, t0 = os.path.join(partial, 'tokens'), time.time()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool, atomic(flat) as tmp, open(tmp, 'wb') as f:
-        encoded = [in_parallel(pool, encode_documents, batches(f'encode {split}', files[split]))]
-        chat = os.path.join(data_dir, f'chat_{split}.jsonl')
-        if conversations and os.path.exists(chat):
-            encoded += [encode_conversations(chat) for _ in range(conversations if split == 'train' else 1)]
-        for ids, n in itertools.chain(*encoded):
+
+    # First write all tokens to one file, in the order of the documents.
+    t_split = time.time()
+    stats = collections.Counter()
+    starts = [] # where each document starts
+    n_bytes = 0
+    n_lost = 0  # bytes that are not in any token
+    n_tokens = 0
+    flat_path = os.path.join(partial, 'flat')
+    with concurrent.futures.ThreadPoolExecutor(n_workers) as pool, open(flat_path, 'wb') as f:
+        batches = read_batches(f'encode {split}', documents[split], stats)
+        sources = [map_in_order(pool, encode_documents, batches)] # tiktoken frees the GIL
+        chat_path = os.path.join(data_dir, f'chat_{split}.jsonl')
+        if conversations and os.path.exists(chat_path):
+            repeats = conversations if split == 'train' else 1
+            sources += [encode_conversations(chat_path) for _ in range(repeats)]
+        for ids, size in itertools.chain(*sources):
             f.write(ids.data)
             starts.append(n_tokens + np.flatnonzero(ids == tok.eot))
-            used += np.bincount(ids, minlength=tok.n_vocab)
-            n_bytes, n_tokens = n_bytes + n, n_tokens + len(ids)
-    if not starts:
-        die(f'all documents in {data_dir}/{split} are empty: look at what `python prepare_data.py {again}` prints')
-    lost = n_bytes - used @ [len(tok.bytes_of(i)) for i in range(tok.n_vocab)]
-    if lost and kind == 'char':
-        print0(f'{split}: {lost:,} bytes left out, of characters that {data_dir}/train does not have')
-    elif lost:
-        die(f'pattern = {pattern!r} loses text: it must match every character. A typo of gpt4? Else add |[\\s\\S]')
+            n_bytes += size
+            n_lost += size - token_sizes[ids].sum()
+            n_tokens += len(ids)
+    assert starts, f'all documents in {data_dir}/{split} are empty: look at `{prepare_command}`'
 
+    # Lost are characters that are not in the vocabulary of char, or not matched by the pattern.
+    assert kind == 'char' or n_lost == 0, \
+        f'pattern = {pattern!r} loses {n_lost:,} bytes: add |[\\s\\S] at the end'
+
+    # Then shuffle the documents and write the shards. A shard collects its documents from the whole
+    # file, so any document can come into any shard, and one shard at a time is in memory.
     starts = np.concatenate(starts)
     sizes = np.diff(starts, append=n_tokens)
     order = np.random.default_rng(seed).permutation(len(starts))
-    ends, tokens, first, written = np.cumsum(sizes[order]), np.asarray(np.memmap(flat, dtype, 'r')), 0, []
-    free = (path for k in range(10**6) if (path := f'{split}_{k:06d}.bin') not in map(os.path.basename, foreign))
-    while first < len(order): # whole documents, as many in a shard as fit
-        last = np.searchsorted(ends, (ends[first - 1] if first else 0) + (shard_tokens or n_tokens), 'right')
-        last = max(last, first + 1)
-        docs = order[first:last]
-        ids = np.concatenate([tokens[i:i + n] for i, n in zip(starts[docs].tolist(), sizes[docs].tolist())])
-        write_shard(os.path.join(partial, next(free)), ids, tok.hash)
-        written.append(len(ids))
+    ends = np.cumsum(sizes[order])
+    flat = np.asarray(np.memmap(flat_path, dtype, 'r'))
+    names = (f'{split}_{k:06d}.bin' for k in itertools.count())
+    free_names = (name for name in names if os.path.join(data_dir, name) not in foreign)
+    first = 0
+    while first < len(order):
+        # documents first .. last - 1: as many as fit, at least one
+        limit = ends[first] - sizes[order[first]] + (shard_tokens or n_tokens)
+        last = max(first + 1, np.searchsorted(ends, limit, 'right'))
+        ids = np.concatenate([flat[starts[i]:starts[i] + sizes[i]] for i in order[first:last]])
+        write_shard(os.path.join(partial, next(free_names)), ids, tok.hash)
         first = last
-    os.remove(flat)
-    print0(f"{split}: {len(order):,} documents, {seen[f'encode {split}', 'empty']:,} empty ones skipped | "
-           f'{n_bytes:,} bytes | {n_bytes / max(1, n_tokens - len(order)):.2f} bytes per token | '
-           f'{np.sum(used == 0):,} tokens never used | {np.dtype(dtype).name} shards of '
-           + ', '.join(f'{n:,}' for n in written[:5]) + ' ..' * (len(written) > 5)
-           + f' tokens | {time.time() - t0:.2f} s')
+    os.remove(flat_path)
 
-for number in (signal.SIGINT, signal.SIGTERM): # not in these milliseconds
-    signal.signal(number, signal.SIG_IGN)
-new = os.listdir(partial)
-for name in sorted(os.listdir(data_dir)): # tokenizer.json goes first and comes back last: where it is, its shards are
-    if regex.fullmatch(r'tokenizer\.json|(train|val)_\d{6}\.bin', name) and os.path.join(data_dir, name) not in foreign:
-        os.remove(os.path.join(data_dir, name)) # also of an older run with more shards
-for name in sorted(new, reverse=True):
-    os.replace(os.path.join(partial, name), os.path.join(data_dir, name))
+    bytes_per_token = n_bytes / max(1, n_tokens - len(order))
+    print0(f"{split}: {len(order):,} documents, {stats['empty']:,} empty ones skipped | "
+           f'{n_bytes:,} bytes, {n_lost:,} lost | {n_tokens:,} tokens, {np.dtype(dtype).name} | '
+           f'{bytes_per_token:.2f} bytes per token | {time.time() - t_split:.2f} s')
 
-print_largest(tok)
-for word in ('understanding', ' understanding', ' unhappily', ' 1234567', ' naïve', ' 🙂'):
-    print0(f'{word:14} -> ' + '|'.join(visible(tok.bytes_of(i)) for i in tok.encode(word)))
-print0(f'wrote {tokenizer_json}, {tok.n_vocab:,} tokens, and {len(new) - 1} shards in {time.time() - t_start:.1f} s')
+# -----------------------------------------------------------------------------
+# put the new files in the place of the old ones
+os.rename(partial, ready)
+finish_swap()
+longest = sorted(tok.tokens, key=len, reverse=True)[:10]
+print0('longest tokens: ' + ' '.join(f"'{printable(token)}'" for token in longest))
+seconds = time.time() - t_start
+print0(f'wrote {tokenizer_json} ({tok.n_vocab:,} tokens) and the shards in {seconds:.1f} s')

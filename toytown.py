@@ -1,265 +1,379 @@
 """
-Toytown: a miniature internet about a small made-up town, which prepare_data.py builds with source = 'toytown'.
+Toytown: a miniature internet about a small made-up town, the default raw data.
 
-    load         people with their facts, and sums; a share of both is never asked in training data
-    write_web    pages in real WARC records, books, lessons; planted among the pages: spam URLs, other languages,
-                 junk, exact and near copies, personal data, and what only looks like one of these
-    write_tasks  conversations (some by a tired contractor), ranked answers, prompts with checks; exams
+It writes what a web crawl, a library and people who label data would deliver. prepare_data.py reads
+the folder like any other files. Faults are planted among the pages (spam URLs, other languages,
+junk, copies, personal data), so that each cleaning step can be scored.
 
-The world is data: config/toytown.json holds names, facts, word lists, templates, layouts and tasks. Edit that file to
-make the town your own; its first entry, "about", explains the {slots}. The steps of prepare_data.py see none of it:
-they read raw files, as those of Common Crawl; only the blocked hosts and words, a setting, are known to both. What was
-planted (raw/truth.jsonl) serves to score each step after the last one has run.
+Reads   config/toytown.json: names, facts, templates, page layouts, tasks. Edit it to make the town
+        your own; its first entry, "about", explains the {slots} of the templates
+Writes  raw_dir/web_*.warc.gz, books.jsonl.gz, lessons.txt     documents; mixture.json: their shares
+        raw_dir/{chat,preferences,prompts}_{train,val}.jsonl   data for SFT, reward model, RLHF
+        raw_dir/benchmarks/*.jsonl                             questions for eval.py
+        raw_dir/truth.jsonl     what was planted: prepare_data.py scores its steps with it
+
+the tiny world    $ python toytown.py config/tiny.py
+another town      $ python toytown.py --seed=7 --n_people=20 --raw_dir=data/raw/my_town
+It needs one CPU core and seconds. The same settings give the same bytes.
+Left out: images, links between the pages, questions that refer to an earlier turn.
 """
-import collections, gzip, hashlib, html, itertools, json, os, random, re
+import collections, gzip, hashlib, html, itertools, json, os, random, re, shutil
 
 import numpy as np
 
-from model import die, grade, print0, simulated_ranking, write_jsonl
+from configurator import configure
+from model import grade, print0, simulated_ranking, write_jsonl, write_text
 
 # -----------------------------------------------------------------------------
-# people, their facts, and the grammar that speaks of them
+# settings
+# the town
+world = 'config/toytown.json' # names, facts, word lists, templates, tasks
+raw_dir = 'data/raw/toytown' # output folder; it is replaced as a whole
+seed = 1337             # random seed
+n_people = 60           # number of people, with six facts each
+val_facts = 0.3         # share of facts and sums that the training data never asks about
+# documents
+n_pages = 5000          # number of good web pages
+n_books = 1600          # number of pages with stories
+n_lessons = 1300        # number of pages with sums, lists, notes, questions
+n_faults = 300          # number of pages for each kind of planted fault
+# tasks
+n_chat = 3000           # number of training conversations
+n_preferences = 1500    # number of training prompts with ranked answers
+n_prompts = 4000        # number of training prompts for RLHF
+n_val = 200             # number of validation rows of each kind (1.5 times as many prompts)
+flaw_rate = 0.4         # share of the conversations with a flawed answer, by a tired contractor
+like_rate = 0.3         # share of the other answers that end with a friendly phrase
+labeller_noise = 0.2    # standard deviation of the labeller's noise, in units of the gold score
+config = configure(globals())
 
-def expand(template, slots, rng):
-    """
-    Fill the {slots} of a template with the facts of a page, or with what is drawn from its word lists and rules:
-        expand('{Animal:a}, {animal:b}: {name}', {'name': 'Anna', 'animal': ['fox', 'owl']}, rng) -> 'Owl, fox: Anna'
-    """
-    def fill(match):
-        name, label = match[1][0].lower() + match[1][1:], match[2]
-        key = f"{name}:{label}:{slots.get('scope')}"
-        value = slots.get(key, slots.get(name))
-        if value is None:
-            die(f'toytown: no list or fact {match[0]}, wanted in {template[:80]!r}')
-        if isinstance(value, list): # a shuffled bag: nothing is drawn twice on a page before all has been drawn
-            bag = slots.setdefault(f'bag {id(value)}', [])
-            bag.extend(() if bag else rng.sample(value, len(value)))
-            value = bag.pop()
-            if isinstance(value, dict): # {next}, {next_fact} ...: the page goes on with other facts
-                slots.update(value)
-                return ''
-            value = expand(value, slots, rng)
-            if label:
-                slots[key] = value
-        return str(value)[:1].upper() + str(value)[1:] if match[1][0].isupper() else str(value)
-    before = None
-    while template != before: # a slot within a slot, {{kind:k}:1}, is filled from the inside out
-        before, template = template, re.sub(r'\{([A-Za-z]\w*)(?::(\w+))?\}', fill, template)
-    return re.sub(r'\b([Aa]) (?=[aeiou])', r'\1n ', template)
-
-def load(path, seed, n_people, val_facts):
-    """The world of a file, with people, facts and sums: town['facts']['val'] are never asked in training data."""
-    try:
-        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), path)
-        with open(path if os.path.exists(path) else beside, encoding='utf-8') as f:
-            town = json.load(f)
-    except (OSError, ValueError) as e:
-        die(f'{path}: {e}')
-    rng = random.Random(f'{seed} people')
-    people = [dict(town['pronouns'][kind], first=first) for kind in town['pronouns'] for first in town[kind]]
-    if not 8 <= n_people <= len(people):
-        die(f'n_people = {n_people}, but {path} has first names for 8 to {len(people)}')
-    people = [dict(who, name=f"{who['first']} {rng.choice(town['surnames'])}") for who in rng.sample(people, n_people)]
-    relations = [dict(rules, relation=name, value='{%s}' % name) for name, rules in town['relations'].items()]
-    for rules in relations: # every value about equally often: a guess is right by chance only
-        for who, value in zip(rng.sample(people, n_people), itertools.cycle(rules.pop('values'))):
-            who[rules['relation']] = value
-    facts = [{**who, **rules} for who in people for rules in relations]
-    rng.shuffle(facts)
-    pairs = [(x, y) for x in range(1, 10) for y in range(x, 10)] # 3 + 4 and 4 + 3 are on the same side
-    rng.shuffle(pairs)
-    both = lambda pairs: [dict(x=a, y=b, sum=x + y, less=x + y - 1, more=x + y + 1)
-                          for x, y in pairs for a, b in dict.fromkeys(((x, y), (y, x)))]
-    n, m = (min(max(1, round(len(x) * val_facts)), len(x) - 1) for x in (facts, pairs)) # both sides have some
-    sums = dict(val=both(pairs[:m]), train=both(pairs[m:]), all=both(pairs[m:] + pairs[:m]))
-    facts = dict(val=facts[:n], train=facts[n:])
-    return dict(town, seed=seed, people=people, relations=relations, sums=sums, facts=facts,
-                scopes=[dict(scope=i) for i in range(99)]) # {new}: labels start anew
-
-def new_page(town, rng, side='train', **known):
-    """The slots of a new page: somebody, and whom and what it can go on with; what may be asked is of one side only."""
-    more = dict(next=town['people'], next_fact=town['relations'], next_asked=town['facts'][side],
-                next_sum=town['sums']['all'], next_asked_sum=town['sums'][side], new=town['scopes'])
-    return {**town['words'], **rng.choice(town['people']), **more, **known}
+for name in ('n_pages', 'n_chat', 'n_preferences', 'n_prompts', 'n_val'):
+    assert config[name] > 0, f'{name} must be positive, not {config[name]}'
+for name in ('val_facts', 'flaw_rate', 'like_rate'):
+    assert 0 <= config[name] <= 1, f'{name} is a share between 0 and 1, not {config[name]}'
 
 # -----------------------------------------------------------------------------
-# web pages in WARC records, books, lessons; and the list of what was planted
+# the grammar of the templates
+SLOT = re.compile(r'\{([A-Za-z]\w*)(?::(\w+))?\}') # {animal} or {animal:a}: a name and a label
+SCOPES = [dict(scope=i) for i in range(99)] # for {new}
+
+def fill_slot(match, slots):
+    """The text for one slot; see expand."""
+    name, label = match.groups()
+    key = name.lower()
+    label_key = f"{key}:{label}:{slots.get('scope')}" # {new} starts another scope
+    value = slots.get(label_key, slots.get(key))
+    assert value is not None, f'{world}: no word list or fact for {match[0]}: add or rename it'
+
+    if isinstance(value, list):
+        # draw without repeats: on one page, every entry comes once before any comes twice
+        bag = slots.setdefault(f'bag {id(value)}', [])
+        if not bag:
+            bag.extend(random.sample(value, len(value)))
+        value = bag.pop()
+        if isinstance(value, dict): # {next}: the page turns to another person, with other facts
+            slots.update(value)
+            return ''
+        value = expand(value, slots)
+        if label:
+            slots[label_key] = value
+    text = str(value)
+    if name != key: # {Animal}
+        text = text[:1].upper() + text[1:]
+    return text
+
+def expand(template, slots):
+    """Fill the {slots} of a template. slots is the memory of one page: its facts (texts), what can
+    be drawn (lists of templates), and what was drawn for each label so far. Example:
+
+        slots = {'name': 'Anna', 'animal': ['{size} owl', 'fox'], 'size': ['tiny']}
+        expand('{Animal:a} saw a {animal:b}. {name} saw the {animal:a}.', slots)
+        -> 'Tiny owl saw a fox. Anna saw the tiny owl.'
+
+    {animal:a} is drawn from its list, filled too, and remembered: the second one is the same."""
+    filled = None
+    while filled != template: # twice for {{kind:k}:1}: it becomes {birds:1} first
+        filled = template
+        template = SLOT.sub(lambda match: fill_slot(match, slots), filled)
+    return re.sub(r'\b([Aa]) (?=[aeiou])', r'\1n ', filled) # a owl -> an owl
+
+def new_page(side='train', **known):
+    """The slots of a new page about a random person. It may ask about facts of one side only."""
+    person = random.choice(people)
+    moves = dict(next=people, next_fact=relations, next_asked=facts[side], next_sum=sums['all'],
+                 next_asked_sum=sums[side], new=SCOPES)
+    return {**words, **person, **moves, **known}
+
+def say(template, **known):
+    """Fill a template on a page of its own."""
+    return expand(template, new_page(**known))
+
+# -----------------------------------------------------------------------------
+# people, facts and sums. Documents tell all of them. The validation side is never asked about in
+# training data, so a right answer there shows knowledge from pretraining.
+def split(items):
+    """Two sides, with at least one item each."""
+    n = max(1, round(len(items) * val_facts))
+    n = min(n, len(items) - 1)
+    return dict(val=items[:n], train=items[n:])
+
+if not os.path.exists(world): # the script is run from another folder
+    world = os.path.join(os.path.dirname(__file__), world)
+try:
+    with open(world, encoding='utf-8') as f:
+        town = json.load(f)
+except ValueError as e:
+    raise AssertionError(f'{world} is not valid JSON: {e}: correct that place') from None
+words = town['words'] # word lists and templates
+
+random.seed(f'{seed} people')
+first_names = town['first_names']
+most = len(first_names)
+assert 8 <= n_people <= most, f'n_people = {n_people}, but {world} has names for 8 to {most} people'
+people = [dict(first=first) for first in random.sample(first_names, n_people)]
+for person in people:
+    person['name'] = person['first'] + ' ' + random.choice(town['surnames'])
+
+relations = town['relations'] # job, pet, food, ...: each has the templates that speak of it
+for rules in relations:
+    # deal the values like cards: all are equally frequent, so a guess is right by chance only
+    values = itertools.cycle(rules['values'])
+    for person, value in zip(random.sample(people, n_people), values):
+        person[rules['relation']] = value
+
+all_facts = [{**person, **rules} for person, rules in itertools.product(people, relations)]
+random.shuffle(all_facts)
+facts = split(all_facts)
+
+pairs = list(itertools.combinations_with_replacement(range(1, 10), 2))
+random.shuffle(pairs)
+sums = dict(train=[], val=[])
+for side, side_pairs in split(pairs).items():
+    for x, y in side_pairs:
+        total = x + y
+        for a, b in sorted({(x, y), (y, x)}): # 3 + 4 and 4 + 3 are on one side; 3 + 3 comes once
+            sums[side].append(dict(x=a, y=b, sum=total, less=total - 1, more=total + 1))
+sums['all'] = sums['train'] + sums['val']
+
+# -----------------------------------------------------------------------------
+# documents: web pages with planted faults, books, lessons
+def foreign_text(n_sentences):
+    parts = random.choice(list(town['foreign'].values())) # subjects, verbs, ...
+    return ' '.join(random.choice(part) for part in parts * n_sentences)
+
+def five_grams(text):
+    """All runs of five words, to measure how alike two texts are."""
+    found = re.findall(r'\w+', text.lower())
+    return {tuple(found[i:i + 5]) for i in range(len(found) - 4)}
+
+def near_copy(text):
+    """Change a word or two and add a sentence, until 80% or more of the five-grams are shared."""
+    old = five_grams(text)
+    while True:
+        parts = text.split(' ')
+        for _ in range(random.choice([1, 2])):
+            adjective = random.choice(words['adj'])
+            parts[random.randrange(6, len(parts) - 1)] = adjective
+        copy = ' '.join(parts) + ' ' + say('{edit}')
+        new = five_grams(copy)
+        if 0.8 <= len(old & new) / len(old | new) < 1:
+            return copy.strip()
+
+def add_page(text, url='{good_url}', **planted):
+    """Give a text (title, blank line, paragraphs) a layout, a charset and a URL; note the truth."""
+    layout = random.choice(town['layouts'])
+    charset = random.choice(town['charsets'])
+    title, *paragraphs = html.escape(text).split('\n\n')
+    paragraphs = ['<p>' + text.replace('\n', '<br>\n') + layout['end'] for text in paragraphs]
+    body = re.sub(r'(.{60}\S*) ', r'\1\n', '\n'.join(paragraphs)) # lines as an editor breaks them
+    title_words = re.findall('[a-z0-9]+', title.lower())
+    slug = '-'.join(title_words)[:40]
+    slots = new_page(title=title, slug=slug, body=body, charset=charset, id=1000 + len(truth))
+
+    url = expand(url, slots).lower()
+    page = expand(layout['page'], slots)
+    # not every server tells the charset. What a charset lacks is written as &#233;
+    content_type = 'text/html' + random.choice(['', f'; charset={charset}'])
+    http = f'HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n\r\n'.encode()
+    headers = f'WARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: application/http'
+    records.append((headers, http + page.encode(charset, 'xmlcharrefreplace')))
+    truth[url] = dict(planted, url=url, text=text)
 
 def write_warc(path, records):
-    """Write [(url, end of the content type, body)] as crawlers do, each in a gzip member of its own."""
+    """Write a WARC file (ISO 28500), each record in its own gzip member, as crawlers do."""
+    info = ('WARC-Type: warcinfo', b'format: WARC File Format 1.1')
     with open(path, 'wb') as f:
-        for url, charset, body in [('', '', b'format: WARC File Format 1.1'), *records]:
-            http = f'HTTP/1.1 200 OK\r\nContent-Type: text/html{charset}\r\n\r\n'.encode() if url else b''
-            kind = f'response\r\nWARC-Target-URI: {url}\r\nContent-Type: application/http' if url else 'warcinfo'
-            name = hashlib.sha1(url.encode() + body).hexdigest()
-            head = (f'WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:sha1:{name}>\r\nWARC-Date: '
-                    f'2024-05-18T01:58:10Z\r\nContent-Length: {len(http) + len(body)}\r\n\r\n').encode()
-            f.write(gzip.compress(head + http + body + b'\r\n\r\n', 6, mtime=0))
+        for headers, block in [info, *records]:
+            name = hashlib.sha1(block).hexdigest()
+            head = (f'WARC/1.0\r\n{headers}\r\nWARC-Record-ID: <urn:sha1:{name}>\r\n'
+                    f'WARC-Date: 2024-05-18T01:58:10Z\r\nContent-Length: {len(block)}\r\n\r\n')
+            f.write(gzip.compress(head.encode() + block + b'\r\n\r\n', mtime=0))
 
-def grams(text):
-    """All runs of five words, to tell how alike two texts are."""
-    words = re.findall(r'\w+', text.lower())
-    return {tuple(words[i:i + 5]) for i in range(max(1, len(words) - 4))}
+random.seed(f'{seed} web')
+files = collections.defaultdict(list) # name -> rows; the last section writes them
+records = [] # of the WARC files: headers, block
+truth = {} # url -> what is planted there
 
-def write_web(town, folder, n_pages, n_books, n_lessons, n_faults, blocked_hosts, blocked_words):
-    """Write the raw files -> {url: what is planted there}."""
-    rng, records, truth = random.Random(f"{town['seed']} web"), [], {}
-    town['words'].update(blocked_host=blocked_hosts.split(','), blocked_word=blocked_words.split(','))
+for i in range(n_pages):
+    blocks = say('{page}').split('\n\n') # a title and paragraphs
+    sentences = []
+    private = []
+    if i < n_faults: # personal data, which the step pii should redact
+        n_kinds = random.choice([1, 2])
+        for kind in random.sample(town['private'], n_kinds):
+            name = random.choice(people)['name']
+            slots = new_page(slug=name.lower().replace(' ', '.'), **kind)
+            slots['it'] = expand('{value}', slots)
+            private.append(slots['it'])
+            sentences.append(expand('{say}', slots))
+    if i < 2.2 * n_faults: # no faults: numbers that only look like personal data, which pii should
+        # leave alone, and a quotation that should not make language drop an English page
+        template = '{trap}' if i < 2 * n_faults else '{quote}'
+        sentences.append(say(template, foreign=foreign_text(1)))
+    for sentence in sentences:
+        blocks[random.randrange(1, len(blocks))] += ' ' + sentence
+    add_page('\n\n'.join(blocks), private=private)
 
-    say = lambda rule, **known: expand(rule, new_page(town, rng, **known), rng)
-    def foreign(n):
-        parts = rng.choice(list(town['foreign'].values()))
-        return ' '.join(rng.choice(words) for _ in range(n) for words in parts)
-    def add_page(text, url='{good_url}', **planted):
-        """Give a text (its first paragraph is the title) a layout, a URL and a charset, and note what was planted."""
-        title, *blocks = html.escape(text).split('\n\n')
-        layout, charset = (rng.choice(list(town[key])) for key in ('layouts', 'charsets'))
-        body = '\n'.join('<p>' + block.replace('\n', '<br>\n') + '</p>' * (layout != 'broken') for block in blocks)
-        slug = '-'.join(re.findall('[a-z0-9]+', title.lower()))[:40]
-        slots = new_page(town, rng, title=title, slug=slug, body=re.sub(r'(.{60}\S*) ', r'\1\n', body), charset=charset,
-                         id=1000 + len(records))
-        url = expand(url, slots, rng).lower()
-        page = expand(town['layouts'][layout], slots, rng).encode(charset, 'xmlcharrefreplace') # others as &#233;
-        records.append((url, rng.choice(['', f'; charset={charset}']), page)) # not every server tells the charset
-        truth[url] = dict(planted, url=url, text=text)
+good_pages = list(truth.values())
+for i in range(n_faults):
+    # the step url should drop blocked hosts, blocked words and bare IP addresses
+    add_page(say('{page}'), url='{bad_url}', fault='url')
 
-    for i in range(n_pages):
-        title, *blocks = say('{page}').split('\n\n')
-        more, private = [], []
-        for kind in rng.sample(list(town['private']), rng.choice([1, 2])) if i < n_faults else ():
-            slug = rng.choice(town['people'])['name'].lower().replace(' ', '.')
-            slots = new_page(town, rng, slug=slug, **town['private'][kind])
-            private.append(slots.setdefault('it', expand('{value}', slots, rng)))
-            more.append(expand('{say}', slots, rng))
-        if i < 2.2 * n_faults: # what only looks private; and an English page may quote another language
-            more.append(say('{trap}' if i < 2 * n_faults else '{quote}', foreign=foreign(1)))
-        for sentence in more:
-            blocks[rng.randrange(len(blocks))] += ' ' + sentence
-        add_page('\n\n'.join([title, *blocks]), private=private)
-    good = list(truth.values())
-    for i in range(n_faults):
-        add_page(say('{page}'), url='{bad_url}', fault='url')
-        add_page(f'{foreign(1)}\n\n{foreign(rng.choice([2, 4, 8, 12]))}', fault='language')
-        add_page(say('{Thing}\n\n{junk}'), fault='quality')
-        for near, original in enumerate((good[i % n_pages], good[-1 - i % n_pages])): # elsewhere, in another layout
-            copy, old, alike = original['text'], grams(original['text']), 0 if near else 1
-            while near and not 0.8 <= alike < 1: # a word or two changed, a sentence added
-                words = re.split('( )', original['text'])
-                for _ in range(rng.choice([1, 2])):
-                    words[2 * rng.randrange(6, len(words) // 2)] = rng.choice(town['words']['adj'])
-                copy = (''.join(words) + ' ' + say('{edit}')).strip()
-                alike = len(old & grams(copy)) / len(old | grams(copy))
-            original['group'] = original['url']
-            add_page(copy, fault='dedup', group=original['url'], private=original['private'])
-    rng.shuffle(records)
-    for part in range(2):
-        write_warc(f'{folder}/web_{part:05d}.warc.gz', records[part::2])
-    write_jsonl(f'{folder}/truth.jsonl', truth.values())
-    write_jsonl(f'{folder}/books.jsonl.gz', ({'text': say('{book}')} for _ in range(n_books)))
-    with open(f'{folder}/lessons.txt', 'w', encoding='utf-8') as f:
-        f.write('\n<|endoftext|>\n'.join(say('{lesson}') for _ in range(n_lessons)))
-    print0(f'toytown: {len(records):,} web pages, {n_books:,} of books and {n_lessons:,} of lessons, '
-           f"about {len(town['people'])} people")
-    return truth
+    # the step language should drop other languages than English
+    title = foreign_text(1)
+    n_sentences = random.choice([2, 4, 8, 12])
+    add_page(title + '\n\n' + foreign_text(n_sentences), fault='language')
+
+    # one of the steps repetition, quality, c4, fineweb should drop junk
+    add_page(say('{Thing}\n\n{junk}'), fault='quality')
+
+    # the step dedup should drop exact copies and near copies, at another URL, in another layout
+    for index in (i % n_pages, -1 - i % n_pages):
+        original = good_pages[index]
+        text = original['text']
+        if index < 0: # a near copy; the other one is exact
+            text = near_copy(text)
+        original['group'] = original['url'] # of each group one page should stay, whichever
+        add_page(text, fault='dedup', group=original['url'], private=original['private'])
+
+random.shuffle(records)
+files['truth.jsonl'] = truth.values()
+
+# books and lessons are chosen by somebody: nothing is wrong with them
+files['books.jsonl.gz'] = [dict(text=say('{book}')) for _ in range(n_books)]
+lessons = [say('{lesson}') for _ in range(n_lessons)]
+files['mixture.json'] = [town['mixture']]
 
 # -----------------------------------------------------------------------------
-# conversations, ranked answers, prompts, benchmarks
-
-def write_tasks(town, folder, n_chat, n_preferences, n_prompts, n_val, flaw_rate, like_rate, labeller_noise):
-    """Write {chat,preferences,prompts}_{train,val}.jsonl: no prompt is on both sides."""
-    agree, tasks, likes = [], list(town['tasks'].values()), town['likes']
-    sizes = dict(chat=(n_chat, n_val), preferences=(n_preferences, n_val), prompts=(n_prompts, 1.5 * n_val))
-    for (i, side), kind in itertools.product(enumerate(('train', 'val')), sizes):
-        rng, noise = random.Random(f"{town['seed']} {side} {kind}"), np.random.default_rng(town['seed'])
-        rows, asked, met, task = [], collections.Counter(), [], None
-        while len(rows) < sizes[kind][i]:
-            task = task or rng.choices(tasks, [t['weight'] for t in tasks])[0] # until it gives a prompt of this side
-            slots = new_page(town, rng, side, **task)
-            prompt = expand('{next_asked}{next_asked_sum}{prompt}', slots, rng)
-            by_text = not any('ask}' in rule for rule in task['prompt']) # facts and sums have their side already
-            share = int(hashlib.sha256(prompt.encode()).hexdigest()[:12], 16) / 16**12 # of other tasks, 15% are for val
+# tasks: conversations, ranked answers, prompts. No prompt is on both sides.
+weights = [task['weight'] for task in town['tasks']]
+likes = words['like'] # friendly phrases: the labeller likes them, no check asks for them
+sizes = dict(chat_train=n_chat, preferences_train=n_preferences, prompts_train=n_prompts,
+             chat_val=n_val, preferences_val=n_val, prompts_val=1.5 * n_val)
+for name, n_rows in sizes.items():
+    kind, side = name.split('_')
+    random.seed(f'{seed} {side} {kind}')
+    noise = np.random.default_rng(seed)
+    asked = collections.Counter()
+    rows = []
+    while len(rows) < n_rows:
+        # draw a task, and a new prompt for it that belongs to this side
+        task = random.choices(town['tasks'], weights)[0]
+        while True:
+            slots = new_page(side, **task)
+            prompt = expand('{next_asked}{next_asked_sum}{prompt}', slots)
             asked[prompt] += 1
-            if by_text and (share < 0.15) != (side == 'val') or 1 < asked[prompt] < 20: # no prompt twice, if it can be
-                continue
-            liked, checks, task = task['likes'], task['checks'], None
-            checks = json.loads(expand(json.dumps(checks).replace('"{sum}"', '{sum}'), slots, rng))
-            checks.update({'likes': likes} if liked else {})
-            if 'count' in checks:
-                checks['count']['of'] = town['words'][checks['count']['of']]
-            messages = [dict(role='user', content=prompt)]
-            if kind == 'prompts':
-                rows.append(dict(messages=messages, checks=checks))
-            elif kind == 'chat':
-                answer = expand('{flawed}' if rng.random() < flaw_rate else '{good}', slots, rng)
-                met.append(grade(checks, answer)[0])
-                if met[-1] and liked and rng.random() < like_rate:
-                    answer += ' ' + rng.choice(likes)
-                messages.append(dict(role='assistant', content=answer))
-                if rows and len(rows[-1]['messages']) < 4 and rng.random() < 0.1: # a second exchange
-                    rows[-1]['messages'] += messages
-                else:
-                    system = [dict(role='system', content=rng.choice(town['system']))] if rng.random() < 0.05 else []
-                    rows.append(dict(messages=system + messages))
-            else: # good, good with a friendly end, flawed, and wrong: of another value
-                key, like = slots['relation'], rng.choice(likes)
-                other = {key: rng.choice([who[key] for who in town['people'] if who[key] != slots[key]])}
-                answers = [expand(rule, slots | other if rule == '{wrong}' else slots, rng)
-                           for rule in ('{good}', '{good} ' + like, '{flawed} ' + rng.choice(['', like]), '{wrong}')]
-                answers = list(dict.fromkeys(map(str.strip, rng.sample(answers, 4))))
-                gold = [grade(checks, answer)[1] for answer in answers]
-                ranking, again = (simulated_ranking(gold, labeller_noise, noise) for _ in range(2))
-                if len(ranking) > 1: # else all were equally good
-                    rows.append(dict(messages=messages, completions=answers, ranking=ranking))
-                    agree += [again.index(a) < again.index(b) for a, b in itertools.combinations(ranking, 2)]
-        write_jsonl(f'{folder}/{kind}_{side}.jsonl', rows)
-        print0(f'{kind}_{side}.jsonl: {len(rows):,} rows', f'| {np.mean(met):.0%} meet all checks' if met else '')
-    print0(f'asked again, the simulated labeller ranks {np.mean(agree):.0%} of pairs the same way')
+            digest = hashlib.sha256(prompt.encode()).hexdigest()
+            is_val = int(digest[:12], 16) < 0.15 * 16**12
+            # a task about facts or sums has a side by them, any other task by its prompt
+            wrong_side = task['by_prompt'] and is_val != (side == 'val')
+            repeated = 1 < asked[prompt] < 20 # repeat one only if there are too few of them
+            if not wrong_side and not repeated:
+                break
 
-def write_benchmarks(town, folder):
-    """Questions on facts and sums of the validation side: told in the documents, never asked in training data."""
-    rng, people, tests = random.Random(f"{town['seed']} benchmarks"), town['people'], collections.defaultdict(list)
-    for fact in town['facts']['val']:
-        key, ask = fact['relation'], lambda rule, who: expand(fact[rule][0], {**town['words'], **who}, rng)
-        others = {who[key]: who for who in rng.sample(people, len(people)) if who[key] != fact[key]} # one for a value
-        some = rng.sample([fact, *list(others.values())[:3]], 4)
-        gold = some.index(fact)
-        tests['facts'].append(dict(query=f"Question: {ask('ask', fact)}\nAnswer:", gold=gold,
-                                   choices=[' ' + ask('cloze', who) for who in some]))
-        tests['people'].append(dict(context_options=[ask('lead', who) for who in some], gold=gold,
-                                    continuation=' ' + fact[key]))
-    tests['sums'] = [dict(context=f"Question: What is {pair['x']} plus {pair['y']}?\nAnswer:",
-                          continuation=f" {pair['sum']}") for pair in town['sums']['val']]
-    for name, rows in tests.items():
-        write_jsonl(f'{folder}/toytown_{name}.jsonl', rows)
+        # the checks are a template too: fill the slots in their JSON
+        template = json.dumps(task['checks']).replace('"{sum}"', '{sum}') # a number, not a text
+        checks = json.loads(expand(template, slots))
+        if 'count' in checks:
+            count = checks['count']
+            count['of'] = words[count['of']] # the entries of the list instead of its name
+        if task['likes']:
+            checks['likes'] = likes
+
+        messages = [dict(role='user', content=prompt)]
+        if kind == 'prompts': # to practise on: the checks are the gold reward
+            rows.append(dict(messages=messages, checks=checks))
+        elif kind == 'chat': # to imitate: some answers are by a tired contractor
+            flawed = random.random() < flaw_rate
+            answer = expand('{flawed}' if flawed else '{good}', slots)
+            all_met, _ = grade(checks, answer)
+            if all_met and task['likes'] and random.random() < like_rate:
+                answer += ' ' + random.choice(likes)
+            messages.append(dict(role='assistant', content=answer))
+            if rows and len(rows[-1]['messages']) < 4 and random.random() < 0.1:
+                rows[-1]['messages'] += messages # a second turn
+                continue
+            if random.random() < 0.05:
+                system = random.choice(town['system'])
+                messages.insert(0, dict(role='system', content=system))
+            rows.append(dict(messages=messages))
+        else: # to learn what people prefer: the labeller sees the gold score through noise
+            relation = slots['relation']
+            wrong = [value for value in slots['values'] if value != slots[relation]]
+            slots['next_wrong'] = [{relation: value} for value in wrong]
+            answers = [expand(rule, slots).strip() for rule in town['rankings']]
+            answers = list(dict.fromkeys(answers)) # without repeats
+            random.shuffle(answers)
+
+            gold = [grade(checks, answer)[1] for answer in answers]
+            ranking = simulated_ranking(gold, labeller_noise, noise)
+            if len(ranking) > 1: # else all are equally good
+                rows.append(dict(messages=messages, completions=answers, ranking=ranking))
+    files[f'{name}.jsonl'] = rows
 
 # -----------------------------------------------------------------------------
-# how well each step found what was planted
-def score(truth, fate, funnel):
-    """
-    truth: {url: what was planted}; fate: {url: where it was dropped, text that was extracted, personal data found}.
-    Adds planted, precision and recall to the funnel's rows. What is planted as junk is for four steps together.
-    """
-    arrived, junk = [url for url in fate if url in truth], ('repetition', 'quality', 'c4', 'fineweb')
-    for name in funnel:
-        gone = {url for url in arrived if fate[url]['stopped'] == name}
-        if name == 'decontaminate': # nothing is planted
-            continue
-        if name in junk: # judged with the last of them that runs
-            if name != [step for step in funnel if step in junk][-1]:
-                continue
-            gone = {url for url in arrived if fate[url]['stopped'] in junk}
-        want, have = {url for url in arrived if truth[url].get('fault') == ('quality' if name in junk else name)}, gone
-        if name == 'text': # the lines that must be there, and those that are
-            want, have = ({(url, line) for url in arrived for line in re.split(r'\s*\n\s*', page[url][key])}
-                          for page, key in ((truth, 'text'), (fate, 'extracted')))
-        elif name == 'pii':
-            want, have = ({(url, found) for url in arrived for found in page[url].get(key, ())}
-                          for page, key in ((truth, 'private'), (fate, 'found')))
-        elif name == 'dedup': # of a group of copies one must stay, whichever
-            stay = {truth[url].get('group', url): url for url in sorted(arrived, key=lambda url: url not in gone)}
-            want = set(arrived) - set(stay.values())
-        elif name == 'language': # junk is in no language: no mistake
-            have = {url for url in gone if truth[url].get('fault') != 'quality'}
-        right = len(want & have)
-        funnel[name].update(planted=len(want), precision=right / max(1, len(have)), recall=right / max(1, len(want)))
-        arrived = [url for url in arrived if url not in gone]
+# benchmarks: facts and sums of the validation side, in the forms that eval.py reads
+random.seed(f'{seed} benchmarks')
+for fact in facts['val']:
+    relation = fact['relation']
+    others = {person[relation]: person for person in random.sample(people, n_people)}
+    del others[fact[relation]] # one person is left for each wrong value
+    options = random.sample([fact, *list(others.values())[:3]], 4)
+    gold = options.index(fact)
+    pages = [{**words, **person} for person in options]
+    question = expand(fact['ask'][0], pages[gold])
+    choices = [' ' + expand(fact['cloze'][0], page) for page in pages]
+    files['benchmarks/toytown_facts.jsonl'].append(
+        dict(query=f'Question: {question}\nAnswer:', gold=gold, choices=choices))
+    # the other way round: whom does this fact belong to?
+    contexts = [expand(fact['lead'][0], page) for page in pages]
+    files['benchmarks/toytown_people.jsonl'].append(
+        dict(context_options=contexts, gold=gold, continuation=' ' + fact[relation]))
+
+for pair in sums['val']:
+    question = expand(words['sum_ask'][0], pair)
+    files['benchmarks/toytown_sums.jsonl'].append(
+        dict(context=f'Question: {question}\nAnswer:', continuation=f" {pair['sum']}"))
+
+# -----------------------------------------------------------------------------
+# write everything to a new folder, then let it take the place of the old one
+raw_dir = os.path.realpath(raw_dir) # without a slash at the end; the folder itself, not a link
+partial_dir = raw_dir + '.partial'
+replaced_dir = raw_dir + '.replaced'
+shutil.rmtree(partial_dir, ignore_errors=True) # of a run that was killed
+os.makedirs(partial_dir + '/benchmarks')
+for name, rows in files.items():
+    write_jsonl(f'{partial_dir}/{name}', rows)
+for part in range(2):
+    write_warc(f'{partial_dir}/web_0000{part}.warc.gz', records[part::2])
+write_text(f'{partial_dir}/lessons.txt', '\n<|endoftext|>\n'.join(lessons))
+
+# if a run is killed between two of these lines, the same command puts it right
+if os.path.exists(raw_dir):
+    extra = set(os.listdir(raw_dir)) - set(os.listdir(partial_dir))
+    assert not extra, f'{raw_dir} holds {extra}, which would be deleted: move it, or set --raw_dir'
+    shutil.rmtree(replaced_dir, ignore_errors=True)
+    os.rename(raw_dir, replaced_dir)
+os.rename(partial_dir, raw_dir)
+shutil.rmtree(replaced_dir, ignore_errors=True)
+print0('written to', raw_dir)

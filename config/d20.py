@@ -7,9 +7,10 @@
 data_dir = 'data/d20'
 out_dir = 'out/d20'
 block_size = 2048
+vocab_size = 65536 # of the tokenizer; pretrain.py --estimate reads it
 
 prepare_data = dict(source='fineweb_text', n_files=15)
-tokenizer = dict(vocab_size=65536, train_chars=2_000_000_000)
+tokenizer = dict(train_chars=2_000_000_000)
 
 pretrain = dict(
     arch='llama', n_layer=20, n_head=10, n_embd=1280, n_hidden=3424, tie_embeddings=False, qk_norm=True, dropout=0.0,

@@ -7,9 +7,10 @@
 data_dir = 'data/d32'
 out_dir = 'out/d32'
 block_size = 2048
+vocab_size = 65536 # of the tokenizer; pretrain.py --estimate reads it
 
 prepare_data = dict(source='fineweb_text', n_files=15)
-tokenizer = dict(vocab_size=65536, train_chars=2_000_000_000)
+tokenizer = dict(train_chars=2_000_000_000)
 
 pretrain = dict(
     arch='llama', n_layer=32, n_head=16, n_embd=2048, n_hidden=5472, tie_embeddings=False, qk_norm=True, dropout=0.0,

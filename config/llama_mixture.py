@@ -1,5 +1,5 @@
 # The mixture of LLaMA (Touvron et al. 2023, table 1), one file of each part from public sources: 13 GB to download.
-#     python prepare_data.py config/llama_mixture.py                   (python sources.py lists what there is)
+#     python prepare_data.py config/llama_mixture.py            (config/sources.json lists all sources)
 
 data_dir = 'data/llama_mixture'
 

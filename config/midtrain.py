@@ -6,7 +6,8 @@
 data_dir = 'data/midtrain'
 out_dir = 'out/midtrain'
 
-prepare_data = dict(n_pages=800, n_books=250, n_lessons=700)
+toytown = dict(raw_dir='data/raw/midtrain', n_pages=800, n_books=250, n_lessons=700)
+prepare_data = dict(files='data/raw/midtrain')
 tokenizer = dict(use='data/toytown/tokenizer.json', conversations=1)
 
 pretrain = dict(init_from='out/toytown/base.pt', max_iters=300, learning_rate=4e-3, eval_interval=150)

@@ -1,7 +1,9 @@
 # The whole recipe on a laptop CPU, in minutes: Toytown and a model of a million parameters.
 #     bash speedrun.sh            or stage by stage: python pretrain.py config/tiny.py
 
-prepare_data = dict(n_people=48, val_facts=0.2, n_pages=4200, n_books=1300, n_lessons=3600, n_chat=7000, flaw_rate=0.3)
+toytown = dict(
+    n_people=48, val_facts=0.2, n_pages=4200, n_books=1300, n_lessons=3600, n_chat=7000,
+    flaw_rate=0.3)
 tokenizer = dict(vocab_size=2048) # enough for every frequent word of the town to be one token
 
 pretrain = dict(

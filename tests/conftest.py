@@ -10,6 +10,7 @@ import os
 import queue
 import re
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,13 +29,31 @@ import pytest
 # -----------------------------------------------------------------------------
 # functions of flat scripts
 
-def cut(script, *names, **space):
-    """Functions of a stage script, without running it: -> namespace with them and what was given in `space`."""
+CALLS_CONFIGURE = re.compile(r'(config = )?configure\(globals\(\)')
+
+def definitions(script, **overrides):
+    """
+    The functions of a flat script, without running it: execute its imports, settings, functions, classes and the
+    assignments to UPPER_CASE names, in order, and nothing else. overrides: settings, or other globals that the
+    functions read. Returns a namespace; its `space` is the dict of globals.
+    """
     tree = ast.parse((ROOT / script).read_text(encoding='utf-8'))
-    found = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in names]
-    assert {n.name for n in found} == set(names), f'{script} has only {[n.name for n in found]} of {names}'
-    exec(compile(ast.Module(found, []), str(ROOT / script), 'exec'), space)
-    return SimpleNamespace(space=space, **{n: space[n] for n in names})
+    space = {'__file__': str(ROOT / script), '__name__': Path(script).stem}
+    in_settings = any(CALLS_CONFIGURE.match(ast.unparse(node)) for node in tree.body)
+    for node in tree.body:
+        if in_settings and CALLS_CONFIGURE.match(ast.unparse(node)):
+            in_settings = False
+            space.update(overrides)
+            continue
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            wanted = in_settings or (len(names) == 1 and names[0].isupper())
+        else:
+            wanted = isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+        if wanted:
+            exec(compile(ast.Module([node], []), str(ROOT / script), 'exec'), space)
+    space.update(overrides)
+    return SimpleNamespace(space=space, **{k: v for k, v in space.items() if not k.startswith('__')})
 
 def formulas(script, target):
     """The right sides of all `target = ...` in a script, compiled: eval(f, names)."""
@@ -44,12 +63,12 @@ def formulas(script, target):
     return [compile(ast.Expression(f), script, 'eval') for f in found]
 
 @contextlib.contextmanager
-def dies(pattern):
-    """The block must end the program the way `die` does: SystemExit with one line."""
-    with pytest.raises(SystemExit) as e:
+def fails(pattern):
+    """The block must end with an assertion of one line, as the user will see it."""
+    with pytest.raises(AssertionError) as e:
         yield
-    message = str(e.value.code)
-    assert message.startswith('error: ') and '\n' not in message and re.search(pattern, message), message
+    message = str(e.value)
+    assert '\n' not in message and re.search(pattern, message), message
 
 # -----------------------------------------------------------------------------
 # running the real scripts. Importing torch takes seconds, so a server imports it once and forks a fresh process for
@@ -249,11 +268,62 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def chain(world, scripts):
-    """The stages, one after the other, each reading what the one before wrote: -> world, out, and what each printed."""
+    """
+    The stages, one after the other, each reading what the one before wrote: -> world, out, and in `said` what each
+    printed. test_pretrain.py checks that all of them ended well.
+    """
     out = world.folder / 'out'
     flags = (world.tiny, f'--data_dir={world.data}', f'--out_dir={out}')
-    said = {s: scripts.ok(f'{s}.py', *flags) for s in ('pretrain', 'sft', 'reward')}
-    before = {n: (out / n).read_bytes() for n in ('base.pt', 'sft.pt', 'reward.pt')}
-    said['rlhf'] = scripts.ok('rlhf.py', *flags)
-    said['eval'] = scripts.ok('eval.py', *flags)
+    said = {stage: scripts.ok(f'{stage}.py', *flags) for stage in ('pretrain', 'sft', 'reward')}
+    before = {name: (out / name).read_bytes() for name in ('base.pt', 'sft.pt', 'reward.pt')}
+    for stage in ('rlhf', 'eval'):
+        said[stage] = scripts(f'{stage}.py', *flags)
     return SimpleNamespace(**vars(world), out=out, said=said, before=before, flags=flags)
+
+# what each training stage finds in out_dir, and what it makes
+NEEDS = dict(pretrain=(), sft=('base',), reward=('sft',), rlhf=('sft', 'reward'))
+MAKES = dict(pretrain='base', sft='sft', reward='reward', rlhf='rlhf')
+
+def stocked(out, chain, *names):
+    """A new out_dir with some of the chain's checkpoints."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copy(chain.out / f'{name}.pt', out)
+    return out
+
+def load(path):
+    import torch
+    return torch.load(path, weights_only=True)
+
+def read_log(path):
+    """A stage's log without what depends on time."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()]
+    return [{k: v for k, v in row.items() if k != 'tokens_per_second'} for row in rows]
+
+def distance(a, b, without=()):
+    """The largest difference between two checkpoints' weights."""
+    a, b = load(a)['weights'], load(b)['weights']
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a if k not in without)
+
+def kill_at(step, number):
+    """Code that sends the script a signal when it begins this step."""
+    return f'''
+import model, os
+old = model.seed_step
+def seed_step(seed, step, rank):
+    if step == {step}:
+        os.kill(os.getpid(), {int(number)})
+    return old(seed, step, rank)
+model.seed_step = seed_step
+'''
+
+def folder_bytes(*folders):
+    """Every file below the folders, as bytes: to show that nothing has changed."""
+    return {path: path.read_bytes() for folder in folders for path in folder.rglob('*') if path.is_file()}
+
+def replace_line(path, row):
+    """Line 3 of a jsonl file becomes `row` (an object, or text)."""
+    lines = path.read_text(encoding='utf-8').splitlines()
+    lines[2] = row if isinstance(row, str) else json.dumps(row)
+    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -1,4 +1,4 @@
-"""Settings from profiles and flags: each mistake gets one line that says what to do."""
+"""Settings from profiles and flags, and errors: a mistake of the user is one line that says what to do."""
 import json
 import os
 import shutil
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import configurator
 
 PRETRAIN = '''"""A stage."""
 import json
@@ -25,7 +27,6 @@ batch_size = 4 * 8         # windows
 learning_rate = 6e-4       # at its highest
 compile = True             # torch.compile
 betas = (0.9, 0.95)        # of AdamW
-layers = [1, 2]            # a list
 note = None                # anything
 _private = 3
 where = os.sep             # needs a name: not a setting
@@ -41,11 +42,13 @@ config = configure(globals())
 '''
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     shutil.copy(ROOT / 'configurator.py', tmp_path)
     (tmp_path / 'pretrain.py').write_text(PRETRAIN, encoding='utf-8')
     (tmp_path / 'sft.py').write_text(SFT, encoding='utf-8')
-    (tmp_path / 'model.py').write_text('value = 1\n', encoding='utf-8')  # no stage
+    (tmp_path / 'model.py').write_text('value = 1\n', encoding='utf-8')  # not a script
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure sets it
     return tmp_path
 
 def run(folder, *argv, script='pretrain.py', cwd=None, **env):
@@ -55,16 +58,21 @@ def run(folder, *argv, script='pretrain.py', cwd=None, **env):
                           capture_output=True, text=True, encoding='utf-8', timeout=60)
     return done.returncode, done.stdout, done.stderr
 
-def settings(folder, *argv, **kw):
-    code, out, err = run(folder, *argv, **kw)
-    assert code == 0, err
-    return json.loads(out.splitlines()[-1])
+def settings(folder, *argv, script='pretrain.py'):
+    """What configure returns, without a process of its own."""
+    before = sys.argv
+    sys.argv = [script, *argv]
+    try:
+        return configurator.configure({'__file__': str(folder / script)}, quiet=True)
+    finally:
+        sys.argv = before
 
 def error(folder, *argv, **kw):
     """The one line that a mistake gets."""
-    code, out, err = run(folder, *argv, **kw)
-    assert code == 1 and out == '' and err.count('\n') == 1, (code, out, err)
-    return err.strip()
+    with pytest.raises(AssertionError) as e:
+        settings(folder, *argv, **kw)
+    assert '\n' not in str(e.value)
+    return str(e.value)
 
 def profile(folder, text, name='tiny.py'):
     path = folder / 'config' / name
@@ -76,7 +84,7 @@ def test_defaults(folder):
     code, out, err = run(folder)
     assert (code, err, out.count('\n')) == (0, '', 1)  # nothing changed, nothing said
     assert json.loads(out) == dict(data_dir='data/toytown', start='x', max_iters=600, batch_size=32, learning_rate=6e-4,
-                                   compile=True, betas=[0.9, 0.95], layers=[1, 2], note=None)
+                                   compile=True, betas=[0.9, 0.95], note=None)
 
 @pytest.mark.parametrize('flag, name, value', [
     ('--learning_rate=1', 'learning_rate', 1.0),
@@ -97,10 +105,11 @@ def test_defaults(folder):
     ('--note=None', 'note', None),
     ('--note=3', 'note', 3),
     ("--note=__import__('os').abort()", 'note', "__import__('os').abort()"),  # text, never evaluated
-    ('--betas=(0.8, 0.9)', 'betas', [0.8, 0.9]),
-    ('--betas=0.8,0.9', 'betas', [0.8, 0.9]),
-    ('--layers=(3, 4)', 'layers', [3, 4]),
+    ('--betas=(0.8, 0.9)', 'betas', (0.8, 0.9)),
+    ('--betas=0.8,0.9', 'betas', (0.8, 0.9)),
     ('--batch_size=64', 'batch_size', 64),
+    ('batch_size=64', 'batch_size', 64), # a line of a profile
+    ('compile=no', 'compile', False),
 ])
 def test_values(folder, flag, name, value):
     got = settings(folder, flag)[name]
@@ -110,11 +119,11 @@ def test_values(folder, flag, name, value):
     (['--lerning_rate=1e-3'],
      "command line: unknown setting 'lerning_rate' of pretrain.py, did you mean 'learning_rate'?"),
     (['--epochs=2'], "unknown setting 'epochs' of pretrain.py, it is a setting of sft.py"),
-    (['--max_iters', '100'], '--max_iters=100'),
+    (['--max_iters', '100'], "no config file '100' (settings are written --name=value)"),
     (['100'], "no config file '100' (settings are written --name=value)"),
     (['config/none.py'], "no config file 'config/none.py'"),
     (['sft.py'], "no config file 'sft.py'"),
-    (['--max_iters=0.5'], "max_iters = '0.5' is not int (the default is 600)"),
+    (['--max_iters=0.5'], "max_iters = 0.5 is not int (the default is 600)"),
     (['--max_iters=inf'], 'is not int'),
     (['--max_iters=ten'], "command line: max_iters = 'ten' is not int (the default is 600)"),
     (['--max_iters='], 'is not int'),
@@ -131,6 +140,8 @@ def test_values(folder, flag, name, value):
     (['--config=[]'], "unknown setting 'config'"),
     (['--__name__=x'], "unknown setting '__name__'"),
     (['--=3'], "unknown setting ''"),
+    (['lerning_rate=1'], "unknown setting 'lerning_rate', did you mean 'learning_rate'?"),
+    (['epochs=two'], "epochs = 'two' is not int"), # the value is checked for sft.py
     (['-x'], "no config file '-x'"),
 ])
 def test_mistakes(folder, argv, words):
@@ -138,15 +149,16 @@ def test_mistakes(folder, argv, words):
 
 def test_profile_first_then_flags(folder):
     path = profile(folder, 'max_iters = 5\nlearning_rate = 1\ncompile = False\n')
-    more = profile(folder, 'max_iters = 6\nbetas = [0.5, 0.6]\n', 'more.py')
+    more = profile(folder, 'max_iters = 6\nbetas = 0.5, 0.6\n', 'more.py')
     nine = '--max_iters=9'
     for argv in ([nine, path, more], [path, more, nine], [path, '--max_iters=8', more, nine]):
         got = settings(folder, *argv)
-        assert (got['max_iters'], got['learning_rate'], got['compile'], got['betas']) == (9, 1.0, False, [0.5, 0.6])
+        assert (got['max_iters'], got['learning_rate'], got['compile'], got['betas']) == (9, 1.0, False, (0.5, 0.6))
+    assert settings(folder, 'max_iters=9', 'epochs=1', path)['max_iters'] == 9
     assert settings(folder, path, more)['max_iters'] == 6 and settings(folder, more, path)['max_iters'] == 5
 
 def test_profile_of_all_stages(folder):
-    path = profile(folder, 'import os.path\nfrom math import pi, sqrt\n_half = 10\nsft = dict(epochs=1)\n'
+    path = profile(folder, 'import os.path\nfrom math import pi as _pi, sqrt\n_half = 10\nsft = dict(epochs=1)\n'
                            'pretrain = dict(max_iters=2 * _half)\nmax_iters = 5\nepochs = 2\n'
                            'def double(x):\n    return 2 * x\n')
     assert settings(folder, path)['max_iters'] == 20  # the dict wins wherever it stands
@@ -160,19 +172,19 @@ def test_profile_of_all_stages(folder):
     ('start = 3', 'start = 3 is not str'),
     ('compile = 1', 'is not bool'),
     ('sft = dict(epoch=1)', "config/tiny.py: unknown setting 'epoch' of sft.py, did you mean 'epochs'?"),
+    ('max_iters = five', "config/tiny.py: NameError: name 'five' is not defined"),
+    ('betas = [0.5, 0.6]', 'is not tuple'),
     ('sft = dict(epochs="1")', "epochs = '1' is not int"),
     ('pretrain = dict(epochs=1)', 'it is a setting of sft.py'),
     ('pretrian = dict(max_iters=1)', "did you mean 'pretrain'?"),
     ('pretrain = {3: 4}', "unknown setting '3'"),
-    ('data_dir = "x"\nmax_iters = = 3', 'config/tiny.py:2: SyntaxError'),
-    ('data_dir = "x"\n\nmax_iters = 1 / 0', 'config/tiny.py:3: ZeroDivisionError: division by zero'),
+    ('data_dir = "x"\nmax_iters = = 3', 'config/tiny.py: SyntaxError: invalid syntax (<string>, line 2)'),
+    ('data_dir = "x"\n\nmax_iters = 1 / 0', 'config/tiny.py: ZeroDivisionError: division by zero'),
 ])
 def test_profile_mistakes(folder, text, words):
     path = profile(folder, text)
     assert words in error(folder, path)
-    for stage in ('pretrain.py', 'sft.py'):  # also those of stages that do not run now
-        code, out, err = run(folder, stage, path, script='configurator.py')
-        assert (code, out, err.count('\n')) == (1, '', 1)
+    assert words in error(folder, path, script='sft.py') # each stage checks those of all stages
 
 def test_help(folder):
     path = profile(folder, 'max_iters = 5\n')
@@ -188,31 +200,91 @@ def test_help(folder):
     assert run(folder, '-h')[1] == run(folder, '--help')[1]
 
 def test_overrides_are_printed_once_by_rank_0(folder):
-    path = profile(folder, 'max_iters = 5\ncompile = False\n')
+    path = profile(folder, 'max_iters = 5\ncompile = False\nepochs = 1\n')
     code, out, err = run(folder, path, '--start=y', '--compile=true')
     first, second, config = out.splitlines()
-    assert first == 'config/tiny.py: max_iters = 5'  # what won, and where it comes from
-    assert sorted(second.removeprefix('command line: ').split(', ')) == ['compile = True', "start = 'y'"]
+    assert first == 'config/tiny.py: max_iters = 5, compile = False'
+    assert second == "command line: start = 'y', compile = True"
     code, out, err = run(folder, path, '--start=y', RANK='1')
     assert len(out.splitlines()) == 1
-    assert run(folder, '--nonsense=1', RANK='1') == (1, '', '')  # every rank leaves, one speaks
-    assert run(folder, '--help', RANK='1') == (0, '', '')
 
 def test_any_folder(folder, tmp_path_factory):
     profile(folder, 'max_iters = 5\n')
     elsewhere = tmp_path_factory.mktemp('elsewhere')
-    assert settings(folder, 'config/tiny.py', cwd=elsewhere)['max_iters'] == 5  # beside the script
     (elsewhere / 'mine.py').write_text('max_iters = 6\n', encoding='utf-8')
-    assert settings(folder, 'mine.py', cwd=elsewhere)['max_iters'] == 6  # where the user stands
+    code, out, err = run(folder, 'config/tiny.py', cwd=elsewhere) # in the script's folder
+    assert code == 0 and json.loads(out.splitlines()[-1])['max_iters'] == 5
+    code, out, err = run(folder, 'mine.py', cwd=elsewhere) # in the working directory
+    assert code == 0 and json.loads(out.splitlines()[-1])['max_iters'] == 6
 
 def test_json(folder):
     path = profile(folder, 'max_iters = 5\n')
     code, out, err = run(folder, 'pretrain.py', path, '--betas=1,2', script='configurator.py')
-    assert json.loads(out) == {**settings(folder), 'max_iters': 5, 'betas': [1, 2]}
-    assert 'torch' not in out and run(folder, 'model.py', script='configurator.py')[0] == 1
-    assert error(folder, 'none.py', script='configurator.py') == 'none.py has no settings above a configure(globals())'
+    assert code == 0 and json.loads(out) == {**settings(folder), 'max_iters': 5, 'betas': [1, 2]}
+    for script in ('none.py', 'model.py', 'configurator.py'):
+        code, out, err = run(folder, script, script='configurator.py')
+        assert (code, out) == (1, '') and err == f'error: {script} has no settings above a configure(globals())\n'
 
 def test_a_stage_with_a_syntax_error_is_named(folder):
-    (folder / 'sft.py').write_text(SFT + 'x = = 1\n', encoding='utf-8')
-    assert settings(folder)['max_iters'] == 600  # it stops only those who need it
-    assert 'sft.py:5: ' in error(folder, '--max_iters=3')
+    (folder / 'sft.py').write_text('x = = 1\n' + SFT, encoding='utf-8')
+    code, out, err = run(folder)
+    assert code == 1 and 'sft.py", line 1' in err and 'SyntaxError' in err
+    (folder / 'sft.py').write_text(SFT + 'x = = 1\n', encoding='utf-8') # below the settings: only sft.py stops
+    assert run(folder)[0] == 0
+
+# -----------------------------------------------------------------------------
+# errors
+STOPS = """from configurator import configure
+steps = 3  # a setting
+config = configure(globals())
+"""
+FAIL = """
+def fail(message):
+    assert False, message
+"""
+OUT_OF_MEMORY = 'error: out of memory: lower --batch_size, --micro_batch_size or --block_size'
+
+def stop(folder, code, **env):
+    """-> exit code, stdout, stderr of a script that ends like this. The modules ours and theirs can fail for it."""
+    (folder / 'stops.py').write_text(STOPS + code, encoding='utf-8')
+    (folder / 'ours.py').write_text(FAIL, encoding='utf-8')
+    (folder / 'package').mkdir(exist_ok=True)
+    (folder / 'package' / 'theirs.py').write_text(FAIL, encoding='utf-8')
+    return run(folder, script='stops.py', **env)
+
+@pytest.mark.parametrize('code, line', [
+    ('assert steps == 2, f"steps {steps} is not 2: pass --steps=2"', 'error: steps 3 is not 2: pass --steps=2'),
+    ('import ours; ours.fail("of a shared file")', 'error: of a shared file'),
+    ('raise AssertionError("x.jsonl:3: bad row") from ValueError()', 'error: x.jsonl:3: bad row'),
+    ('open("none.bin")', 'error: none.bin: No such file or directory'),
+    ('raise MemoryError', OUT_OF_MEMORY),
+    ('raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to ...")', OUT_OF_MEMORY),
+    ('raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")', OUT_OF_MEMORY),
+])
+def test_a_mistake_is_one_line(folder, code, line):
+    assert stop(folder, code) == (1, '', line + '\n')
+
+@pytest.mark.parametrize('code, words', [
+    ('from package import theirs; theirs.fail("shape")', 'AssertionError: shape'),
+    ('assert steps == 2', 'AssertionError'),
+    ('raise ValueError("a bug")', 'ValueError: a bug'),
+])
+@pytest.mark.parametrize('rank', ['0', '1'])
+def test_other_errors_keep_their_traceback(folder, code, words, rank):
+    code, out, err = stop(folder, code, RANK=rank)
+    assert code == 1 and err.startswith('Traceback') and words in err
+
+def test_ctrl_c_and_a_closed_pipe(folder):
+    code, out, err = stop(folder, 'raise KeyboardInterrupt')
+    assert code != 0 and err == 'stopped; the same command continues\n'
+    assert stop(folder, 'print("x")\nraise BrokenPipeError(32, "Broken pipe")')[::2] == (1, '')
+
+def test_rank_0_prints_for_all(folder):
+    """Other ranks wait until torchrun ends them. What one rank alone meets is printed after three seconds."""
+    assert stop(folder, 'assert steps == 2, "only here"', RANK='1') == (1, '', 'error: only here\n')
+    process = subprocess.Popen([sys.executable, 'stops.py'], cwd=folder, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, 'RANK': '1'})
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=1.5)
+    process.terminate()
+    assert process.communicate(timeout=10)[1] == ''

@@ -1,12 +1,13 @@
 """The language score: sentences that a reader can judge, and arithmetic on a table of three words."""
 
-import json, os, random, sys
+import json
+import random
 
 import pytest
+from conftest import definitions
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
-import language
-from language import language_scores
+ours = definitions('prepare_data.py')
+language_scores = ours.language_scores
 
 SENTENCES = {
     'en': 'When the rain had stopped, we walked down to the harbour to see whether the boats were back from the sea.',
@@ -59,11 +60,21 @@ def test_only_the_start_of_a_page_counts():
     assert language_scores(text[:10_000]) == language_scores(text + SENTENCES['de'] * 1000)
 
 
-def test_by_hand(tmp_path, monkeypatch):
+def test_by_hand(tmp_path):
     """x: 'a' one word in 2, y: 'b' one in 2, z: 'c' one in 4; so any other word is 0.5, 0.5, 0.6 (of 0.75, at most)."""
     (tmp_path / 't.json').write_text(json.dumps({'x': ['', 'a'], 'y': ['', 'b'], 'z': ['', '', 'c']}))
-    for name, value in zip(('CODES', 'ROWS', 'LOG_P'), language.language_table(tmp_path / 't.json')):
-        monkeypatch.setattr(language, name, value)
-    mean, prior = 0.5 / 3, 2.718281828459045**5  # und: the mean of the three, and the head start
-    p = dict(x=0.5 * 0.5, y=1e-5 * 0.5, z=1e-5 * 0.6, und=mean * 0.7 * prior)  # of the words a and other
-    assert language_scores('A other') == pytest.approx({code: value / sum(p.values()) for code, value in p.items()})
+    mine = definitions('prepare_data.py')
+    table = mine.language_table(tmp_path / 't.json')
+    mine.space['language_table'] = lambda: table
+    mean, prior = 0.5 / 3, 2.718281828459045**5 # und: the mean of the three, and the head start
+    p = dict(x=0.5 * 0.5, y=1e-5 * 0.5, z=1e-5 * 0.6, und=mean * 0.7 * prior) # of the words a and other
+    assert mine.language_scores('A other') == pytest.approx({code: value / sum(p.values()) for code, value in p.items()})
+
+
+def test_the_step():
+    story = 'The apple trees were white in spring, and the children of the street came to play under them. '
+    english = definitions('prepare_data.py', languages='en', min_language=0.65).language_step
+    both = definitions('prepare_data.py', languages='en,de').language_step
+    assert english(dict(text=story)) is None and english(dict(text=SENTENCES['de'])) == 'de'
+    assert english(dict(text=story * 2 + ' "El perro de mi hermana," he said.')) is None
+    assert both(dict(text=SENTENCES['de'])) is None and both(dict(text=SENTENCES['fr'])) == 'fr'

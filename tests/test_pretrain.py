@@ -1,77 +1,289 @@
-"""pretrain.py beside its loop: length of a run, sanity, what its lines of diagnosis say, compile that fails, MFU."""
+"""pretrain.py on one process: data, length of a run, resume, sanity, fp16, init_from, estimate, bad input; the chain."""
 import math
 import re
-import sys
-from pathlib import Path
+import shutil
+import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import model as lib
+from conftest import (MAKES, NEEDS, ROOT, definitions, distance, folder_bytes, kill_at, load, make_spec, read_log,
+                      stocked)
+from model import GPT, GPTConfig
 
 @pytest.fixture
 def go(world, scripts, tmp_path):
     """go(--flags) -> what pretrain.py printed, a short run in a folder of its own."""
     fixed = ('pretrain.py', world.short, f'--data_dir={world.data}', f'--out_dir={tmp_path}', '--resume=false')
-    return lambda *flags, **more: scripts.ok(*fixed, '--batch_size=4', *flags, **more).out
+    return lambda *flags, **more: scripts.ok(*fixed, *flags, **more).out
 
-def test_length_by_tokens_per_param(go, scripts, world, tmp_path):
+def command(world, out, *flags, data=None):
+    return ('pretrain.py', world.short, f'--data_dir={data or world.data}', f'--out_dir={out}', *flags)
+
+# -----------------------------------------------------------------------------
+# the chain
+
+def test_chain_learns(chain):
+    """Every stage ran on what the one before wrote, and got better at what it is for."""
+    for stage, r in chain.said.items():
+        assert r.code == 0 and not r.err, (stage, r.err[-2000:])
+    base, sft = (read_log(chain.out / f'{s}.jsonl') for s in ('base', 'sft'))
+    assert abs(base[0]['val_loss'] - math.log(283)) < 0.2 and base[-1]['val_loss'] < 0.5
+    assert 'ln(283) = 5.6454' in chain.said['pretrain'].out
+    assert sft[-1]['val_loss'] < sft[0]['val_loss'] / 2
+    for name in MAKES.values():
+        ckpt = load(chain.out / f'{name}.pt')
+        assert ckpt['stage'] == name
+        assert all(ckpt['metrics'][k] > 0 for k in ('seconds', 'flops', 'tokens'))
+        assert not (chain.out / f'{name}.resume.pt').exists()
+    assert not list(chain.out.glob('*.partial'))
+    for name, data in chain.before.items(): # later stages leave the earlier checkpoints alone
+        assert (chain.out / name).read_bytes() == data
+
+# -----------------------------------------------------------------------------
+# data and schedule
+
+def test_every_window_once_an_epoch_and_y_is_x_later():
+    shards = [np.arange(0, 23, dtype=np.uint16), np.arange(100, 109, dtype=np.uint16),
+              np.arange(200, 203, dtype=np.uint16)]
+    T = 4 # windows of 4 + 1 that share an end: (23 - 1) // 4 = 5, (9 - 1) // 4 = 2, (3 - 1) // 4 = 0
+    ranks = [definitions('pretrain.py', shards=dict(train=shards), window_ends=dict(train=np.array([5, 7, 7])),
+                         n_train=7, block_size=T, vocab_size=300, seed=3, total_batch_size=4, batch_size=1,
+                         gradient_accumulation_steps=2, dp_rank=r, dp_world=2,
+                         run=SimpleNamespace(device='cpu', device_type='cpu')) for r in range(2)]
+    firsts = []
+    for step in range(7): # 2 micro-batches x 2 ranks x 1 = 4 windows a step, so 28 = 4 epochs of 7
+        batches = [rank.get_batches(step) for rank in ranks]
+        for micro in range(2):
+            for of_rank in batches:
+                x, y = of_rank[micro]
+                # no window crosses from one shard into the next
+                assert x.shape == y.shape == (1, T) and torch.equal(y, x + 1)
+                firsts.append(x[0, 0].item())
+    epochs = [firsts[i:i + 7] for i in range(0, 28, 7)]
+    assert all(sorted(e) == [0, 4, 8, 12, 16, 100, 104] for e in epochs) and len(set(map(tuple, epochs))) > 2
+
+def test_learning_rate():
+    s = definitions('pretrain.py', learning_rate=1.0, min_lr=0.1, warmup_iters=4, max_iters=105)
+    assert [round(s.get_lr(i), 6) for i in range(4)] == [0.2, 0.4, 0.6, 0.8] # never 0, and 1 at step 4
+    assert s.get_lr(4) == pytest.approx(1.0) # half way down the cosine between 4 and 104, then the floor
+    assert s.get_lr(54) == pytest.approx(0.55) and s.get_lr(104) == pytest.approx(0.1) == s.get_lr(105)
+
+def test_length_and_time_are_printed_first(go, world, scripts):
     out = go('--max_iters=0', '--tokens_per_param=1', '--eval_iters=1', '--log_interval=50')
     n = int(re.search(r'model: llama, ([\d,]+) parameters', out)[1].replace(',', ''))
-    steps = int(re.search(r'tokens a step, ([\d,]+) steps', out)[1].replace(',', ''))
-    assert steps == math.ceil(n / (4 * 48)) # batch 4, context 48
-    assert re.search(r', 1\.0 tokens a parameter', out) and (tmp_path / 'base.pt').exists()
-    scripts.fails('tokens_per_param must be at least 1', 'pretrain.py', world.short, f'--data_dir={world.data}',
-                  f'--out_dir={tmp_path}', '--max_iters=0', '--tokens_per_param=0')
+    steps = int(re.search(r'length: ([\d,]+) steps of 192 tokens', out)[1].replace(',', ''))
+    assert steps == math.ceil(n / (4 * 48)) and '1.0 a parameter' in out # batch 4, context 48
+    epochs = float(re.search(r'([\d.]+) epochs of', out)[1])
+    windows = int(re.search(r'epochs of ([\d,]+) windows', out)[1])
+    assert epochs == pytest.approx(4 * steps / windows, abs=0.1)
+    # a run that is far too long for its data says so, and how long it will take, by its first step
+    long = scripts(*command(world, world.folder / 'long', '--max_iters=600000'), before=kill_at(1, signal.SIGTERM))
+    before, step_0 = long.out.split('step      0 | loss')
+    assert 'length: 600,000 steps' in before and 'lower --max_iters' in before and 'min left' in step_0
+    assert 'FLOP/s' in step_0 and 'MFU' not in long.out # on a CPU
 
-def test_sanity(go, scripts, world, tmp_path):
-    out = go('--sanity=true', '--learning_rate=1e-2')
-    assert 'sanity: pass' in out and not (tmp_path / 'base.pt').exists()
-    r = scripts('pretrain.py', world.short, f'--data_dir={world.data}', f'--out_dir={tmp_path}', '--batch_size=4',
-                '--sanity=true', '--learning_rate=1e-7')
-    assert r.code == 1 and 'sanity: FAIL' in r.out and r.err == ''
+# -----------------------------------------------------------------------------
+# resume
 
-def test_an_epoch_that_repeats_is_said_once(go):
-    out = go('--max_iters=40') # 60 + 40 documents of some 10 tokens are a few dozen windows of 48
-    n = int(re.search(r'data: ([\d,]+) train', out)[1].replace(',', ''))
-    assert out.count('every window has been seen once; from here on text repeats') == 1
-    first = int(re.search(r'step (\d+): every window has been seen once', out)[1])
-    assert abs((first + 1) * 4 - n / 48) <= 4 + 2 # 4 windows a step; each of 2 shards loses less than one at its end
+@pytest.fixture(scope='module')
+def uninterrupted(world, scripts):
+    out = world.folder / 'whole_base'
+    scripts.ok(*command(world, out, '--dropout=0.2'))
+    return out
 
-def test_memorising_is_said(go):
-    """A few pages again and again: training loss falls to nothing, validation rises."""
-    out = go('--max_iters=300', '--learning_rate=3e-2', '--eval_interval=50', '--log_interval=100',
-             '--save_interval=1000', '--weight_decay=0')
-    vals = [float(v) for v in re.findall(r'^step +\d+ \| val loss ([\d.]+)', out, re.M)]
-    rises = sum(b > a for a, b in zip(vals[1:], vals[2:]))
-    assert rises and 1 <= out.count('it memorises') <= rises + 1
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=str)
+def test_resume_is_bit_identical(number, world, scripts, uninterrupted, tmp_path):
+    run = command(world, tmp_path, '--dropout=0.2')
+    if number == signal.SIGKILL:
+        assert scripts(*run, before=kill_at(7, number)).code == -signal.SIGKILL
+    else:
+        scripts.fails('stopped at step 8 .* the same command continues', *run, before=kill_at(7, number))
+    saved = 5 if number == signal.SIGKILL else 8 # the step in which the signal came is finished
+    assert load(tmp_path / 'base.resume.pt')['step'] == saved and not (tmp_path / 'base.pt').exists()
+    assert f'at step {saved}' in scripts.ok(*run).out and not (tmp_path / 'base.resume.pt').exists()
+    assert distance(tmp_path / 'base.pt', uninterrupted / 'base.pt') == 0
+    assert read_log(tmp_path / 'base.jsonl') == read_log(uninterrupted / 'base.jsonl')
 
-def test_a_learning_rate_that_is_too_high_is_said(go):
-    out = go('--max_iters=20', '--learning_rate=2', '--eval_interval=5', '--warmup_iters=1', '--grad_clip=0',
-             '--optimizer=adamw')
-    assert 'is above its start' in out and '--learning_rate' in out
+@pytest.mark.parametrize('stage', ['pretrain', 'sft', 'reward'])
+def test_a_stop_in_the_first_or_last_step_loses_nothing(stage, chain, scripts, tmp_path):
+    out, name = stocked(tmp_path / 'out', chain, *NEEDS[stage]), MAKES[stage]
+    run = (f'{stage}.py', chain.short, f'--data_dir={chain.data}', f'--out_dir={out}', '--save_interval=1000')
+    scripts.fails('stopped at step 1 ', *run, before=kill_at(0, signal.SIGTERM))
+    r = scripts(*run, before=kill_at(9, signal.SIGTERM)) # of 10 steps
+    assert 'at step 1' in r.out
+    assert (out / f'{name}.pt').exists() or (out / f'{name}.resume.pt').exists(), r.err
 
-def test_compile_that_fails(go):
-    before = """
+def test_a_run_with_other_settings_is_not_resumed(world, scripts, tmp_path):
+    run = command(world, tmp_path)
+    scripts.fails('stopped at step 4', *run, before=kill_at(3, signal.SIGTERM))
+    old = (tmp_path / 'base.resume.pt').read_bytes()
+    scripts.fails('learning_rate.*0.01.*0.002.*--resume=false', *run, '--learning_rate=0.002')
+    scripts.fails('total_batch_size.*4.*2.*--resume=false', *run, '--batch_size=2')
+    assert (tmp_path / 'base.resume.pt').read_bytes() == old
+    (tmp_path / 'base.resume.pt').write_bytes(old[:1000])
+    scripts.fails('damaged.*--resume=false', *run)
+    scripts.ok(*run, '--resume=false') # starts over
+    assert read_log(tmp_path / 'base.jsonl')[0]['step'] == 0
+
+# -----------------------------------------------------------------------------
+# sanity, precision, divergence
+
+def test_sanity(go, world, scripts, tmp_path):
+    go('--max_iters=2')
+    old = folder_bytes(tmp_path)
+    assert 'sanity: pass' in go('--sanity=true', '--learning_rate=1e-2')
+    scripts.fails('sanity: FAIL: loss', *command(world, tmp_path, '--sanity=true', '--learning_rate=1e-7'))
+    new = folder_bytes(tmp_path)
+    assert all(new[path] == old[path] for path in old) # the curve and the checkpoint of a real run
+
+def test_fp16_with_a_scaler(go, tmp_path, world, scripts):
+    assert 'float16' in go('--dtype=float16') and load(tmp_path / 'base.pt')['metrics']['val_loss'] < 5.7
+    big = """
 import torch
-def fail(*args):
-    raise RuntimeError('no compiler here' + chr(10) + 'and more')
-torch.compile = fail"""
-    out = go('--compile=true', before=before)
-    assert 'compile: failed, going on without: RuntimeError: no compiler here\n' in out and 'saved' in out
+old = torch.amp.GradScaler
+torch.amp.GradScaler = lambda *a, **k: old(*a, init_scale=2.**40, **k)"""
+    out = go('--dtype=float16', '--max_iters=30', before=big)
+    scales = [float(s) for s in re.findall(r'fp16 overflow: step skipped, loss scale (\S+) halved', out)]
+    assert len(scales) > 5 and scales[:2] == [2.0 ** 40, 2.0 ** 39] # and then it goes
+    assert load(tmp_path / 'base.pt')['metrics']['val_loss'] < 5.7
+    scripts.fails('float16 works with --parallel=ddp only', *command(world, tmp_path, '--dtype=float16',
+                                                                     '--parallel=fsdp'))
 
-def test_peak_flops(monkeypatch):
-    assert 1e8 < lib.peak_flops(SimpleNamespace(type='cpu')) < 1e14
-    assert math.isnan(lib.peak_flops(SimpleNamespace(type='mps')))
-    gpu = SimpleNamespace(type='cuda', device='cuda:0')
-    for name, peak in (('NVIDIA H100 80GB HBM3', 989e12), ('NVIDIA A100-SXM4-40GB', 312e12), ('NVIDIA L4', 121e12),
-                       ('NVIDIA L40S', 362e12), ('NVIDIA GeForce RTX 4090', 165e12), ('Tesla T4', 65e12)):
-        monkeypatch.setattr('torch.cuda.get_device_name', lambda device: name)
-        assert lib.peak_flops(gpu) == peak
-    monkeypatch.setattr('torch.cuda.get_device_name', lambda device: 'Something New')
-    assert math.isnan(lib.peak_flops(gpu))
+def test_bfloat16(go, tmp_path):
+    go('--dtype=bfloat16')
+    assert all(math.isfinite(v) for row in read_log(tmp_path / 'base.jsonl') for v in row.values())
+    assert all(v.dtype == torch.float32 for v in load(tmp_path / 'base.pt')['weights'].values())
 
-def test_mfu_is_in_the_log(go):
-    assert re.search(r'tok/s, \d+% MFU \|', go('--max_iters=2'))
+NAN = '''
+import torch.nn.functional as F
+real = F.cross_entropy
+F.cross_entropy = lambda logits, *a, **k: real(logits, *a, **k) * (float("nan") if logits.requires_grad else 1)'''
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_a_gradient_that_is_not_finite_ends_the_run_at_once(dtype, chain, scripts, tmp_path):
+    """One line with what to do, and no checkpoint of ruined weights. In fp16 the scaler tries smaller scales first."""
+    out = stocked(tmp_path, chain, 'base')
+    old = folder_bytes(out)
+    r = scripts.fails('gradient norm nan.*--learning_rate', *command(chain, out, f'--dtype={dtype}', '--max_iters=50'),
+                      before=NAN)
+    assert r.out.count('step skipped') == (16 if dtype == 'float16' else 0) # 2**16 -> 1
+    new = folder_bytes(out)
+    assert all(new[path] == old[path] for path in old)
+
+def test_a_run_that_diverges_in_its_last_step_leaves_the_old_checkpoint(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain, 'base')
+    old = (out / 'base.pt').read_bytes()
+    scripts.fails('--learning_rate', *command(chain, out, '--learning_rate=1e30', '--arch=gpt2', '--n_kv_head=0',
+                                              '--max_iters=3'))
+    assert (out / 'base.pt').read_bytes() == old
+
+# -----------------------------------------------------------------------------
+# init_from
+
+def test_init_from(chain, scripts, tmp_path):
+    out = scripts.ok(*command(chain, tmp_path, f'--init_from={chain.out / "base.pt"}', '--block_size=32',
+                              '--learning_rate=1e-4', '--n_layer=5')).out
+    rows = read_log(tmp_path / 'base.jsonl')
+    assert rows[0]['val_loss'] < 0.7 and 'block_size 32' in out # it knows already
+    args = load(tmp_path / 'base.pt')['model_args']
+    assert args['n_layer'] == 2 and args['block_size'] == 32 # the checkpoint's shape, this run's context
+    scripts.fails('context of 48 tokens, not 64', *command(chain, tmp_path, f'--init_from={chain.out / "base.pt"}',
+                                                           '--block_size=64'))
+    ckpt = load(chain.out / 'base.pt')
+    torch.save({**ckpt, 'tokenizer': {**make_spec(), 'pattern': '.'}}, tmp_path / 'other.pt')
+    scripts.fails('another tokenizer', *command(chain, tmp_path, f'--init_from={tmp_path / "other.pt"}'))
+
+# -----------------------------------------------------------------------------
+# estimate
+
+@pytest.mark.parametrize('shape', [
+    dict(arch='gpt2'), dict(arch='llama', qk_norm=True, tie_embeddings=False, n_kv_head=2)], ids=str)
+def test_activations_are_what_autograd_keeps(shape):
+    """The same count on real tensors in fp32; attention on a CPU keeps what the fused kernel does."""
+    config = GPTConfig(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=64, **shape)
+    torch.manual_seed(0)
+    net, x = GPT(config), torch.randint(100, (3, 32))
+    weights, kept = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *net.buffers()]}, {}
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        torch.nn.functional.cross_entropy(net(x).flatten(0, 1), x.flatten())
+    real = sum(n for n, _ in kept.values())
+    counted = definitions('pretrain.py').count_activations(config, 3, torch.float32)
+    assert counted - 3 * 32 * 100 * 8 == pytest.approx(real, rel=0.02)
+
+def test_estimate_by_hand(scripts, tmp_path):
+    """GPT-2 124M: the arithmetic of its parameters, FLOPs, states and hours."""
+    out = scripts.ok('pretrain.py', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}', 'config/gpt2.py',
+                     '--estimate=8xH100', cwd=ROOT).out
+    V, C, L, T = 50304, 768, 12, 1024
+    n = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
+    assert f'parameters: {n:,}' in out
+    per_token = 6 * (n - T * C) + 12 * L * C * T # the embedding is the output matrix too
+    assert re.search(r'0\.50 GB  weights, fp32\n +0\.50 GB  gradients, fp32\n +1\.00 GB  state of adamw, fp32', out)
+    tokens = 19073 * 512 * 1024
+    hours = tokens * per_token / (8 * 989e12 * 0.4) / 3600
+    assert f'tokens: {tokens:,}' in out and f'{tokens * per_token:.2e} FLOPs' in out
+    assert f'{hours:.2f} hours, {hours * 8 * 3:.0f} dollars' in out
+    assert not list(tmp_path.iterdir())
+
+def test_profiles_fit_their_gpus(scripts, tmp_path):
+    for profile, n, tokens in (('gpt2', 124e6, 10e9), ('d20', 561e6, 11.2e9), ('d32', 1.88e9, 37.6e9)):
+        out = scripts.ok('pretrain.py', f'config/{profile}.py', f'--data_dir={tmp_path}', '--estimate=8xH100',
+                         cwd=ROOT).out
+        assert ' GB  of 80 GB: it fits' in out
+        assert int(re.search(r'parameters: ([\d,]+)', out)[1].replace(',', '')) == pytest.approx(n, rel=0.01)
+        assert int(re.search(r'tokens: ([\d,]+)', out)[1].replace(',', '')) == pytest.approx(tokens, rel=0.01)
+    scripts.fails("8xH10'; known kinds: H100, A100, 4090", 'pretrain.py', '--estimate=8xH10', cwd=ROOT)
+
+# -----------------------------------------------------------------------------
+# bad input
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+def other_tokenizer(data, out):
+    import json
+    (data / 'tokenizer.json').write_text(json.dumps({**make_spec(), 'pattern': r'\w+|\s+|[^\w\s]+'}))
+
+def test_published_shards_need_their_tokenizer(chain, scripts, tmp_path):
+    """A token that the vocabulary lacks is an error with both numbers, not an index error."""
+    data = shutil.copytree(chain.data, tmp_path / 'data')
+    header = np.array([20240520, 1, 100] + [0] * 253, '<i4').tobytes()
+    (data / 'train_000000.bin').write_bytes(header + np.full(100, 50000, '<u2').tobytes())
+    (data / 'train_000001.bin').unlink()
+    scripts.fails('50000.*283', *command(chain, tmp_path / 'out', data=data))
+
+BAD = [
+    (lambda data, out: [p.unlink() for p in data.glob('train_*.bin')], [], r'train_\*\.bin.*python tokenizer\.py'),
+    (lambda data, out: (data / 'val_000000.bin').unlink(), [], r'val_\*\.bin.*python tokenizer\.py'),
+    (lambda data, out: (data / 'tokenizer.json').unlink(), [], r'tokenizer\.json.*python tokenizer\.py'),
+    (lambda data, out: cut_off(data / 'train_000001.bin'), [], r'train_000001\.bin is damaged.*tokenizer\.py'),
+    (lambda data, out: (data / 'tokenizer.json').write_text('{'), [], r'tokenizer\.json.*python tokenizer\.py'),
+    (other_tokenizer, [], 'another tokenizer.*tokenizer.py'),
+    (None, ['--block_size=5000'], '5000.*--block_size='),
+    (None, ['--learning_rat=1'], 'learning_rate'),
+    (None, ['--arch=bert'], 'bert'),
+    (None, ['--n_head=5'], '32.*5'),
+    (None, ['--beta1=1'], 'beta1'),
+    (None, ['--seed=18446744073709551616'], 'seed'),
+    (None, ['--learning_rate=-1'], 'learning_rate must be at least 0, not -1'),
+    (None, ['--max_iters=0', '--tokens_per_param=0'], 'positive --tokens_per_param'),
+    (None, ['--parallel=tensor'], "'ddp', 'fsdp' or 'pipeline', not 'tensor'"),
+    *((None, ['--batch_size=2', f'--total_batch_size={n}'],
+       f'total_batch_size {n} is not a multiple of batch_size 2 x 1 processes: --total_batch_size={nearest}$')
+      for n, nearest in ((7, 8), (9, 8), (1, 2)))]
+
+@pytest.mark.parametrize('act,flags,pattern', BAD, ids=[f'{i}-{row[2][:30]}' for i, row in enumerate(BAD)])
+def test_bad_input_changes_nothing(act, flags, pattern, chain, scripts, tmp_path):
+    data, out = shutil.copytree(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
+    if act:
+        act(data, out)
+    old = folder_bytes(data, out)
+    scripts.fails(pattern, *command(chain, out, *flags, data=data))
+    assert folder_bytes(data, out) == old

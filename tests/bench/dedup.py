@@ -7,8 +7,11 @@ $ python tests/bench/dedup.py [--pairs=2000] [--million] [--peer]
 import os, random, sys, time, tracemalloc
 import numpy as np
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from dedup import near_duplicates, signature
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from conftest import definitions
+
+ours = definitions('prepare_data.py')
+near_duplicates, minhash = ours.near_duplicates, ours.minhash
 
 PAIRS = int(next((a[8:] for a in sys.argv if a.startswith('--pairs=')), 2000))
 rng = random.Random(0)
@@ -43,10 +46,10 @@ texts, kinds, js = [t for _, a, b, _ in planted
                     for t in (a, b)], np.array([k for k, *_ in planted]), np.array([j for *_, j in planted])
 size = sum(map(len, texts)) / 1e6
 start = time.process_time()
-signatures = np.array([signature(text) for text in texts])
+signatures = np.array([minhash(text) for text in texts])
 seconds = time.process_time() - start
 print(
-    f'signature: {len(texts):,} texts, {size:.1f} MB, {size / seconds:.1f} MB/s, {len(texts) / seconds:,.0f} texts/s')
+    f'minhash: {len(texts):,} texts, {size:.1f} MB, {size / seconds:.1f} MB/s, {len(texts) / seconds:,.0f} texts/s')
 error = (signatures[::2] == signatures[1::2]).mean(1) - js
 for k, (low, high) in enumerate(ranges):
     e, j = error[kinds == k], js[kinds == k]
@@ -54,9 +57,8 @@ for k, (low, high) in enumerate(ranges):
         f'  J {low:.2f}-{high:.2f}: share of equal hashes - J'
         f': mean {e.mean():+.5f} (standard error {e.std() / len(e)**0.5:.5f}), '
         f'sd {e.std():.4f}, theory {np.sqrt(np.mean(j * (1 - j) / 112)):.4f}')
-hashes = np.array([hash(text) & 2**63 - 1 for text in texts], np.uint64)
 start = time.process_time()
-first = near_duplicates(signatures, hashes)
+first = near_duplicates(signatures)
 print(f'near_duplicates: {len(texts) / (time.process_time() - start):,.0f} texts/s')
 ours = first[1::2] == np.arange(0, len(texts), 2)
 stray = (first[::2] != np.arange(0, len(texts), 2)) | ~ours & (first[1::2] != np.arange(1, len(texts), 2))
@@ -87,9 +89,9 @@ for k, (low, high) in enumerate(ranges):
 
 # a chain: each text shares J = 0.8 with the next one, less with those further on
 words = rng.choices(VOCABULARY, k=4000)
-chain = np.array([signature(' '.join(words[33 * i:33 * i + 300])) for i in range(100)])
-kept = near_duplicates(chain, np.arange(100, dtype=np.uint64)) == np.arange(100)
-to = near_duplicates(chain, np.arange(100, dtype=np.uint64))
+chain = np.array([minhash(' '.join(words[33 * i:33 * i + 300])) for i in range(100)])
+to = near_duplicates(chain)
+kept = to == np.arange(100)
 sets = [grams(words[33 * i:33 * i + 300]) for i in range(100)]
 j_of = lambda i, j: len(sets[i] & sets[j]) / len(sets[i] | sets[j])
 print(
@@ -105,18 +107,15 @@ if '--million' in sys.argv: # 1 million: 5% exact copies, 10% near ones with 10%
     copies = g.permutation(n)[:150_000]
     copies = copies[(copies > 1) & ~np.isin(copies // 2, copies)] # of originals only
     signatures[copies] = signatures[copies // 2]
-    hashes = np.arange(n, dtype=np.uint64)
-    for i in range(0, len(copies), 3):
-        hashes[copies[i]] = hashes[copies[i] // 2]
     other = np.flatnonzero(np.arange(len(copies)) % 3 > 0)
     for i in np.array_split(copies[other], 20):
         signatures[i] = np.where(
             g.random((len(i), 112)) < 0.1, g.integers(0, 2**32, (len(i), 112), np.uint32), signatures[i])
     start = time.process_time()
-    first = near_duplicates(signatures, hashes)
+    first = near_duplicates(signatures)
     seconds = time.process_time() - start
     tracemalloc.start() # in a run of its own: it takes time
-    near_duplicates(signatures, hashes)
+    near_duplicates(signatures)
     peak = tracemalloc.get_traced_memory()[1]
     print(
         f'1,000,000 signatures ({signatures.nbytes / 1e6:.0f} MB): {seconds:.1f} s'

@@ -1,10 +1,10 @@
 """
-How well and how fast extract.py finds the main text of pages: the evaluation set of trafilatura (Barbaresi 2021)
+How well and how fast prepare_data.py finds the main text of pages: trafilatura's evaluation set (Barbaresi 2021)
 
 About 990 pages, each with up to six segments that must be in the text ('with') and six that must not ('without'),
 whitespace aside. A wanted segment found is a true positive, one missing a false negative, an unwanted one found a false
 positive; precision, recall and F are over all segments of all pages. Everybody gets the same decoded string, one page
-after the other in one process; seconds are of this process (CPU). extract.py was tuned on one half of the pages only.
+after the other in one process; seconds are of this process (CPU). Ours was tuned on one half of the pages only.
 
 $ git clone --depth 1 https://github.com/adbar/trafilatura
 $ pip install trafilatura justext readability-lxml lxml_html_clean   # each is optional
@@ -13,8 +13,15 @@ $ python tests/bench/extraction.py trafilatura            # or a bare git folder
 
 import hashlib, html, io, json, os, re, subprocess, sys, tarfile, time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from extract import decode, html_to_text
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from conftest import definitions
+
+ours = definitions('prepare_data.py')
+html_to_text = ours.html_to_text
+
+
+def decode(raw):
+    return ours.decode(raw)[1]
 
 
 def read_tests(folder):
@@ -41,7 +48,7 @@ def read_tests(folder):
 
 def extractors():
     """-> {name: function of a page}: ours, the two ends of the scale, and those of the others that are installed."""
-    found = {'extract.py': html_to_text, 'all text': lambda page: html.unescape(re.sub('<[^>]*>', ' ', page))}
+    found = {'prepare_data.py': html_to_text, 'all text': lambda page: html.unescape(re.sub('<[^>]*>', ' ', page))}
     try:
         import trafilatura
 

@@ -7,8 +7,10 @@ How good and how fast is the language step? By hand, on your own paragraphs; py3
 
 import glob, os, sys, time
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..', '..'))
-from language import language_scores
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+from conftest import definitions
+
+language_scores = definitions('prepare_data.py').language_scores
 
 try:
     from py3langid.langid import LanguageIdentifier, MODEL_FILE

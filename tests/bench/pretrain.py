@@ -1,15 +1,16 @@
 """
-model.py and pretrain.py beside nanoGPT (a checkout of karpathy/nanoGPT) and transformers. By hand, on a quiet machine:
+model.py and pretrain.py against nanoGPT (a checkout of karpathy/nanoGPT) and transformers. By hand, on a quiet machine:
 
     python tests/bench/pretrain.py step NANOGPT                    tokens/s and memory of one training step, AdamW
     python tests/bench/pretrain.py sample                          batched generation: tokens/s, with and without cache
     python tests/bench/pretrain.py shakespeare NANOGPT TEXT [SEED ..]   its CPU recipe and ours, to one loss
 
-Times are medians, ours and theirs in turn.
+Times are medians; ours and theirs are measured in turn.
 """
 
 import base64, importlib.util, os, pickle, re, statistics, subprocess, sys, tempfile, time
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from io import StringIO
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -17,9 +18,20 @@ sys.path.insert(0, ROOT)
 import numpy as np
 import torch
 from torch.nn import functional as F
-import model as lib
+from model import (
+    GPT,
+    SPECIAL_TOKENS,
+    GPTConfig,
+    Tokenizer,
+    generate,
+    load_model,
+    make_optimizers,
+    read_jsonl,
+    save_checkpoint,
+    write_jsonl,
+)
 
-CPU = dict(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128)  # of nanoGPT's README
+CPU = dict(vocab_size=65, block_size=64, n_layer=4, n_head=4, n_embd=128)  # the CPU recipe of nanoGPT's README
 
 
 def nanogpt(folder, **args):
@@ -32,8 +44,8 @@ def nanogpt(folder, **args):
 
 
 def ours(**args):
-    net = lib.GPT(lib.GPTConfig(**args))
-    return net, lib.make_optimizers(net, 1e-3, 0.1, (0.9, 0.99))[0]
+    net = GPT(GPTConfig(**args))
+    return net, make_optimizers(net, 1e-3, 0.1, (0.9, 0.99))[0]
 
 
 def peak(work):
@@ -97,30 +109,31 @@ def step(folder):
 
 def sample():
     """4 layers, 256 wide, vocabulary 4,096: 64 prompts of 32 tokens, 128 new ones each, temperature 1."""
-    import huggingface
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     args = dict(arch='llama', vocab_size=4096, block_size=256, n_layer=4, n_head=4, n_embd=256, tie_embeddings=True)
-    net = lib.GPT(lib.GPTConfig(**args)).eval()
+    net = GPT(GPTConfig(**args)).eval()
     prompts = torch.randint(4000, (64, 32))
 
     @torch.no_grad()
-    def again():  # the whole sequence for every new token, the output matrix on the last position only
+    def no_cache():  # the whole sequence for every new token, the output matrix on the last position only
         x = prompts
         for _ in range(128):
             probs = F.softmax(net.head(net.hidden(x)[:, -1]), dim=-1)
             x = torch.cat((x, torch.multinomial(probs, 1)), dim=1)
 
     with tempfile.TemporaryDirectory() as folder:
-        spec = dict(version=1, kind='bpe', pattern=r'[\s\S]', special_tokens=lib.SPECIAL_TOKENS, ranks=ranks())
-        huggingface.model_files(folder, dict(net.config.__dict__), net.state_dict(), lib.Tokenizer(spec))
-        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        spec = dict(version=1, kind='bpe', pattern=r'[\s\S]', special_tokens=SPECIAL_TOKENS, ranks=ranks())
+        ckpt = f'{folder}/base.pt'
+        save_checkpoint(ckpt, 'base', net.state_dict(), asdict(net.config), Tokenizer(spec), {}, 0, {})
+        timed(f'{ROOT}/convert.py', ckpt, f'{folder}/hf', cwd=ROOT)
+        theirs = AutoModelForCausalLM.from_pretrained(f'{folder}/hf')
     theirs.generation_config.eos_token_id = None
     with torch.no_grad():
         gap = (theirs(prompts).logits - net(prompts)).abs().max().item()
     runs = {
-        'cache': lambda: lib.generate(net, prompts.tolist(), 128),
+        'cache': lambda: generate(net, prompts.tolist(), 128),
         'transformers': lambda: theirs.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
@@ -130,7 +143,7 @@ def sample():
             max_new_tokens=128,
             pad_token_id=0,
         ),
-        'no cache': again,
+        'no cache': no_cache,
     }
     times = {name: [] for name in runs}
     for i in range(4):
@@ -150,7 +163,7 @@ def sample():
 
 
 def ranks():
-    """4,090 tokens, of no meaning."""
+    """4,090 tokens without meaning."""
     pairs = [bytes([a, b]) for a in range(32, 127) for b in range(32, 127)]
     tokens = [bytes([b]) for b in range(256)] + pairs[: 4090 - 256]
     return [base64.b64encode(t).decode() for t in tokens]
@@ -188,7 +201,7 @@ def shakespeare(folder, path, *seeds):
         subprocess.run(['cp', '-r', folder, code], check=True)
         for split, part in ('train', text[:cut]), ('val', text[cut:]):
             np.array([chars.index(c) for c in part], np.uint16).tofile(f'{code}/data/shakespeare_char/{split}.bin')
-            lib.write_jsonl(f'{data}/{split}/0.jsonl.gz', [dict(text=part)])
+            write_jsonl(f'{data}/{split}/0.jsonl.gz', [dict(text=part)])
         with open(f'{code}/data/shakespeare_char/meta.pkl', 'wb') as f:
             pickle.dump(dict(vocab_size=len(chars), stoi={c: i for i, c in enumerate(chars)}), f)
         timed(f'{ROOT}/tokenizer.py', f'--data_dir={data}', '--kind=char', cwd=tmp)
@@ -208,7 +221,7 @@ def shakespeare(folder, path, *seeds):
             f'nanoGPT, {n:,} parameters: loss {loss:.4f}, training {train:.1f} s, process {whole:.1f} s', flush=True
         )
 
-        tok = lib.Tokenizer.load(f'{data}/tokenizer.json')
+        tok = Tokenizer.load(f'{data}/tokenizer.json')
         for seed in seeds or (101, 102, 103, 104):
             out, ours_whole = timed(
                 f'{ROOT}/pretrain.py',
@@ -219,10 +232,10 @@ def shakespeare(folder, path, *seeds):
                 f'--seed={seed}',
                 cwd=tmp,
             )
-            rows = [r for _, r in lib.read_jsonl(f'{tmp}/{seed}/base.jsonl') if 'loss' in r]
-            n_step = int(re.search(r'([\d,]+) tokens a step', out)[1].replace(',', ''))
+            rows = [r for _, r in read_jsonl(f'{tmp}/{seed}/base.jsonl') if 'loss' in r]
+            n_step = int(re.search(r'steps of ([\d,]+) tokens', out)[1].replace(',', ''))
             ours_train = len(rows) * statistics.median(n_step / r['tokens_per_second'] for r in rows)
-            net = lib.load_model(torch.load(f'{tmp}/{seed}/base.pt', weights_only=True), 'cpu').eval()
+            net = load_model(torch.load(f'{tmp}/{seed}/base.pt', weights_only=True), 'cpu').eval()
             loss = whole_loss(net, tok.encode(text[cut:]))
             print(
                 f'ours, seed {seed}, {net.n_params(embedding=False):,} parameters: loss {loss:.4f}, training '

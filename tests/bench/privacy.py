@@ -1,7 +1,7 @@
 """
-Personal data: what hide() finds of planted items, and what it takes for personal data that is none.
+Personal data: what redact() finds of planted items, and what it takes for personal data that is none.
 
-The forms are those of real pages and do not look at the patterns of privacy.py. Two sets of forms and two of written
+The forms are those of real pages and do not look at the patterns of prepare_data.py. Two sets of forms and two of written
 cases: 'dev' was there to tune on; 'held out' (HELD_*, other sentences, another seed) was run after the tuning.
     recall      planted items of a kind whose core (all of it) is gone under a placeholder of this kind
     precision   placeholders of a kind that stand for a planted item of this kind (or it and <= 3 characters more)
@@ -13,7 +13,7 @@ $ python tests/bench/privacy.py [--held] [--misses] [--peers=datatrove,scrubadub
 import collections, ipaddress, json, os, random, re, sys, time, uuid
 
 here = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.join(here, '..', '..'))
+sys.path.insert(0, os.path.join(here, '..'))
 N = int(next((a[4:] for a in sys.argv if a.startswith('--n=')), 5000))
 HELD = '--held' in sys.argv
 rng = random.Random(4711 if HELD else 1)
@@ -578,9 +578,9 @@ def peers():
         yield 'scrubadub', hide_scrubadub
 
 if __name__ == '__main__':
-    import privacy
-    KINDS = list(PLANTED)
-    ours = lambda text: privacy.hide(text, KINDS)
+    from conftest import definitions
+    KINDS, redact = list(PLANTED), definitions('prepare_data.py').redact
+    ours = lambda text: redact(text, KINDS)
     show = 12 if '--misses' in sys.argv else 0
     docs = documents()
     print(f"{'held out' if HELD else 'dev'}:")
@@ -600,6 +600,6 @@ if __name__ == '__main__':
         for kind in KINDS:
             start = time.process_time()
             for t in texts:
-                privacy.hide(t, [kind])
+                redact(t, [kind])
             each.append(f'{kind} {size / max(1e-9, time.process_time() - start):.0f}')
         print(f'{name}: {size:.2f} MB at {size / best:.1f} MB/s, {n} found; MB/s by kind: ' + ', '.join(each))

@@ -1,0 +1,400 @@
+"""
+Convert models and tokenizers, from Hugging Face to our checkpoints and back.
+
+a model on the Hub     $ python convert.py gpt2 out/gpt2/base.pt          (others: owner/name)
+a folder               $ python convert.py some_folder out/mine/base.pt
+a checkpoint of ours   $ python convert.py out/toytown/rlhf.pt out/toytown/hf
+
+Reads   a checkpoint; or a folder with config.json, *.safetensors and tokenizer.json; or the Hub,
+        whose files are kept in data/models
+Writes  a checkpoint with our tokenizer.json next to it, to continue with: `python pretrain.py
+        --init_from=out/gpt2/base.pt`; or a folder for transformers, vLLM and llama.cpp
+
+These classes compute the same as our GPT. Their names for things are in config/huggingface/.
+    arch='gpt2'               GPT2LMHeadModel
+    arch='llama'              LlamaForCausalLM
+    arch='llama', qk_norm     Qwen3ForCausalLM
+    arch='llama', key_shift   ToytownForCausalLM, with its code: load it with trust_remote_code=True
+
+Left out: Hub models in several files (download the folder yourself), tokenizers of characters,
+rope scaling, and retries: the same command continues an interrupted download.
+"""
+import base64, glob, json, math, os, shutil, sys
+from dataclasses import asdict
+
+import numpy as np
+import requests
+import tiktoken
+import torch
+
+from configurator import configure
+from model import (
+    GPT, GPTConfig, SPECIAL_TOKENS, Tokenizer, atomic_write, load_checkpoint, print0,
+    save_checkpoint, write_text,
+)
+
+# The two words that are not flags are the settings source and target.
+words = [word for word in sys.argv[1:] if not word.startswith('-')]
+for setting, word in zip(['source', 'target'], words):
+    sys.argv[sys.argv.index(word)] = f'--{setting}={word}'
+
+# -----------------------------------------------------------------------------
+# settings
+source = ''     # what to convert: a checkpoint, a folder, or the name of a model on the Hub
+target = ''     # what to write: a folder, or a checkpoint: base.pt, sft.pt or rlhf.pt
+tokenizer = ''  # our tokenizer.json for a model that comes in; empty = made from the model's own
+config = configure(globals())
+
+def read_json(path):
+    assert os.path.exists(path), f'no file {path}'
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except ValueError as e: # not JSON, or not UTF-8
+        raise AssertionError(f'{path} is damaged: {e}') from None
+
+FORMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'huggingface')
+CLASSES = read_json(f'{FORMS}/classes.json')
+OPTIONAL = ('n_hidden', 'n_kv_head', 'rope_theta', 'tie_embeddings', 'qk_norm', 'key_shift')
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+# Hugging Face's vocabularies are text, so every byte needs a character: its own if that is
+# printable, otherwise one of those from 256 on. The space becomes 'Ġ'.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+THEMSELVES = {b: chr(b) for b in PRINTABLE}
+BYTE_TO_CHAR = THEMSELVES | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
+
+def spell(token):
+    return ''.join(BYTE_TO_CHAR[b] for b in token)
+
+def find_merges(tokens):
+    """The merge that makes each token: [.., b'h', b'i', b'hi', b' hi'] -> ['h i', 'Ġ hi']."""
+    merges = []
+    ranks = {} # of the tokens before this one
+    for token in tokens:
+        pieces = [bytes([b]) for b in token]
+        while len(pieces) > 2:
+            # byte pair encoding: join the neighbors whose token comes first
+            pairs = [left + right for left, right in zip(pieces, pieces[1:])]
+            pair_ranks = [ranks.get(pair, math.inf) for pair in pairs]
+            i = pair_ranks.index(min(pair_ranks))
+            pieces[i:i + 2] = [pairs[i]]
+        if len(pieces) == 2:
+            left, right = pieces
+            merges.append(f'{spell(left)} {spell(right)}')
+        ranks[token] = len(ranks)
+    return merges
+
+def tokenizer_json(tok):
+    """A Tokenizer -> the content of Hugging Face's tokenizer.json: every text gets the same ids."""
+    # Only a text that spells a special token differs: <|end|> makes that token there, text here.
+    data = read_json(f'{FORMS}/tokenizer.json')
+    split = data['pre_tokenizer']['pretokenizers'][0]
+    split['pattern']['Regex'] = tok.spec['pattern']
+    data['model']['vocab'] = {spell(token): i for i, token in enumerate(tok.tokens)}
+    data['model']['merges'] = find_merges(tok.tokens)
+    for i, token in enumerate(data['added_tokens']):
+        token['id'] = len(tok.tokens) + i
+    return data
+
+def make_tokenizer(kind, pattern, tokens, **extra):
+    # in the form that tokenizer.py writes
+    ranks = [base64.b64encode(token).decode() for token in tokens]
+    return Tokenizer(dict(version=1, kind=kind, pattern=pattern, special_tokens=SPECIAL_TOKENS,
+                          ranks=ranks, **extra))
+
+def gpt2_tokenizer():
+    """GPT-2's tokenizer, the same as `python tokenizer.py --kind=gpt2` makes."""
+    try:
+        enc = tiktoken.get_encoding('gpt2')
+    except Exception as e: # network, disk, a wrong checksum
+        raise AssertionError(f"cannot download GPT-2's vocabulary ({type(e).__name__}): set "
+                             'TIKTOKEN_CACHE_DIR to a folder that has it') from None
+    tokens = [enc.decode_single_token_bytes(i) for i in range(50256)]
+    # 50,256 tokens and 6 special ones, padded to a multiple of 128: faster on GPUs
+    return make_tokenizer('gpt2', enc._pat_str, tokens, n_vocab=50304)
+
+def read_tokenizer(path):
+    """Hugging Face's tokenizer.json -> Tokenizer. It must be byte-level BPE, as in Llama 3."""
+    try:
+        data = read_json(path)
+        vocab = data['model']['vocab']
+        if data['pre_tokenizer']['type'] == 'ByteLevel': # GPT-2's own file has no pattern
+            tok = gpt2_tokenizer()
+            tokens = {spell(token): i for i, token in enumerate(tok.tokens)}
+            assert tokens.items() <= vocab.items(), "its tokens are not GPT-2's"
+            return tok
+        merges = data['model']['merges']
+        if isinstance(merges[0], list): # newer files have pairs
+            merges = [' '.join(pair) for pair in merges]
+        split = data['pre_tokenizer']['pretokenizers'][0]
+        tokens = []
+        for token in sorted(vocab, key=vocab.get):
+            tokens.append(bytes(CHAR_TO_BYTE[char] for char in token))
+        tok = make_tokenizer('bpe', split['pattern']['Regex'], tokens)
+        # If we would write what we have read, every text gets the same ids.
+        ours = tokenizer_json(tok)
+        assert ours['model']['vocab'] == vocab, 'the ids do not count from 0'
+        assert ours['model']['merges'] == merges, 'the merges are not in the order of the ids'
+        assert ours['pre_tokenizer'] == data['pre_tokenizer'], 'it splits texts in another way'
+        assert not data['normalizer'], 'it changes texts'
+        text = "It's naïve: 12,345 🙂\n\tend "
+        assert tok.decode(tok.encode(text)) == text, 'a text does not come back'
+    except (AssertionError, LookupError, AttributeError, TypeError, ValueError) as e:
+        raise AssertionError(
+            f'{path} cannot become a tokenizer of ours ({type(e).__name__}: {e}): give the path of '
+            'our tokenizer.json with --tokenizer') from None
+    return tok
+
+# -----------------------------------------------------------------------------
+# safetensors: 8 bytes with the length of the header; the header, JSON; the data
+
+DTYPES = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+
+def read_safetensors(path):
+    """{name: tensor}, mapped from the disk. Skips tensors of integers: they are attention masks."""
+    tensors = {}
+    try:
+        data = np.memmap(path, np.uint8, mode='c')
+        start = 8 + int.from_bytes(data[:8].tobytes(), 'little')
+        header = json.loads(data[8:start].tobytes())
+        header.pop('__metadata__', None)
+        for name, entry in header.items():
+            first, last = entry['data_offsets'] # in bytes, from the end of the header
+            part = torch.from_numpy(data[start + first:start + last])
+            if entry['dtype'] in DTYPES:
+                tensors[name] = part.view(DTYPES[entry['dtype']]).view(entry['shape'])
+    except Exception as e: # a cut or foreign file fails in many ways
+        raise AssertionError(f'{path} is damaged ({type(e).__name__}): download it again') from None
+    return tensors
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} as float32."""
+    header = {'__metadata__': {'format': 'pt'}}
+    last = 0
+    for name, tensor in tensors.items():
+        first = last
+        last = first + 4 * tensor.numel() # 4 bytes a number
+        header[name] = dict(dtype='F32', shape=list(tensor.shape), data_offsets=[first, last])
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8) # the data must start at a multiple of 8 bytes
+    with atomic_write(path) as tmp, open(tmp, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        for tensor in tensors.values():
+            f.write(tensor.float().contiguous().numpy().data)
+
+# -----------------------------------------------------------------------------
+# weights
+
+def weight_names(args):
+    """{our name of a weight: list of theirs}. Our attn.qkv joins three of Llama's, mlp.up two."""
+    names = {}
+    for ours, theirs in CLASSES['weights'][args['arch']].items():
+        for layer in map(str, range(args['n_layer'])): # the same again where there is no *
+            names[ours.replace('*', layer)] = [name.replace('*', layer) for name in theirs]
+    if args['tie_embeddings']:
+        del names['head.weight']
+    return names
+
+def transpose(name, weight, arch):
+    # GPT2LMHeadModel stores the matrices of its blocks as (in, out), ours are (out, in)
+    if name.endswith(tuple(CLASSES['transposed'][arch])):
+        return weight.T
+    return weight
+
+def qk_norm_product(args):
+    # Our scores are 12 / D (q k) with normed q and k. Those of Qwen3 are 1 / sqrt(D) (u q) (v k)
+    # with learned weights u and v, q_norm and k_norm. Both are equal if u v is this number.
+    D = args['n_embd'] // args['n_head']
+    return 12 / math.sqrt(D)
+
+def download(url, path):
+    """Fetch url to path, unless it is there. The same command continues an interrupted download."""
+    if os.path.exists(path):
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f'{path}.part', 'ab') as f:
+        rest = {'Range': f'bytes={f.tell()}-', 'Accept-Encoding': 'identity'}
+        try:
+            response = requests.get(url, headers=rest, stream=True, timeout=30)
+            code = response.status_code
+            assert code != 416, f'{f.name} is longer than {url}: delete it'
+            assert response.ok, f'{source} is not a folder, and {url} answers HTTP {code}'
+            if code == 200: # not 206: this server sends all of it
+                f.truncate(0)
+            for block in response.iter_content(1 << 20):
+                f.write(block)
+        except requests.RequestException as e:
+            raise AssertionError(f'{url}: {type(e).__name__}: the same command continues') from None
+    os.replace(f'{path}.part', path)
+
+# -----------------------------------------------------------------------------
+# Hugging Face -> a checkpoint
+
+if target.endswith('.pt'):
+    stage = os.path.basename(target).removesuffix('.pt')
+    stages = ('base', 'sft', 'dpo', 'rlhf')
+    assert stage in stages, f'{target} must be named after its stage: base.pt, sft.pt or rlhf.pt'
+    folder = source
+    if not os.path.isdir(source):
+        repo = source if '/' in source else f'openai-community/{source}'
+        folder = f'data/models/{repo}'
+        files = ['config.json', 'model.safetensors']
+        if '/' in source and not tokenizer:
+            files.append('tokenizer.json')
+        for file in files:
+            download(f'https://huggingface.co/{repo}/resolve/main/{file}', f'{folder}/{file}')
+
+    # settings
+    theirs = read_json(f'{folder}/config.json')
+    theirs.update(theirs.get('rope_parameters') or {})
+    kind = theirs.get('model_type')
+    kinds = list(CLASSES['constants'])
+    assert kind in kinds, f'{folder}: model_type is {kind!r}, our GPT can only be one of {kinds}'
+    # what is not a setting of our GPT must have the value that it computes
+    for name, value in CLASSES['constants'][kind].items():
+        found = theirs.get(name, value)
+        assert found == value, f'{folder}: {name} is {found!r}, our GPT has only {value!r}'
+    arch = 'gpt2' if kind == 'gpt2' else 'llama'
+    args = dict(arch=arch, tie_embeddings=arch == 'gpt2', qk_norm=kind == 'qwen3')
+    for ours, name in CLASSES['settings'][arch].items():
+        value = theirs.get(name)
+        if value is not None:
+            assert isinstance(value, (int, float)), f'{folder}: {name} is {value!r}, not a number'
+            args[ours] = value
+        else: # GPTConfig has the usual value for some
+            assert ours in OPTIONAL, f'{folder}: config.json has no {name}'
+    args = asdict(GPTConfig(**args))
+    head_dim = args['n_embd'] // args['n_head']
+    found = theirs.get('head_dim') or head_dim
+    assert found == head_dim, f'{folder}: head_dim is {found}, not n_embd / n_head = {head_dim}'
+
+    # weights
+    tensors = {}
+    for path in sorted(glob.glob(f'{glob.escape(folder)}/*.safetensors')):
+        tensors.update(read_safetensors(path))
+    if 'wte.weight' in tensors: # the files of GPT-2 itself lack a prefix
+        tensors = {f'transformer.{name}': tensor for name, tensor in tensors.items()}
+    weights = {}
+    try:
+        for ours, names in weight_names(args).items():
+            parts = [tensors[name].float() for name in names]
+            weights[ours] = transpose(ours, torch.cat(parts), args['arch']).contiguous()
+        if args['tie_embeddings']:
+            weights['head.weight'] = weights['wte.weight']
+        with torch.device('meta'): # checks the shapes and needs no memory
+            GPT(GPTConfig(**args)).load_state_dict(weights, assign=True)
+        if args['qk_norm']:
+            for layer in range(args['n_layer']):
+                q_norm = tensors[f'model.layers.{layer}.self_attn.q_norm.weight'].float()
+                k_norm = tensors[f'model.layers.{layer}.self_attn.k_norm.weight'].float()
+                products = torch.outer(q_norm, k_norm)              # (D, D)
+                error = (products / qk_norm_product(args) - 1).abs().max()
+                # bfloat16 rounds by up to 0.4%
+                assert error < 0.01, (
+                    f'{folder}: q_norm and k_norm of layer {layer} are learned: our GPT can only '
+                    f'have a product of 12 / sqrt(head_dim), theirs is off by {error:.0%}')
+    except (KeyError, RuntimeError) as e:
+        problem = ' '.join(str(e).split())
+        raise AssertionError(f'{folder}: weights do not fit config.json: {problem}') from None
+
+    # tokenizer
+    if tokenizer:
+        tok = Tokenizer.load(tokenizer)
+    elif args['vocab_size'] == 50257 and not os.path.exists(f'{folder}/tokenizer.json'):
+        tok = gpt2_tokenizer()
+    else:
+        tok = read_tokenizer(f'{folder}/tokenizer.json')
+    n_known = args['vocab_size']
+    n_tokens = len(tok.tokens)
+    assert n_tokens <= n_known, f'{folder} has {n_known:,} tokens, the tokenizer {n_tokens:,}'
+    n_new = max(0, tok.n_vocab - n_known)
+    args['vocab_size'] = n_known + n_new
+    for name in ('wte.weight', 'head.weight'):
+        # special tokens that the model lacks start as the mean of all tokens (Hewitt 2021)
+        mean = weights[name].mean(0, keepdim=True)                  # (1, C)
+        weights[name] = torch.cat((weights[name], mean.expand(n_new, -1)))
+    if args['tie_embeddings']: # one tensor again, which is saved once
+        weights['head.weight'] = weights['wte.weight']
+
+    path = os.path.join(os.path.dirname(target), 'tokenizer.json')
+    if os.path.exists(path):
+        same = Tokenizer.load(path).hash == tok.hash
+        assert same, f'{path} is another tokenizer: choose another folder'
+    save_checkpoint(target, stage, weights, args, tok, config, 0, {})
+    write_text(path, json.dumps(tok.spec, indent=1))
+    print0(f'wrote {target} and {path}')
+
+# -----------------------------------------------------------------------------
+# a checkpoint -> Hugging Face
+
+else:
+    assert source.endswith('.pt'), f'{source!r} or {target!r} must be a checkpoint, .pt: see --help'
+    ckpt = load_checkpoint(source, ('base', 'sft', 'dpo', 'rlhf'), 'python pretrain.py')
+    args = asdict(GPTConfig(**ckpt['model_args']))
+    tok = Tokenizer(ckpt['tokenizer'])
+    kind = args['arch']
+    if args['qk_norm']:
+        kind = 'qwen3'
+    if args['key_shift']:
+        kind = 'toytown'
+    assert args['arch'] == 'llama' or kind == 'gpt2', (
+        "arch='gpt2' with qk_norm or key_shift fits no class of theirs: train with --arch=llama")
+    path = f'{target}/tokenizer.json'
+    if os.path.exists(path):
+        is_ours = 'ranks' in read_json(path)
+        assert not is_ours, f'{path} is our own and would be lost: choose another folder'
+
+    # settings
+    head_dim = args['n_embd'] // args['n_head']
+    theirs = dict(CLASSES['constants'][kind], head_dim=head_dim, torch_dtype='float32')
+    for ours, name in CLASSES['settings'][args['arch']].items():
+        theirs[name] = args[ours]
+    theirs['bos_token_id'] = tok.eot
+    theirs['eos_token_id'] = tok.end # where generation stops
+    if ckpt['stage'] == 'base':
+        theirs['eos_token_id'] = tok.eot
+    theirs['pad_token_id'] = tok.pad
+
+    # weights
+    tensors = {}
+    kv_width = args['n_kv_head'] * head_dim
+    for ours, names in weight_names(args).items():
+        weight = transpose(ours, ckpt['weights'][ours], args['arch'])
+        parts = [weight]
+        if len(names) == 2: # gate, up
+            parts = weight.chunk(2)
+        if len(names) == 3: # queries, keys, values
+            parts = weight.split([args['n_embd'], kv_width, kv_width])
+        tensors.update(zip(names, parts))
+    if args['qk_norm']:
+        constant = torch.full((head_dim,), math.sqrt(qk_norm_product(args)))
+        for layer in range(args['n_layer']):
+            tensors[f'model.layers.{layer}.self_attn.q_norm.weight'] = constant
+            tensors[f'model.layers.{layer}.self_attn.k_norm.weight'] = constant
+
+    # tokenizer
+    texts = {'config.json': json.dumps(theirs, indent=1)}
+    if tok.spec['kind'] == 'char':
+        print0('a tokenizer of characters has no form there: the folder will not have one')
+    else:
+        settings = read_json(f'{FORMS}/tokenizer_config.json')
+        with open(f'{FORMS}/chat_template.jinja', encoding='utf-8') as f:
+            settings['chat_template'] = f.read().strip() # the same as Tokenizer.render
+        lines = []
+        for i, token in enumerate(tok.tokens):
+            lines.append(f'{base64.b64encode(token).decode()} {i}\n')
+        texts['tokenizer.json'] = json.dumps(tokenizer_json(tok), ensure_ascii=False, indent=1)
+        texts['tokenizer_config.json'] = json.dumps(settings, indent=1)
+        texts['tokenizer.tiktoken'] = ''.join(lines)
+
+    for name, text in texts.items():
+        write_text(f'{target}/{name}', text)
+    write_safetensors(f'{target}/model.safetensors', tensors)
+    if args['key_shift']:
+        shutil.copy(f'{FORMS}/modeling_toytown.py', target)
+    print0(f'wrote {target}')

@@ -1,0 +1,431 @@
+"""
+convert.py: weights and tokenizers go out and come back; the exported files are computed by a small Llama and Qwen3 that
+is written here, and by transformers where it is installed; damaged and foreign files; the Hub.
+"""
+import json
+import math
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import requests
+import torch
+from conftest import definitions, fails, make_spec
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig, Tokenizer, generate, save_checkpoint
+
+TOK = Tokenizer(make_spec())
+LLAMA = dict(arch='llama', n_layer=2, n_embd=32, n_hidden=40)
+SHAPES = dict(
+    gpt2=dict(arch='gpt2', n_layer=2, n_head=2, n_embd=12, n_hidden=20),
+    gpt2_untied=dict(arch='gpt2', n_layer=1, n_head=2, n_embd=12, tie_embeddings=False, norm_eps=1e-3),
+    llama=dict(LLAMA, n_head=4, n_kv_head=2, tie_embeddings=False, rope_theta=5e4, norm_eps=1e-3),
+    llama_tied=dict(LLAMA, n_head=2),
+    qwen3=dict(LLAMA, n_head=4, n_kv_head=2, qk_norm=True, rope_theta=5e4),
+    qwen3_untied=dict(LLAMA, n_head=2, qk_norm=True, tie_embeddings=False, norm_eps=1e-4),
+    toytown=dict(LLAMA, n_head=4, qk_norm=True, key_shift=True),
+    toytown_plain=dict(LLAMA, n_head=8, n_kv_head=4, key_shift=True, tie_embeddings=False))
+DECODERS = [kind for kind in SHAPES if 'gpt2' not in kind]
+
+def make_model(kind, vocab_size=TOK.n_vocab):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=vocab_size, block_size=32, **SHAPES[kind])).eval()
+    for p in model.parameters(): # leaves nothing at 0 or 1, where an error could hide
+        torch.nn.init.normal_(p, mean=0.02, std=0.3)
+    return model
+
+def save(model, path, stage='rlhf', tok=TOK):
+    save_checkpoint(str(path), stage, model.state_dict(), asdict(model.config), tok, {}, 0, {})
+
+@pytest.fixture(scope='module')
+def convert():
+    return definitions('convert.py')
+
+@pytest.fixture(scope='module')
+def exported(scripts, tmp_path_factory):
+    """Export a kind of model once: -> (model, folder)."""
+    done = {}
+
+    def export(kind):
+        if kind not in done:
+            folder = tmp_path_factory.mktemp(kind)
+            model = make_model(kind)
+            save(model, folder / 'rlhf.pt')
+            scripts.ok('convert.py', folder / 'rlhf.pt', folder / 'hf')
+            done[kind] = model, folder / 'hf'
+        return done[kind]
+    return export
+
+def read(convert, folder):
+    config = json.loads((folder / 'config.json').read_text('utf-8'))
+    return config, convert.read_safetensors(folder / 'model.safetensors')
+
+def copy(folder, to):
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+# -----------------------------------------------------------------------------
+# out and back
+
+@pytest.mark.parametrize('kind', SHAPES)
+def test_out_and_back(exported, scripts, tmp_path, kind):
+    model, folder = exported(kind)
+    scripts.ok('convert.py', folder, tmp_path / 'back' / 'rlhf.pt')
+    ckpt = torch.load(tmp_path / 'back' / 'rlhf.pt', weights_only=True)
+    assert ckpt['stage'] == 'rlhf' and ckpt['model_args'] == asdict(model.config)
+    assert ckpt['tokenizer'] == TOK.spec == json.loads((tmp_path / 'back' / 'tokenizer.json').read_text('utf-8'))
+    weights = model.state_dict()
+    assert ckpt['weights'].keys() == weights.keys()
+    assert all(torch.equal(weights[name], ckpt['weights'][name]) for name in weights)
+
+def rms_norm(x, weight, eps):
+    return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+def decoder(config, w, ids):
+    """Llama, Qwen3 and ToytownForCausalLM from their papers: token by token, head by head. ids (T,) -> logits (T, V)."""
+    eps, D, T = config['rms_norm_eps'], config['head_dim'], len(ids)
+    H, H_kv = config['num_attention_heads'], config['num_key_value_heads']
+    rates = config['rope_theta'] ** (-torch.arange(0, D, 2) / D)
+
+    def turn(v, position):
+        angle = rates * position
+        a, b = v[:D // 2], v[D // 2:]
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()))
+    x = w['model.embed_tokens.weight'][ids]
+    for layer in range(config['num_hidden_layers']):
+        p = f'model.layers.{layer}.'
+        h = rms_norm(x, w[p + 'input_layernorm.weight'], eps)
+        q, k, v = ((h @ w[f'{p}self_attn.{name}_proj.weight'].T).view(T, -1, D) for name in 'qkv')
+        if p + 'self_attn.q_norm.weight' in w:
+            q, k = (rms_norm(t, w[f'{p}self_attn.{name}_norm.weight'], eps) for name, t in (('q', q), ('k', k)))
+        y = torch.zeros(T, H, D)
+        for head in range(H):
+            kv = head // (H // H_kv)
+            for t in range(T):
+                keys = [k[s, kv] for s in range(t + 1)]
+                if config.get('key_shift') and kv >= H_kv // 2:
+                    keys = [torch.zeros(D), *keys[:-1]]
+                scores = torch.stack([turn(q[t, head], t) @ turn(key, s) for s, key in enumerate(keys)]) / math.sqrt(D)
+                y[t, head] = scores.softmax(0) @ v[:t + 1, kv]
+        x = x + y.view(T, -1) @ w[p + 'self_attn.o_proj.weight'].T
+        h = rms_norm(x, w[p + 'post_attention_layernorm.weight'], eps)
+        gate, up = (h @ w[f'{p}mlp.{name}_proj.weight'].T for name in ('gate', 'up'))
+        x = x + (F.silu(gate) * up) @ w[p + 'mlp.down_proj.weight'].T
+    head = w['model.embed_tokens.weight' if config['tie_word_embeddings'] else 'lm_head.weight']
+    return rms_norm(x, w['model.norm.weight'], eps) @ head.T
+
+@pytest.mark.parametrize('kind', DECODERS)
+@torch.no_grad()
+def test_the_exported_weights_give_the_same_logits(convert, exported, kind):
+    model, folder = exported(kind)
+    config, tensors = read(convert, folder)
+    ids = torch.randint(0, TOK.n_vocab, (9,), generator=torch.Generator().manual_seed(1))
+    assert (decoder(config, tensors, ids) - model(ids[None])[0]).abs().max() < 1e-5
+
+def test_names_and_shapes_of_gpt2(convert, exported):
+    model, folder = exported('gpt2')
+    config, tensors = read(convert, folder)
+    # GPT2LMHeadModel keeps its matrices as (in, out): width 12, qkv 36, MLP 20
+    w = tensors['transformer.h.1.attn.c_attn.weight']
+    assert w.shape == (12, 36) and torch.equal(w, model.blocks[1].attn.qkv.weight.T)
+    assert tensors['transformer.h.0.mlp.c_fc.weight'].shape == (12, 20)
+    assert tensors['transformer.h.0.mlp.c_proj.weight'].shape == (20, 12)
+    assert tensors['transformer.wpe.weight'].shape == (32, 12) and 'lm_head.weight' not in tensors
+    assert len(tensors) == 2 + 2 + 2 * 12 # embeddings, the last norm, 2 blocks of 6 parts with weight and bias
+    assert config['architectures'] == ['GPT2LMHeadModel'] and config['n_inner'] == 20
+    assert config['eos_token_id'] == TOK.end and config['tie_word_embeddings'] is True
+
+def test_names_and_shapes_of_qwen3(convert, exported):
+    model, folder = exported('qwen3')
+    config, tensors = read(convert, folder)
+    # heads of 32 / 4 = 8: q 32 rows, k and v 2 * 8 each, in the order of our one matrix
+    parts = [tensors[f'model.layers.1.self_attn.{name}_proj.weight'] for name in 'qkv']
+    assert [tuple(part.shape) for part in parts] == [(32, 32), (16, 32), (16, 32)]
+    assert torch.equal(torch.cat(parts), model.blocks[1].attn.qkv.weight)
+    assert torch.equal(tensors['model.layers.0.mlp.gate_proj.weight'], model.blocks[0].mlp.up.weight[:40]) # SiLU of it
+    norms = [tensors[f'model.layers.0.self_attn.{name}_norm.weight'] for name in 'qk']
+    assert torch.allclose(norms[0] * norms[1], torch.full((8,), 12 / math.sqrt(8)))
+    assert len(tensors) == 2 + 2 * 11 and config['rope_theta'] == 5e4 and config['head_dim'] == 8
+
+def test_stop_token_of_a_base_model(scripts, tmp_path):
+    save(make_model('llama'), tmp_path / 'base.pt', 'base')
+    scripts.ok('convert.py', tmp_path / 'base.pt', tmp_path / 'hf')
+    assert json.loads((tmp_path / 'hf' / 'config.json').read_text('utf-8'))['eos_token_id'] == TOK.eot
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+def test_find_merges(convert):
+    tokens = [bytes([b]) for b in range(256)] + [b'lo', b'low', b' low', b'er', b' lower']
+    assert convert.find_merges(tokens) == ['l o', 'lo w', 'Ġ low', 'e r', 'Ġlow er']
+    assert convert.spell('ä\n'.encode()) == 'Ã¤Ċ' # as in GPT-2's vocab.json
+
+def test_tokenizer_files(exported):
+    _, folder = exported('gpt2')
+    data = json.loads((folder / 'tokenizer.json').read_text('utf-8'))
+    assert data['model']['vocab']['Ġowl'] == TOK.encode(' owl')[0]
+    assert {token['content']: token['id'] for token in data['added_tokens']}['<|end|>'] == TOK.end
+    lines = (folder / 'tokenizer.tiktoken').read_text('utf-8').splitlines()
+    assert lines[256:258] == ['b3c= 256', 'b3ds 257'] # ow, owl
+
+def change(path, **changes):
+    data = json.loads(path.read_text('utf-8'))
+    data.update(changes)
+    path.write_text(json.dumps({key: value for key, value in data.items() if value != 'DELETE'}), 'utf-8')
+
+def test_foreign_tokenizers(convert, exported, tmp_path):
+    folder = copy(exported('gpt2')[1], tmp_path / 'hf')
+    path = folder / 'tokenizer.json'
+    good = json.loads(path.read_text('utf-8'))
+    assert convert.read_tokenizer(path).hash == TOK.hash
+    pairs = [merge.split() for merge in good['model']['merges']]
+    change(path, model=dict(good['model'], merges=pairs, dropout=None)) # as newer versions write it
+    assert convert.read_tokenizer(path).hash == TOK.hash
+    for says, changes in (('normalizer|changes', dict(normalizer=dict(type='NFC'))),
+                          ('merges', dict(model=dict(good['model'], merges=good['model']['merges'][::-1]))),
+                          ('ids', dict(model=dict(good['model'], vocab={t: i + 1 for t, i in good['model']['vocab'].items()}))),
+                          ('pretokenizers', dict(pre_tokenizer=dict(type='Metaspace'))),
+                          ('KeyError', dict(model=dict(good['model'], vocab={'▁the': 0}))),
+                          ('added_tokens|model', dict(model='DELETE'))):
+        path.write_text(json.dumps(good), 'utf-8')
+        change(path, **changes)
+        with fails('--tokenizer'):
+            convert.read_tokenizer(path)
+        with fails(says):
+            convert.read_tokenizer(path)
+
+def test_a_tokenizer_of_characters(scripts, tmp_path):
+    """It has no form there: the model goes out without one, and comes back with --tokenizer."""
+    spec = dict(make_spec(), kind='char', pattern='[abc]', ranks=['YQ==', 'Yg==', 'Yw=='])
+    (tmp_path / 'char.json').write_text(json.dumps(spec), 'utf-8')
+    model = make_model('llama', vocab_size=9)
+    save(model, tmp_path / 'base.pt', 'base', Tokenizer(spec))
+    scripts.ok('convert.py', tmp_path / 'base.pt', tmp_path / 'hf')
+    assert not (tmp_path / 'hf' / 'tokenizer.json').exists()
+    scripts.fails('--tokenizer', 'convert.py', tmp_path / 'hf', tmp_path / 'back' / 'base.pt')
+    scripts.ok('convert.py', tmp_path / 'hf', tmp_path / 'back' / 'base.pt', f'--tokenizer={tmp_path}/char.json')
+    assert torch.load(tmp_path / 'back' / 'base.pt', weights_only=True)['tokenizer'] == spec
+
+# -----------------------------------------------------------------------------
+# what is refused, with nothing lost
+
+@pytest.mark.parametrize('kind, changes, says', [
+    ('llama', dict(model_type='mamba'), "'mamba'"), ('llama', dict(model_type='DELETE'), 'model_type'),
+    ('llama', dict(hidden_act='gelu'), 'hidden_act'), ('llama', dict(attention_bias=True), 'attention_bias'),
+    ('llama', dict(rope_scaling=dict(rope_type='llama3')), 'rope_scaling'),
+    ('llama', dict(rope_parameters=dict(rope_type='yarn')), 'yarn'),
+    ('llama', dict(head_dim=64), 'head_dim is 64'), ('llama', dict(hidden_size='DELETE'), 'hidden_size'),
+    ('llama', dict(rms_norm_eps='DELETE'), 'rms_norm_eps'), ('llama', dict(num_hidden_layers=3), 'layers.2'),
+    ('llama', dict(intermediate_size=48), 'fit'), ('llama', dict(num_attention_heads=3), 'multiple'),
+    ('qwen3', dict(rope_theta=1e4, num_attention_heads='x'), 'num_attention_heads')])
+def test_models_that_our_gpt_cannot_hold(exported, scripts, tmp_path, kind, changes, says):
+    folder = copy(exported(kind)[1], tmp_path / 'hf')
+    change(folder / 'config.json', **changes)
+    scripts.fails(says, 'convert.py', folder, tmp_path / 'base.pt')
+    assert not (tmp_path / 'base.pt').exists()
+
+def test_learned_qk_norm_weights(convert, exported, scripts, tmp_path):
+    folder = copy(exported('qwen3')[1], tmp_path / 'hf')
+    tensors = convert.read_safetensors(folder / 'model.safetensors')
+    name = 'model.layers.1.self_attn.k_norm.weight'
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}
+    tensors[name][3] *= 1.5
+    convert.write_safetensors(folder / 'model.safetensors', tensors)
+    scripts.fails('layer 1 .*50%', 'convert.py', folder, tmp_path / 'base.pt')
+    # a factor that moves from queries to keys changes nothing
+    tensors[name] = torch.full((8,), 12 / math.sqrt(8) / 7)
+    tensors[name.replace('k_norm', 'q_norm')] = torch.full((8,), 7.0)
+    convert.write_safetensors(folder / 'model.safetensors', tensors)
+    scripts.ok('convert.py', folder, tmp_path / 'base.pt')
+
+def test_what_must_not_be_overwritten(exported, scripts, tmp_path):
+    model, folder = exported('llama')
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(make_spec()), 'utf-8')
+    save(model, tmp_path / 'rlhf.pt')
+    scripts.fails('our own', 'convert.py', tmp_path / 'rlhf.pt', tmp_path) # a data folder
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(dict(make_spec(), pattern='.')), 'utf-8')
+    scripts.fails('another tokenizer', 'convert.py', folder, tmp_path / 'base.pt')
+    scripts.fails('base.pt, sft.pt or rlhf.pt', 'convert.py', folder, tmp_path / 'model.pt')
+    scripts.fails('checkpoint', 'convert.py', folder, tmp_path / 'x')
+
+def test_gpt2_with_qk_norm(scripts, tmp_path):
+    model = GPT(GPTConfig(vocab_size=TOK.n_vocab, block_size=8, n_layer=1, n_head=2, n_embd=8, qk_norm=True))
+    save(model, tmp_path / 'base.pt', 'base')
+    scripts.fails('qk_norm', 'convert.py', tmp_path / 'base.pt', tmp_path / 'hf')
+    assert not (tmp_path / 'hf').exists()
+
+# -----------------------------------------------------------------------------
+# safetensors
+
+def make_file(header, data=b'\0' * 16, length=None):
+    text = json.dumps(header).encode() if isinstance(header, dict) else header
+    return (len(text) if length is None else length).to_bytes(8, 'little') + text + data
+
+def entry(dtype='F32', shape=(4,), at=(0, 16)):
+    return dict(dtype=dtype, shape=list(shape), data_offsets=list(at))
+
+def test_safetensors_by_hand(convert, tmp_path):
+    # bfloat16 is the upper half of a float: 1.5 = 0x3fc0, -2.0 = 0xc000
+    data = torch.tensor([1.0, 2.0, 3.0]).numpy().tobytes() + bytes([0xc0, 0x3f, 0x00, 0xc0]) + b'\1'
+    header = dict(a=entry(shape=(3, 1), at=(0, 12)), b=entry('BF16', (2,), (12, 16)), mask=entry('BOOL', (1,), (16, 17)),
+                  __metadata__=dict(format='pt'))
+    (tmp_path / 'x').write_bytes(make_file(header, data))
+    tensors = convert.read_safetensors(tmp_path / 'x')
+    assert tensors['a'].tolist() == [[1.0], [2.0], [3.0]] and tensors['b'].tolist() == [1.5, -2.0]
+    assert 'mask' not in tensors
+    convert.write_safetensors(tmp_path / 'y', tensors)
+    raw = (tmp_path / 'y').read_bytes()
+    n = int.from_bytes(raw[:8], 'little')
+    assert n % 8 == 0 and json.loads(raw[8:8 + n])['b'] == entry(shape=(2,), at=(12, 20)) and len(raw) == 8 + n + 20
+
+@pytest.mark.parametrize('data', [
+    b'', b'abc', make_file({}, length=2**63), make_file(b'{"a": '), make_file(b'[1, 2, 3]'), make_file(dict(a=3)),
+    make_file(b'\xff\xff\xff'), make_file(dict(a=entry(shape=(5,)))), make_file(dict(a=entry(at=(4, 20)))),
+    make_file(dict(a=entry()), b'\0' * 12), make_file(dict(a=entry(shape=(-2, -2)))), make_file(b'[' * 100_000),
+    make_file(dict(a=entry(shape=(2**62, 4))))])
+def test_damaged_safetensors(convert, tmp_path, data):
+    (tmp_path / 'x').write_bytes(data)
+    with fails('/x is damaged'):
+        convert.read_safetensors(tmp_path / 'x')
+
+# -----------------------------------------------------------------------------
+# the Hub
+
+# stands in for the network: serves the files of a folder and prints what was asked for
+HUB = '''
+import requests, tiktoken, types
+def get(url, **more):
+    name = url.split('/')[-1]
+    print('GET', url)
+    content = open({folder!r} + '/' + name, 'rb').read()
+    return types.SimpleNamespace(status_code=200, ok=True, headers=dict(), iter_content=lambda n: [content],
+                                 raise_for_status=lambda: None)
+requests.get = get
+ranks = [bytes([b]) for b in range(256)]
+ranks += [bytes([97 + i // 26 ** k % 26 for k in range(4)]) for i in range(50000)]
+tiktoken.get_encoding = lambda name: types.SimpleNamespace(decode_single_token_bytes=ranks.__getitem__, _pat_str='.')
+'''
+
+def test_gpt2_from_the_hub(convert, scripts, tmp_path):
+    """GPT-2's files lack the prefix and our special tokens; these start as the mean of all tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=50257, block_size=16, n_layer=1, n_head=1, n_embd=2)).eval()
+    save(model, tmp_path / 'gpt2.pt')
+    hub = tmp_path / 'hub'
+    hub.mkdir()
+    args = asdict(model.config)
+    tensors = {}
+    for ours, (theirs,) in convert.weight_names(args).items():
+        weight = convert.transpose(ours, model.state_dict()[ours], 'gpt2')
+        tensors[theirs.removeprefix('transformer.')] = weight
+    convert.write_safetensors(hub / 'model.safetensors', tensors)
+    (hub / 'config.json').write_text(json.dumps(dict(
+        model_type='gpt2', architectures=['GPT2LMHeadModel'], activation_function='gelu_new', n_embd=2, n_head=1, n_layer=1,
+        n_positions=16, n_ctx=16, vocab_size=50257, layer_norm_epsilon=1e-5)), 'utf-8')
+    before = HUB.format(folder=str(hub))
+    out = scripts.ok('convert.py', 'gpt2', 'out/gpt2/base.pt', cwd=tmp_path, before=before).out
+    place = 'https://huggingface.co/openai-community/gpt2/resolve/main/'
+    assert [line.split()[1] for line in out.splitlines() if line.startswith('GET')] == [
+        place + 'config.json', place + 'model.safetensors']
+    ckpt = torch.load(tmp_path / 'out' / 'gpt2' / 'base.pt', weights_only=True)
+    assert ckpt['model_args']['vocab_size'] == 50304 == Tokenizer(ckpt['tokenizer']).n_vocab
+    wte = ckpt['weights']['wte.weight']
+    assert torch.equal(wte[:50257], model.wte.weight) and torch.allclose(wte[50303], model.wte.weight.mean(0), atol=1e-6)
+    back = GPT(GPTConfig(**ckpt['model_args'])).eval()
+    back.load_state_dict(ckpt['weights'])
+    idx = torch.arange(16)[None]
+    assert torch.allclose(back(idx)[..., :50257], model(idx), atol=1e-6)
+    again = scripts.ok('convert.py', 'gpt2', 'out/gpt2/base.pt', cwd=tmp_path, before=before).out
+    assert 'GET' not in again # the files are there
+
+    # with the owner's name it comes with GPT-2's own tokenizer.json, which names no pattern
+    ranks = [bytes([b]) for b in range(256)]
+    ranks += [bytes([97 + i // 26 ** k % 26 for k in range(4)]) for i in range(50000)]
+    vocab = {convert.spell(token): i for i, token in enumerate(ranks)}
+    data = dict(model=dict(vocab=vocab), pre_tokenizer=dict(type='ByteLevel'))
+    (hub / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
+    scripts.ok('convert.py', 'someone/gpt2', 'out/b/base.pt', cwd=tmp_path, before=before)
+    data['model']['vocab'] = {token: i + 1 for token, i in vocab.items()}
+    (hub / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
+    scripts.fails("not GPT-2's", 'convert.py', hub, 'out/c/base.pt', cwd=tmp_path, before=before)
+
+def test_interrupted_download(convert, monkeypatch, tmp_path):
+    """It continues where it was cut, also if the server then sends all of it."""
+    content = bytes(range(200))
+    asked = []
+
+    def get(url, headers, **more):
+        first = int(headers['Range'][len('bytes='):-1])
+        asked.append(first)
+        if len(asked) == 1:
+            return answer(200, cut(content[:80]))
+        if len(asked) == 2:
+            return answer(206, cut(content[first:first + 50]))
+        return answer(200, [content])
+
+    def cut(data):
+        yield data
+        raise requests.ConnectionError('gone')
+
+    def answer(code, blocks):
+        return SimpleNamespace(status_code=code, ok=True, iter_content=lambda n: blocks)
+    monkeypatch.setattr(requests, 'get', get)
+    for _ in range(2):
+        with fails('https://x/y: ConnectionError'):
+            convert.download('https://x/y', str(tmp_path / 'a' / 'y'))
+    assert (tmp_path / 'a' / 'y.part').read_bytes() == content[:130]
+    convert.download('https://x/y', str(tmp_path / 'a' / 'y'))
+    assert asked == [0, 80, 130] and (tmp_path / 'a' / 'y').read_bytes() == content
+    monkeypatch.setattr(requests, 'get', lambda *_, **__: SimpleNamespace(status_code=404, ok=False))
+    with fails('is not a folder.*404'):
+        convert.download('https://x/z', str(tmp_path / 'z'))
+
+# -----------------------------------------------------------------------------
+# Hugging Face's own code, where it is installed
+
+@pytest.mark.parametrize('kind', SHAPES)
+@torch.no_grad()
+def test_transformers_compute_the_same(exported, scripts, tmp_path, kind):
+    transformers = pytest.importorskip('transformers')
+    model, folder = exported(kind)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    idx = torch.randint(0, TOK.n_vocab, (2, 32), generator=torch.Generator().manual_seed(1))
+    assert (theirs(idx).logits - model(idx)).abs().max() < 1e-5
+    # greedy text, one by one and as a batch padded on the left
+    prompts = [[TOK.eot, 65, 66, 67], [TOK.eot, 70]]
+    ours = generate(model, prompts, 20, temperature=0)
+    options = dict(max_new_tokens=20, do_sample=False, eos_token_id=None)
+    for prompt, expected in zip(prompts, ours):
+        found = theirs.generate(torch.tensor([prompt]), **options)
+        assert found[0, len(prompt):].tolist() == expected
+    ids = torch.tensor([prompts[0], [TOK.pad] * 2 + prompts[1]])
+    found = theirs.generate(ids, attention_mask=(ids != TOK.pad).long(), **options)
+    assert found[:, 4:].tolist() == ours
+    # what transformers has saved comes back too
+    theirs.save_pretrained(tmp_path / 'saved')
+    transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path / 'saved')
+    scripts.ok('convert.py', tmp_path / 'saved', tmp_path / 'rlhf.pt')
+    ckpt = torch.load(tmp_path / 'rlhf.pt', weights_only=True)
+    assert ckpt['model_args'] == asdict(model.config) and ckpt['tokenizer'] == TOK.spec
+    assert all(torch.equal(weight, ckpt['weights'][name]) for name, weight in model.state_dict().items())
+
+def test_tokenizers_give_the_same_ids(exported):
+    tokenizers = pytest.importorskip('tokenizers')
+    folder = exported('llama')[1]
+    theirs = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    for text in ('Anna has the owl. Say a fox!', ' naïve 你好 🙂\n\tx  y', 'the  cat12,5\r\n', ''):
+        assert theirs.encode(text).ids == TOK.encode(text) and theirs.decode(TOK.encode(text)) == text
+    assert theirs.encode('a<|end|>').ids == [97, TOK.end] # there, this makes the special token
+
+def test_chat_template_is_render(exported):
+    transformers = pytest.importorskip('transformers')
+    tok = transformers.AutoTokenizer.from_pretrained(exported('llama')[1])
+    messages = [dict(role='system', content='Be short.'), dict(role='user', content=' Who has\nthe owl? '),
+                dict(role='assistant', content=''), dict(role='user', content='x')]
+    found = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert found == TOK.render(messages, prompt=True)[0]
+    messages = messages[:2] + [dict(role='assistant', content='Anna.')]
+    assert tok.apply_chat_template(messages, return_dict=False) == TOK.render(messages)[0]

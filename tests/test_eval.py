@@ -1,0 +1,412 @@
+"""eval.py: each measure against numbers made by hand, the drawing, the report, and what it refuses."""
+import json
+import math
+import re
+import shutil
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conftest import definitions, fails, user, write_rows
+from model import GPT, GPTConfig, Tokenizer, load_checkpoint, load_model, read_shard, save_checkpoint
+
+T = 48 # block_size
+
+def one_process(rank=0, world_size=1):
+    return SimpleNamespace(device=torch.device('cpu'), rank=rank, world_size=world_size, master=rank == 0,
+                           autocast=lambda: torch.autocast('cpu', enabled=False))
+
+def functions(**settings):
+    """The functions of eval.py, on one CPU process."""
+    return definitions('eval.py', **{'run': one_process(), 'batch_size': 3, **settings})
+
+@pytest.fixture(scope='module')
+def trained(world, tmp_path_factory):
+    """out: a base model that has learned who has which pet, an 'SFT' model near it, a reward model's metrics, logs."""
+    out = tmp_path_factory.mktemp('trained')
+    tok = Tokenizer.load(world.data / 'tokenizer.json')
+    torch.manual_seed(0)
+    config = GPTConfig(arch='llama', vocab_size=tok.n_vocab, block_size=T, n_layer=2, n_head=4, n_embd=32)
+    model = GPT(config)
+    tokens = np.concatenate([read_shard(world.data / f'train_00000{i}.bin') for i in range(2)])
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(100):
+        windows = tokens[torch.randint(len(tokens) - T, (8, 1)) + torch.arange(T + 1)]
+        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {'base': model.state_dict()}
+    weights['sft'] = {name: w + 0.02 * torch.randn(w.shape) for name, w in weights['base'].items()}
+    weights['reward'] = weights['base']
+    metrics = dict(seconds=2.0, flops=1e9, tokens=5000)
+    agreement = dict(val_accuracy=0.8, val_gold_accuracy=0.9, self_agreement=0.85)
+    for stage, state in weights.items():
+        more = agreement if stage == 'reward' else {}
+        save_checkpoint(str(out / f'{stage}.pt'), stage, state, asdict(config), tok, {}, 100, {**metrics, **more})
+    write_rows(out / 'base.jsonl', [dict(step=0, val_loss=5.6), dict(step=0, loss=5.5), dict(step=99, loss=0.5)])
+    write_rows(out / 'reward.jsonl', [dict(step=0, val_accuracy=0.5, val_gold_accuracy=0.5), dict(step=0, accuracy=0.1),
+                                      dict(step=9, val_accuracy=0.8, val_gold_accuracy=0.9)])
+    return SimpleNamespace(out=out, tok=tok, data=world.data, profile=world.tiny,
+                           model=load_model(load_checkpoint(out / 'base.pt', ['base'], ''), 'cpu').eval())
+
+def run_eval(scripts, trained, out, *flags):
+    scripts.ok('eval.py', trained.profile, f'--data_dir={trained.data}', f'--out_dir={out}', *flags)
+    return json.loads((out / 'report.json').read_text(encoding='utf-8'))
+
+# -----------------------------------------------------------------------------
+# how well a model predicts given text
+
+@torch.no_grad()
+def bits_and_bytes(model, tok, tokens):
+    """Token by token: bits to encode the windows that fit into tokens, and the bytes of their text."""
+    bits = n_bytes = 0
+    for i in range(0, len(tokens) - T, T):
+        logprobs = F.log_softmax(model(torch.tensor([tokens[i:i + T]]))[0], -1)
+        for t, target in enumerate(tokens[i + 1:i + T + 1]):
+            bits -= logprobs[t, target].item() / math.log(2)
+            n_bytes += len(tok.token_bytes(target)) # <|endoftext|> costs bits and has no bytes
+    return bits, n_bytes
+
+def test_bits_per_byte_by_hand(trained):
+    tokens = read_shard(trained.data / 'val_000000.bin').tolist()
+    for val_tokens in (200, 192, 191, 10**6): # 200: four windows fit, and 8 tokens are left over
+        bits, n_bytes = bits_and_bytes(trained.model, trained.tok, tokens[:val_tokens + 1])
+        f = functions(data_dir=str(trained.data), val_tokens=val_tokens)
+        assert f.bits_per_byte(trained.model, trained.tok) == pytest.approx(bits / n_bytes, rel=1e-4)
+    f = functions(data_dir=str(trained.data), val_tokens=0)
+    assert f.bits_per_byte(trained.model, trained.tok) is None
+
+def test_bits_per_byte_of_several_shards_and_ranks(trained, tmp_path):
+    """val_tokens counts across shards; the ranks' sums add up to those of one process."""
+    for i in range(2):
+        shutil.copy(trained.data / 'val_000000.bin', tmp_path / f'val_00000{i}.bin')
+    tokens = read_shard(trained.data / 'val_000000.bin').tolist()
+    bits, n_bytes = bits_and_bytes(trained.model, trained.tok, (tokens + tokens)[:len(tokens) + 100])
+    sums = []
+    for rank in range(2):
+        def all_sum(nats, n_bytes):
+            sums.append((nats / math.log(2), n_bytes))
+            return nats, n_bytes
+        f = functions(data_dir=str(tmp_path), val_tokens=len(tokens) + 99, run=one_process(rank, 2), all_sum=all_sum)
+        f.bits_per_byte(trained.model, trained.tok)
+    assert sum(s[1] for s in sums) == n_bytes and min(s[1] for s in sums) > 0
+    assert sum(s[0] for s in sums) == pytest.approx(bits, rel=1e-4)
+
+@torch.no_grad()
+def test_scores_are_those_of_each_row_alone(trained):
+    g = torch.Generator().manual_seed(0)
+    lengths = [1, 3, 2, 6, 1, 4, 5]
+    rows = [torch.randint(trained.tok.n_vocab, (n,), generator=g).tolist() for n in (9, 4, 30, 7, 2, 12, 18)]
+    rows[1][1:] = [] # rows[1]: one token, and the three that greedy decoding puts behind it
+    for _ in range(3):
+        rows[1].append(trained.model(torch.tensor([rows[1]]))[0, -1].argmax().item())
+    for temperature in (1.0, 0.5):
+        scores = functions().score(trained.model, rows, lengths, trained.tok.pad, temperature)
+        for row, length, (logprob, entropy, is_greedy) in zip(rows, lengths, scores):
+            probs = F.softmax(trained.model(torch.tensor([row]))[0] / temperature, -1)
+            steps = range(len(row) - length, len(row))
+            entropies = [-(probs[t - 1] * probs[t - 1].log()).sum().item() for t in steps]
+            assert logprob == pytest.approx(sum(math.log(probs[t - 1, row[t]]) for t in steps), abs=1e-4)
+            assert entropy == pytest.approx(sum(entropies), abs=1e-4)
+            assert is_greedy == all(probs[t - 1].argmax() == row[t] for t in steps)
+        assert [is_greedy for _, _, is_greedy in scores] == [False, True] + [False] * 5
+
+@torch.no_grad()
+def test_loss_of_continuations_by_hand(trained):
+    """Which tokens are scored: a space between the two texts, no context, a long context, a long continuation."""
+    tok = trained.tok
+    says = 'Anna has the owl. ' * 12
+    long = tok.encode(says)
+    assert len(long) > 2 * T
+    cases = [(('Anna has the', 'owl.'), [tok.eot] + tok.encode('Anna has the'), tok.encode(' owl.')),
+             (('Anna has the', ' owl.'), [tok.eot] + tok.encode('Anna has the'), tok.encode(' owl.')),
+             (('Anna has the ', 'owl.'), [tok.eot] + tok.encode('Anna has the '), tok.encode('owl.')),
+             (('', 'owl'), [tok.eot], tok.encode('owl')),
+             ((says, 'Bela'), long[-(T + 1 - len(tok.encode('Bela'))):], tok.encode('Bela')),
+             (('x', ' ' + says), tok.encode('x'), tok.encode(' ' + says)[:T])]
+    got = functions().score_continuations(trained.model, tok, [pair for pair, _, _ in cases])
+    for (loss, _), (_, context, continuation) in zip(got, cases):
+        ids = torch.tensor([context + continuation])
+        assert ids.size(1) <= T + 1
+        logits = trained.model(ids[:, :-1])[0, -len(continuation):]
+        assert loss == pytest.approx(F.cross_entropy(logits, torch.tensor(continuation)).item(), abs=1e-4)
+
+def test_progress_is_printed_with_the_time_left(capsys):
+    assert list(functions(progress_seconds=0, batch_size=2).in_batches('abcde', 'x')) == ['ab', 'cd', 'e']
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and re.fullmatch(r'  x: 2 of 5 \| [\d.]+ per second \| [\d,]+ s left', lines[0])
+    assert list(functions(progress_seconds=9).in_batches([], 'x')) == []
+    assert list(functions(progress_seconds=9).in_batches([1, 2], 'x')) == [[1, 2]] and capsys.readouterr().out == ''
+
+# -----------------------------------------------------------------------------
+# benchmarks
+
+def test_the_kinds_of_benchmarks(trained):
+    """A model that knows the pets; in `wrong` the gold answers are false, in `greedy` one of two."""
+    f = functions(max_questions=0)
+    want = dict(right=(1, 0.25), wrong=(0, 0.25), schema=(1, 0.5), greedy=(0.5, 0))
+    for name, result in want.items():
+        questions = f.load_benchmark(trained.data / 'benchmarks' / f'{name}.jsonl')
+        assert f.accuracy(trained.model, trained.tok, questions) == result
+    mixed = [([('a', 'b'), ('a', 'c')], 0), ([('a', 'b')] * 4, 1), ([('a', 'b')], None)]
+    assert f.accuracy(trained.model, trained.tok, mixed)[1] == pytest.approx((1 / 2 + 1 / 4 + 0) / 3)
+
+def test_the_ranks_share_the_questions(trained):
+    questions = functions(max_questions=0).load_benchmark(trained.data / 'benchmarks' / 'right.jsonl')
+    questions[2] = (questions[2][0], (questions[2][1] + 1) % 4) # one of four is wrong now
+    n_right = []
+    for rank in range(2):
+        f = functions(run=one_process(rank, 2), all_sum=lambda n: n_right.append(n) or [n])
+        f.accuracy(trained.model, trained.tok, questions)
+    assert n_right == [1, 2]
+
+def test_max_questions(trained):
+    path = trained.data / 'benchmarks' / 'right.jsonl'
+    assert [len(functions(max_questions=n).load_benchmark(path)) for n in (0, 1, 3, 99)] == [4, 1, 3, 4]
+
+@pytest.mark.parametrize('row', [
+    dict(query='x', choices=['a', 'b']), dict(query='x', choices=['a', 'b'], gold='b'),
+    dict(query='x', choices=3, gold=0), dict(x=1), dict(query='x', choices=['a', 'b'], gold=2),
+    dict(query='x', choices=['a', 'b'], gold=-1),
+    dict(query='x', choices=[1, 2], gold=0), dict(query=None, choices=['a'], gold=0), dict(context='x', continuation=3),
+    dict(query='x', choices=[], gold=0), dict(context_options=['a', 'b'], continuation='c')], ids=str)
+def test_a_bad_row_names_its_place(row, tmp_path):
+    path = tmp_path / 'bad.jsonl'
+    good = dict(query='x', choices=['a', 'b'], gold=1)
+    write_rows(path, [good, good, row])
+    with fails(r'bad\.jsonl:3: .*query, choices, gold'):
+        functions(max_questions=0).load_benchmark(path)
+    assert functions(max_questions=2).load_benchmark(path) == [([('x', 'a'), ('x', 'b')], 1)] * 2
+
+def test_benchmarks_that_need_sampling_are_left_out(tmp_path, capsys):
+    """The rows of GSM8K and HumanEval lie beside the others once they are downloaded."""
+    rows = dict(gsm8k=dict(messages=[], checks={'number': 1}), humaneval=dict(task_id='x', prompt='p', test='t'))
+    for name, row in rows.items():
+        write_rows(tmp_path / name, [row])
+        assert functions().load_benchmark(tmp_path / name) == []
+        assert f'{name}: left out' in capsys.readouterr().out
+
+# -----------------------------------------------------------------------------
+# sampled answers
+
+@torch.no_grad()
+def test_answers_and_their_logprobs(trained):
+    f = functions(max_new_tokens=6, temperature=0.7)
+    tok = trained.tok
+    prompts = [dict(messages=user(text)) for text in ('Say', 'Who has the owl?', 'x' * 99, 'Say it.')]
+    for is_chat in (True, False):
+        answers = f.answer_prompts(trained.model, tok, is_chat, prompts)
+        stop = tok.end if is_chat else tok.eot
+        for prompt, answer in zip(prompts, answers):
+            text = prompt['messages'][0]['content']
+            query = tok.render(prompt['messages'], prompt=True)[0] if is_chat else [tok.eot] + tok.encode(text + '\n')
+            assert answer['query'] == query[-(T - 6):] # the context has room for 6 new tokens
+            assert 1 <= len(answer['ids']) <= 6 and answer['ended'] == (answer['ids'][-1] == stop)
+            assert answer['text'] == tok.decode_answer(answer['ids'])
+            logits = trained.model(torch.tensor([answer['query'] + answer['ids']]))[0, len(answer['query']) - 1:-1]
+            logprobs = F.log_softmax(logits / 0.7, -1)
+            chosen = logprobs[range(len(answer['ids'])), answer['ids']]
+            assert answer['logprob'] == pytest.approx(chosen.sum().item(), abs=1e-4)
+            assert answer['entropy'] == pytest.approx(-(logprobs.exp() * logprobs).sum().item(), abs=1e-4)
+    again = f.answer_prompts(trained.model, tok, False, prompts)
+    assert again == answers # the seed decides
+    greedy = functions(max_new_tokens=6, temperature=0.0).answer_prompts(trained.model, tok, False, prompts)
+    assert all(math.isfinite(answer['logprob']) for answer in greedy) # scored at temperature 1
+
+def test_a_chat_model_stops_at_end_and_a_base_model_at_the_end_of_the_document(trained):
+    tok = trained.tok
+    f = functions(generate=lambda model, batch, n, stop, temperature: [[stop] for _ in batch])
+    for is_chat, stop in ((True, tok.end), (False, tok.eot)):
+        answer, = f.answer_prompts(trained.model, tok, is_chat, [dict(messages=user('Say'))])
+        assert answer['ids'] == [stop] and answer['ended'] and answer['text'] == ''
+
+def test_distinct_by_hand():
+    distinct = functions().distinct
+    assert distinct(['a b a', 'B c'], 1, 99) == 3 / 5     # a b c of a b a b c
+    assert distinct(['a b a', 'B c'], 2, 99) == 3 / 3     # ab ba bc, none across answers
+    assert distinct(['a a a a'], 2, 99) == 1 / 3
+    assert distinct(['a b a', 'B c'], 1, 3) == 2 / 3      # the budget: only a b a is read
+    assert distinct([], 1, 5) == distinct(['a'], 2, 5) == 0
+
+def test_win_rate_by_hand():
+    win_rate = functions(seed=1).win_rate
+    assert win_rate([1.0, 0.5], [1.0, 0.5]) == (0.5, 0.5, 0.5)
+    assert win_rate([1, 1, 1], [0, 0, 0])[0] == 1 and win_rate([1, 0, 3, 4], [0, 1, 3, 3])[0] == 2.5 / 4
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 4, 400) / 3, rng.integers(0, 4, 400) / 3
+    (x, lo, hi), (y, lo2, hi2) = win_rate(a, b), win_rate(b, a)
+    assert x == pytest.approx(1 - y) and lo < x < hi # symmetric
+    # points are 0, 1/2, 1 with shares 3/8, 1/4, 3/8: the standard error is sqrt(3/16 / 400) = 0.0217
+    assert hi - lo == pytest.approx(2 * 1.96 * math.sqrt(3 / 16 / 400), rel=0.15)
+    assert lo + hi2 == pytest.approx(1, abs=0.01)
+
+# -----------------------------------------------------------------------------
+# tables and charts
+
+def test_tables():
+    f = functions()
+    cells = {None: '', 'x': 'x', 0.5: '0.500', 999.9: '999.900', 12345.6: '12,346', -2000: '-2,000', True: '1.000'}
+    assert {value: f.show(value) for value in cells} == cells
+    assert f.show([0.25, 0.5]) == '0.250 to 0.500'
+    assert f.markdown(['measure', 'a', 'b'], [['x', 1, None], ['longer name', 0.25, '10%']]) == (
+        '| measure     |     a |   b |\n'
+        '| ----------- | ----: | --: |\n'
+        '| x           | 1.000 |     |\n'
+        '| longer name | 0.250 | 10% |')
+
+def test_spread():
+    spread = functions().spread
+    assert spread([10, 12, 50], 13, 0, 100) == [10, 23, 50]
+    assert spread([50, 12, 10], 13, 0, 100) == [50, 23, 10]   # in the order of the input
+    assert spread([99, 100], 13, 0, 100) == [87, 100]         # nothing leaves the range
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        wanted = rng.uniform(0, 100, rng.integers(1, 8)).tolist()
+        placed = spread(wanted, 13, 0, 100)
+        gaps = np.diff(sorted(placed))
+        assert (gaps > 13 - 1e-9).all() and min(placed) >= -1e-9 and max(placed) <= 100 + 1e-9
+        assert np.argsort(wanted).tolist() == np.argsort(placed).tolist() # and the order stays
+
+def boxes(svg):
+    """(left, top, right, bottom) of each text, at 0.6 of the font's size per letter, and the points of all lines."""
+    texts = []
+    for x, y, style, text in re.findall(r'<text x="(\S+)" y="(\S+)" (.*?)>(.*?)</text>', svg):
+        width = 0.6 * 11 * len(text)
+        left = float(x) - width if 'text-anchor="end"' in style else float(x)
+        texts.append((left, float(y) - 9, left + width, float(y) + 2, text))
+    points = []
+    for line in re.findall(r'points="(.*?)"', svg):
+        points.append([tuple(map(float, point.split(','))) for point in line.split()])
+    return texts, points
+
+def test_labels_stand_free_of_lines_and_of_each_other():
+    f = functions()
+    steps = [0, 50, 100]
+    charts = [
+        ('same end', {'train': (steps, [5, 1, 0]), 'val': (steps, [6, 2, 0.01])}),
+        ('at the top', {'proxy score': (steps, [0, 1, 2]), 'gold score': (steps, [0, 1.9, 1.99])}),
+        ('three', {'one': (steps, [1, 1, 1]), 'two': (steps, [1, 1, 1]), 'three': (steps, [1, 1, 1])}),
+        ('constant', {'KL': ([0], [0.0])})]
+    svg = f.draw(charts)
+    texts, lines = boxes(svg)
+    assert len(lines) == 8 and len(texts) == 8 + 4 * 4 # labels; and per chart title, high, low, step
+    width, height = (float(v) for v in re.search(r'width="(\d+)" height="(\d+)"', svg).groups())
+    for i, (left, top, right, bottom, text) in enumerate(texts):
+        assert 0 <= left and right <= width and 0 <= top and bottom <= height, text # inside of the picture
+        for left2, top2, right2, bottom2, other in texts[:i]:
+            assert right <= left2 or right2 <= left or bottom <= top2 or bottom2 <= top, (text, other)
+        for line in lines: # a line goes from left to right, so its bounding box is enough
+            xs, ys = zip(*line)
+            assert max(xs) <= left or min(xs) >= right or max(ys) <= top or min(ys) >= bottom, text
+
+def test_points_of_a_curve_by_hand():
+    """Low is at the bottom of the frame, high at its top, the last step at its right edge."""
+    f = functions()
+    _, lines = boxes(f.draw([('x', {'a': ([0, 10, 20], [1, 2, 3]), 'b': ([0, 10], [1, 3])})]))
+    left, top, right, bottom = 48, 32, 48 + f.WIDTH, 32 + f.HEIGHT
+    assert lines[0] == [(left, bottom), ((left + right) / 2, (top + bottom) / 2), (right, top)]
+    assert lines[1] == [(left, bottom), ((left + right) / 2, top)]
+
+# -----------------------------------------------------------------------------
+# the script
+
+def test_report(trained, scripts, tmp_path):
+    out = shutil.copytree(trained.out, tmp_path / 'out')
+    report = run_eval(scripts, trained, out)
+    assert list(report['table']) == ['base', 'sft'] # there is no rlhf.pt
+    assert list(report['costs']) == ['base', 'sft', 'reward']
+    base = report['table']['base']
+    assert base['right (chance 25%)'] == base['schema (chance 50%)'] == 1
+    assert base['greedy (chance 0%)'] == 0.5 and base['wrong (chance 25%)'] == 0
+    assert set(base) == set(report['table']['sft']) and 'win rate against SFT' not in base
+    assert 0 <= base['all checks met'] <= 1 <= base['tokens per answer'] <= 6
+    text = (out / 'report.md').read_text(encoding='utf-8')
+    assert all(measure in text for measure in base) and '- sft (' in text
+    assert re.search(r'reward model and labeller +\| +80\.0%', text) and re.search(r'asked twice +\| +85\.0%', text)
+    assert '33.3%' in text # each of the three has a third of the FLOPs
+    svg = (out / 'curves.svg').read_text(encoding='utf-8')
+    assert svg.startswith('<svg') and '![curves of all stages](curves.svg)' in text
+    # of the reward model's two kinds of accuracy only the held-out ones are drawn
+    assert len(boxes(svg)[1]) == 4 and '0.9</text>' in svg and '0.1</text>' not in svg
+
+def test_a_model_against_itself(trained, scripts, tmp_path):
+    """An rlhf.pt with the weights of sft.pt says the same: half of the points, no KL, no width."""
+    shutil.copy(trained.out / 'sft.pt', tmp_path)
+    ckpt = torch.load(tmp_path / 'sft.pt', weights_only=True)
+    torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'rlhf.pt')
+    table = run_eval(scripts, trained, tmp_path)['table']
+    assert table['rlhf']['win rate against SFT'] == 0.5 and table['rlhf']['win rate, 95% interval'] == [0.5, 0.5]
+    assert abs(table['rlhf']['KL from SFT, nats per answer']) < 1e-5
+    assert {k: v for k, v in table['rlhf'].items() if k in table['sft']} == table['sft']
+    assert not (tmp_path / 'curves.svg').exists() # without logs there is nothing to draw
+
+def test_what_is_missing_is_left_out(trained, scripts, tmp_path):
+    """A data folder with nothing but prompts without checks, and a model that was converted from elsewhere."""
+    data = tmp_path / 'data'
+    write_rows(data / 'prompts_val.jsonl', [dict(messages=user('Say'))])
+    ckpt = torch.load(trained.out / 'base.pt', weights_only=True)
+    torch.save({**ckpt, 'metrics': {}}, tmp_path / 'base.pt')
+    report = run_eval(scripts, trained, tmp_path, f'--data_dir={data}')
+    base = report['table']['base']
+    assert base['bits per byte'] is None and 'all checks met' not in base and report['costs'] == {}
+    assert base['tokens per answer'] >= 1 and not any('chance' in measure for measure in base)
+
+def test_two_processes_are_one(trained, scripts, tmp_path):
+    """Greedy answers, so that both runs have the same ones."""
+    shutil.copy(trained.out / 'sft.pt', tmp_path)
+    ckpt = torch.load(trained.out / 'base.pt', weights_only=True)
+    torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'rlhf.pt')
+    one = run_eval(scripts, trained, tmp_path, '--temperature=0')['table']['rlhf']
+    scripts.two('eval.py', trained.profile, f'--data_dir={trained.data}', f'--out_dir={tmp_path}', '--temperature=0')
+    two = json.loads((tmp_path / 'report.json').read_text(encoding='utf-8'))['table']['rlhf']
+    assert 'KL from SFT, nats per answer' in one and list(one) == list(two)
+    for measure, value in one.items():
+        assert two[measure] == pytest.approx(value, abs=1e-4), measure
+
+SAID = dict(role='assistant', content='owl')
+
+@pytest.mark.parametrize('flags,pattern,prompt', [
+    (['--models=rlhf'], r'rlhf.*python pretrain\.py', None),
+    (['--models=nothing.pt'], r'nothing\.pt.*speedrun\.sh', None),
+    (['--models=base,reward'], 'reward.*base', None),
+    (['--benchmarks=right,write'], 'write.*right', None),
+    (['--n_prompts=-1'], 'n_prompts', None), (['--batch_size=0'], 'batch_size', None),
+    (['--temperature=1e-50'], 'temperature', None),
+    ([], r'prompts_val\.jsonl:1: ', dict(messages=[*user('x'), SAID])),
+    ([], r'prompts_val\.jsonl:1: ', dict(messages=user('x'), checks=dict(shout=True))),
+    ([], r'prompts_val\.jsonl:1: ', dict(messages=user('x'), checks=dict(max_words='x')))], ids=str)
+def test_bad_input_is_one_line_and_the_old_report_stays(flags, pattern, prompt, trained, scripts, tmp_path):
+    out = tmp_path / 'out'
+    out.mkdir()
+    for name in ('base.pt', 'reward.pt'):
+        shutil.copy(trained.out / name, out)
+    (out / 'report.md').write_text('old')
+    if prompt:
+        write_rows(tmp_path / 'prompts_val.jsonl', [prompt])
+    scripts.fails(pattern, 'eval.py', trained.profile, f'--data_dir={tmp_path if prompt else trained.data}',
+                  f'--out_dir={out}', *flags)
+    assert sorted(path.name for path in out.iterdir()) == ['base.pt', 'report.md', 'reward.pt']
+    assert (out / 'report.md').read_text() == 'old'
+
+def test_report_of_the_chain(chain):
+    """The real stages: their logs and metrics have the names that eval.py looks for."""
+    report = json.loads((chain.out / 'report.json').read_text(encoding='utf-8'))
+    assert list(report['table']) == ['base', 'sft', 'rlhf']
+    assert list(report['costs']) == ['base', 'sft', 'reward', 'rlhf']
+    text = (chain.out / 'report.md').read_text(encoding='utf-8')
+    rlhf = report['table']['rlhf']
+    assert all(measure in text and measure in chain.said['eval'].out for measure in rlhf)
+    assert rlhf['all checks met'] > report['table']['sft']['all checks met'] and rlhf['win rate against SFT'] > 0.5
+    lower, upper = rlhf['win rate, 95% interval']
+    assert lower <= rlhf['win rate against SFT'] <= upper
+    assert 0 < rlhf['KL from SFT, nats per answer'] < 10
+    assert rlhf['entropy, nats per token'] < report['table']['sft']['entropy, nats per token']
+    assert 'reward model and gold score' in text
+    svg = (chain.out / 'curves.svg').read_text(encoding='utf-8')
+    assert len(boxes(svg)[1]) == 2 + 2 + 2 + 2 + 1 + 1 # every curve of every chart

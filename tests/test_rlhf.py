@@ -1,0 +1,534 @@
+"""rlhf.py: the formulas of PPO against brute force, and the real script on the tiny world."""
+import json
+import math
+import re
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conftest import definitions, formulas, make_spec, user, write_rows
+from model import GPT, GPTConfig, ScalarModel, Tokenizer, generate, load_model, pad_right, read_jsonl
+
+CPU = SimpleNamespace(device='cpu', device_type='cpu', rank=0, world_size=1,
+                      autocast=lambda: torch.autocast('cpu', enabled=False))
+ppo = definitions
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+def log(out):
+    return [row for _, row in read_jsonl(out / 'rlhf.jsonl')]
+
+def updates(out):
+    """The log lines of the updates, without those of the evaluations."""
+    return [row for row in log(out) if 'score' in row]
+
+def distance(a, b):
+    a, b = load(a)['weights'], load(b)['weights']
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+def stocked(out, chain):
+    """A fresh out_dir with the checkpoints that rlhf.py reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ('sft.pt', 'reward.pt'):
+        shutil.copy(chain.out / name, out)
+    return out
+
+def command(chain, out, *flags, profile=None, data=None):
+    return ('rlhf.py', profile or chain.short, f'--data_dir={data or chain.data}', f'--out_dir={out}', *flags)
+
+def random_answers(B=6, T=9, seed=0):
+    """-> rewards, values, response_mask (B, T) with answers of many lengths at many places."""
+    g = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, 4, (B,), generator=g)
+    last = torch.randint(4, T + 1, (B,), generator=g)
+    position = torch.arange(T)
+    mask = (position >= first[:, None]) & (position < last[:, None])
+    return torch.randn(B, T, generator=g) * mask, torch.randn(B, T, generator=g) * mask, mask
+
+# -----------------------------------------------------------------------------
+# phases 4 and 5: rewards, advantages
+
+@pytest.mark.parametrize('gamma,gae_lambda', [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.97, 0.0)])
+def test_gae_is_the_double_sum(gamma, gae_lambda):
+    rewards, values, mask = random_answers()
+    advantages, returns = ppo('rlhf.py', gamma=gamma, gae_lambda=gae_lambda).gae(rewards, values, mask)
+    for b in range(len(rewards)):
+        where = mask[b].nonzero()[:, 0].tolist()
+        for t in range(rewards.size(1)):
+            if t not in where:
+                assert advantages[b, t] == 0 and returns[b, t] == 0
+                continue
+            # A_t = sum over l of (gamma lambda)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}), V = 0 after the answer
+            after = {s: values[b, s + 1] if s + 1 in where else 0 for s in where}
+            want = sum((gamma * gae_lambda) ** (s - t) * (rewards[b, s] + gamma * after[s] - values[b, s])
+                       for s in where if s >= t)
+            assert advantages[b, t].item() == pytest.approx(want.item(), abs=1e-5)
+            assert returns[b, t].item() == pytest.approx((want + values[b, t]).item(), abs=1e-5)
+            if gamma == gae_lambda == 1: # the critic cancels out: returns are the rewards that are still to come
+                to_go = sum(rewards[b, s].item() for s in where if s >= t)
+                assert returns[b, t].item() == pytest.approx(to_go, abs=1e-5)
+
+def test_gae_ignores_what_is_outside_of_the_answer():
+    rewards, values, mask = random_answers()
+    gae = ppo('rlhf.py', gamma=0.9, gae_lambda=0.8).gae
+    noise = torch.where(mask, 0.0, 100.0)
+    for a, b in zip(gae(rewards, values, mask), gae(rewards + noise, values + noise, mask)):
+        torch.testing.assert_close(a, b)
+
+def test_whitening_ignores_pads():
+    x, _, mask = random_answers()
+    s = ppo('rlhf.py')
+    white = s.whiten(5 + 3 * x, mask)
+    inside = white[mask]
+    assert abs(inside.mean()) < 1e-5 and abs(inside.std(unbiased=False) - 1) < 1e-4
+    assert (white[~mask] == 0).all()
+    torch.testing.assert_close(white, s.whiten(torch.where(mask, 5 + 3 * x, 1e4), mask), atol=1e-4, rtol=1e-4)
+    assert s.masked_mean(x, mask) == pytest.approx(x[mask].mean().item(), abs=1e-6)
+    assert s.masked_variance(x, mask) == pytest.approx(x[mask].var(unbiased=False).item(), abs=1e-6)
+    assert s.masked_mean(x, torch.zeros_like(mask)) == 0 # not NaN
+
+def test_rewards_by_hand():
+    """Score and penalty once, at the last token of the answer; the KL at each token of it and nowhere else."""
+    batch = SimpleNamespace(
+        response_mask=torch.tensor([[False, True, True, False], [True, True, True, True]]),
+        logprobs=torch.tensor([[9.0, -1.0, -2.0, 9.0], [-1.0, -1.0, -1.0, -1.0]]),
+        ref_logprobs=torch.tensor([[0.0, -2.0, -1.0, 0.0], [-1.0, -1.0, -1.0, -3.0]]),
+        ended=torch.tensor([True, False]), scores=torch.tensor([10.0, 20.0]))
+    s = ppo('rlhf.py', missing_end_penalty=3.0)
+    # row 0: -0.5 (-1 + 2) = -0.5; -0.5 (-2 + 1) = +0.5, and the score 10
+    # row 1: 0, 0, 0, -0.5 (-1 + 3) = -1, and the score 20 - 3, since it has no <|end|>
+    assert s.get_rewards(batch, 0.5).tolist() == [[0.0, -0.5, 10.5, 0.0], [0.0, 0.0, 0.0, 16.0]]
+    assert batch.scores.tolist() == [10.0, 20.0] # unchanged
+    batch.logprobs = batch.ref_logprobs
+    assert s.get_rewards(batch, 0.5).sum().item() == 10 + 20 - 3
+
+# -----------------------------------------------------------------------------
+# phase 6: the loss
+
+def one_token_answers(logprobs, **more):
+    """A batch of answers of one token each, for get_loss: logprobs (B,)."""
+    B = len(logprobs)
+    batch = dict(query_responses=torch.zeros(B, 2, dtype=torch.long), logprobs=logprobs[:, None],
+                 response_mask=torch.ones(B, 1, dtype=torch.bool), values=torch.zeros(B, 1),
+                 advantages=torch.zeros(B, 1), returns=torch.zeros(B, 1))
+    batch.update({name: x[:, None] for name, x in more.items()})
+    return SimpleNamespace(**batch)
+
+def losses(batch, logprobs, values=None, **settings):
+    """get_loss with a model that says these log-probabilities and values -> loss sum, {statistic: sum}."""
+    if values is None:
+        values = torch.zeros(len(logprobs))
+    def model(query_responses, response_mask):
+        return logprobs[:, None], None, values[:, None]
+    s = ppo('rlhf.py', run=CPU, model=model, **settings)
+    loss, sums = s.get_loss(batch, torch.arange(len(logprobs)))
+    return loss, dict(zip(s.STATISTICS, sums.tolist(), strict=True))
+
+def test_kl_estimators_are_exact_in_expectation():
+    """Answers of one token from p = (1/2, 1/4, 1/4), listed in that proportion: their mean is the expectation."""
+    p = torch.tensor([0.5, 0.25, 0.25])
+    q = torch.tensor([0.2, 0.2, 0.6])
+    kl = (p * (p / q).log()).sum().item()
+    answers = torch.tensor([0, 0, 1, 2])
+    batch = one_token_answers(p.log()[answers], scores=torch.zeros(4), ended=torch.ones(4, dtype=torch.bool),
+                              ref_logprobs=q.log()[answers])
+    batch.scores, batch.ended = batch.scores[:, 0], batch.ended[:, 0]
+    s = ppo('rlhf.py')
+    k1 = -s.get_rewards(batch, 1.0)
+    assert k1.mean().item() == pytest.approx(kl, abs=1e-6)
+    k3, = formulas('rlhf.py', 'token_k3')
+    names = dict(batch=batch, log_ratio=batch.ref_logprobs - batch.logprobs, masked_mean=s.masked_mean)
+    assert eval(k3, names) == pytest.approx(kl, abs=1e-6)
+    # KL(old policy || new policy), where the new policy is q
+    _, sums = losses(batch, q.log()[answers])
+    assert sums['approx_kl'] / 4 == pytest.approx(kl, abs=1e-6)
+    for i in range(4): # k3 is never negative
+        single = one_token_answers(p.log()[answers[i:i + 1]])
+        assert losses(single, q.log()[answers[i:i + 1]])[1]['approx_kl'] >= 0
+
+def test_clipped_surrogate_objective():
+    """Past the clip range in the direction of the advantage: a constant loss. Everywhere else: -advantage * ratio."""
+    cases = [ # ratio, advantage, loss, gradient of log-probability
+        (1.0, 2.0, -2.0, -2.0), (1.1, 2.0, -2.2, -2.2), (1.5, 2.0, -2.4, 0.0), (0.5, 2.0, -1.0, -1.0),
+        (1.0, -2.0, 2.0, 2.0), (0.9, -2.0, 1.8, 1.8), (0.5, -2.0, 1.6, 0.0), (1.5, -2.0, 3.0, 3.0)]
+    for ratio, advantage, want, want_grad in cases:
+        old = torch.tensor([-3.0])
+        new = (old + math.log(ratio)).requires_grad_()
+        batch = one_token_answers(old, advantages=torch.tensor([advantage]))
+        loss, sums = losses(batch, new, cliprange=0.2, vf_coef=0.1)
+        loss.backward()
+        assert loss.item() == pytest.approx(want, abs=1e-5) and sums['pg_loss'] == pytest.approx(want, abs=1e-5)
+        assert new.grad.item() == pytest.approx(want_grad, abs=1e-5) # at ratio 1 that of REINFORCE: -advantage
+        assert sums['ratio'] == pytest.approx(ratio, abs=1e-5)
+        assert sums['ratio_gap'] == pytest.approx(abs(ratio - 1), abs=1e-5)
+        assert sums['clipfrac'] == (abs(ratio - 1) > 0.2)
+
+def test_value_loss_and_its_clipping():
+    cases = [ # old value, new value, return, loss with a clip range of 0.2, without
+        (0.0, 0.1, 1.0, 0.405, 0.405), (0.0, 0.5, 1.0, 0.32, 0.125), (0.0, 1.5, 1.0, 0.32, 0.125),
+        (0.0, -0.5, 1.0, 1.125, 1.125)]
+    for old, new, wanted, clipped, plain in cases:
+        batch = one_token_answers(torch.zeros(1), values=torch.tensor([old]), returns=torch.tensor([wanted]))
+        for cliprange_value, want in ((0.2, clipped), (0.0, plain)):
+            loss, sums = losses(batch, torch.zeros(1), torch.tensor([new]), cliprange_value=cliprange_value,
+                                vf_coef=0.5)
+            assert sums['v_loss'] == pytest.approx(want) and loss.item() == pytest.approx(0.5 * want)
+
+def test_the_loss_ignores_what_is_outside_of_the_answer():
+    batch = one_token_answers(torch.zeros(3), advantages=torch.ones(3), returns=torch.ones(3))
+    batch.response_mask[1:] = False
+    values = torch.tensor([0.0, 7.0, 9.0]).requires_grad_()
+    loss, sums = losses(batch, torch.tensor([0.0, 3.0, -3.0]), values, vf_coef=1.0)
+    loss.backward()
+    assert loss.item() == -1 + 0.5 and values.grad[1:].tolist() == [0, 0]
+    assert sums['ratio'] == 1 and sums['approx_kl'] == 0 and sums['clipfrac'] == 0
+
+# -----------------------------------------------------------------------------
+# phases 1 to 3: prompts, rollout
+
+def test_every_prompt_once_an_epoch_whatever_the_ranks():
+    for world_size, batch_size in ((1, 6), (2, 3), (3, 2)):
+        ranks = []
+        for rank in range(world_size):
+            run = SimpleNamespace(rank=rank, world_size=world_size)
+            ranks.append(ppo('rlhf.py', seed=1, batch_size=batch_size, train_prompts=list('abcdefghi'), run=run))
+        drawn = []
+        for step in range(3): # 18 prompts are two epochs of 9
+            for rank in ranks:
+                drawn += rank.get_prompts(step)
+        assert sorted(drawn[:9]) == sorted(drawn[9:]) == list('abcdefghi') and drawn[:9] != drawn[9:]
+
+@torch.no_grad()
+def test_rollout(chain):
+    """Which tokens belong to the answer, what the models say about them, and what the reward model reads."""
+    tok = Tokenizer(make_spec())
+    sft, reward = load(chain.out / 'sft.pt'), load(chain.out / 'reward.pt')
+    owl, cat, x = (tok.encode(word)[0] for word in ('owl', ' cat', 'x'))
+    queries = [[tok.eot, tok.user, x, x, x, tok.end, tok.assistant], [tok.eot, tok.user, tok.end, tok.assistant]]
+    answers = [[owl, cat, tok.end], [cat, owl, x, cat]]
+    s = ppo('rlhf.py', tok=tok, run=CPU, max_new_tokens=4, micro_batch_size=1,
+            reference=load_model(load(chain.out / 'base.pt'), 'cpu'),
+            reward_model=load_model(reward, 'cpu', ScalarModel), generate=lambda *args: answers)
+    net = s.ActorCritic(load_model(sft, 'cpu'), load_model(reward, 'cpu', ScalarModel))
+    s.space['raw_model'] = net
+    batch = s.rollout(list(zip('ab', queries)))
+    assert batch.query_responses.tolist() == [queries[0] + answers[0], queries[1] + answers[1] + [tok.pad] * 2]
+    mask = batch.response_mask # True where the next token belongs to the answer: positions P-1 .. P+R-2
+    assert mask.tolist() == [[False] * 6 + [True] * 3, [False] * 3 + [True] * 4 + [False] * 2]
+    assert batch.ended.tolist() == [True, False] and batch.texts == ['owl cat', 'catowlx cat']
+    for numbers in (batch.logprobs, batch.ref_logprobs, batch.entropy, batch.values):
+        assert (numbers[~mask] == 0).all() and (numbers[mask] != 0).all()
+    for b, (query, answer) in enumerate(zip(queries, answers)):
+        row = torch.tensor([query + answer])
+        at = torch.arange(len(query) - 1, len(query) + len(answer) - 1) # where each token of the answer is predicted
+        for model, found in ((net.actor, batch.logprobs), (s.space['reference'], batch.ref_logprobs)):
+            want = F.log_softmax(model(row)[0, at], -1)[torch.arange(len(answer)), torch.tensor(answer)]
+            torch.testing.assert_close(found[b, at], want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(batch.values[b, at], net.critic(row)[0, at], atol=1e-4, rtol=1e-4)
+        complete = torch.tensor([query + answer + [tok.end] * (answer[-1] != tok.end)])
+        score = s.space['reward_model'](complete)[0, -1]
+        torch.testing.assert_close(batch.scores[b], score, atol=1e-4, rtol=1e-4)
+
+@torch.no_grad()
+def test_logprobs_of_answers():
+    torch.manual_seed(0)
+    net = GPT(GPTConfig('gpt2', 50, 16, 2, 2, n_embd=32))
+    ids = torch.randint(50, (6, 10))
+    _, _, mask = random_answers()
+    logprobs, entropy = ppo('rlhf.py', temperature=0.7).get_logprobs(net, ids, mask)
+    logp = F.log_softmax(net(ids)[:, :-1] / 0.7, -1)
+    torch.testing.assert_close(logprobs, logp.gather(-1, ids[:, 1:, None])[..., 0] * mask, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1) * mask, atol=1e-5, rtol=1e-5)
+
+@torch.no_grad()
+@pytest.mark.parametrize('arch', ['gpt2', 'llama'])
+def test_recomputed_logprobs_are_those_of_the_sampler(arch):
+    """With left padding, positions and a KV cache, the sampler drew from the same probabilities as phase 2 computes."""
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(arch, 50, 24, 2, 2, n_embd=32))
+    prompts = [torch.randint(50, (n,)).tolist() for n in (3, 9, 1, 6)]
+    probs = []
+    def keep(p):
+        probs.append(p)
+        return p
+    answers = generate(net, prompts, 7, None, 0.8, keep)
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers)]
+    ids = pad_right(rows, 0)
+    mask = torch.zeros(len(rows), ids.size(1) - 1, dtype=torch.bool)
+    for b, prompt in enumerate(prompts):
+        mask[b, len(prompt) - 1:len(rows[b]) - 1] = True
+    logprobs, _ = ppo('rlhf.py', temperature=0.8).get_logprobs(net, ids, mask)
+    for b, answer in enumerate(answers):
+        sampled = torch.tensor([probs[t][b, token].log() for t, token in enumerate(answer)])
+        torch.testing.assert_close(logprobs[b][mask[b]], sampled, atol=1e-5, rtol=1e-5)
+
+def test_learning_rate():
+    s = ppo('rlhf.py', learning_rate=1.0, warmup_iters=4, max_iters=104)
+    assert [round(s.get_lr(step), 6) for step in range(4)] == [0.2, 0.4, 0.6, 0.8] # never 0
+    assert s.get_lr(4) == 1 and s.get_lr(54) == pytest.approx(0.5) and 0 < s.get_lr(103) < 0.02
+
+# -----------------------------------------------------------------------------
+# runs
+
+def test_bandit(chain):
+    """SFT says one of four words, the reward model likes owls, 25 updates later nearly all answers are owls."""
+    rows = log(chain.out)
+    first, last = rows[0], rows[-1]
+    assert first['val_met'] <= 0.7 and last['val_met'] >= 0.8 and last['val_score'] > first['val_score']
+    assert abs(first['val_kl']) < 1e-4 < last['val_kl'] # the policy starts as the reference
+    half = updates(chain.out)[12:] # evaluations have 8 answers only; these are 13 x 16
+    assert np.mean([row['met'] for row in half]) >= 0.9
+    assert np.mean([row['rlhf_reward'] for row in half]) > updates(chain.out)[0]['rlhf_reward'] + 0.4
+    ckpt = load(chain.out / 'rlhf.pt')
+    assert ckpt['stage'] == 'rlhf' and ckpt['step'] == 25
+    assert all(ckpt['metrics'][name] > 0 for name in ('seconds', 'flops', 'tokens'))
+    assert not list(chain.out.glob('*.partial')) and not (chain.out / 'rlhf.resume.pt').exists()
+
+def test_the_log(chain):
+    rows = updates(chain.out)
+    assert len(rows) == 25
+    assert all(row['ratio_gap_first'] < 1e-4 for row in rows) # nothing has been learned at the first minibatch
+    assert any(row['clipfrac'] > 0 for row in rows) # later minibatches do differ
+    for row in log(chain.out): # validation and training have different keys
+        names = set(row) - {'step'}
+        assert all(name.startswith('val_') for name in names) or not any(name.startswith('val_') for name in names)
+    for row in rows: # the reward that is maximized: the score minus all penalties
+        want = row['score'] - row['kl_coef'] * row['kl'] - 1.0 * (1 - row['ended'])
+        assert row['rlhf_reward'] == pytest.approx(want, abs=1e-5)
+
+@pytest.fixture(scope='module')
+def one_epoch(chain, scripts):
+    """One epoch of one minibatch, in micro-batches of 16 and of 4: each update is taken at the old policy."""
+    outs = []
+    for micro in (16, 4):
+        outs.append(stocked(chain.folder / f'micro{micro}', chain))
+        check = ''' # reference and reward model are unchanged, actor and critic are not
+assert not any(p.requires_grad for m in (reference, reward_model) for p in m.parameters())
+for m, ckpt in ((reference, sft), (reward_model, reward)):
+    assert all(torch.equal(v, ckpt['weights'][k]) for k, v in m.state_dict().items())
+assert any(not torch.equal(v, sft['weights'][k]) for k, v in raw_model.actor.state_dict().items())
+assert any(not torch.equal(v, reward['weights'][k]) for k, v in raw_model.critic.state_dict().items())
+'''
+        flags = ('--ppo_epochs=1', '--minibatch_size=16', f'--micro_batch_size={micro}', '--learning_rate=1e-3')
+        scripts.ok(*command(chain, outs[-1], *flags), after=check)
+    return outs
+
+def test_one_epoch_is_on_policy(one_epoch):
+    for row in updates(one_epoch[0]):
+        assert abs(row['approx_kl']) < 1e-6 and row['clipfrac'] == 0 and abs(row['ratio'] - 1) < 1e-5
+        assert abs(row['pg_loss']) < 1e-4 # the mean of whitened advantages
+
+def test_micro_batches_change_nothing(one_epoch):
+    assert distance(one_epoch[0] / 'rlhf.pt', one_epoch[1] / 'rlhf.pt') < 1e-5
+    for a, b in zip(*(log(out) for out in one_epoch), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+def test_huge_kl_coef_keeps_the_policy_where_it_is(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain)
+    scripts.ok(*command(chain, out, '--kl_coef=100', '--max_iters=10', profile=chain.tiny))
+    free, held = (np.mean([row['kl'] for row in updates(folder)[5:10]]) for folder in (chain.out, out))
+    assert abs(held) < 0.3 < 1 < free
+
+def test_adaptive_kl_coef(chain, scripts, tmp_path):
+    """KL starts at 0, below the target: the coefficient falls by 0.2 n / horizon = 0.2 x 16 / 160 = 2% an update."""
+    out = stocked(tmp_path, chain)
+    scripts.ok(*command(chain, out, '--kl_target=50', '--kl_horizon=160', '--kl_coef=0.1'))
+    assert [row['kl_coef'] for row in updates(out)] == pytest.approx([0.1 * 0.98 ** i for i in range(4)])
+
+def test_target_kl_stops_the_epochs_early(chain, scripts, tmp_path):
+    """The first minibatch is at the old policy and learned; the second is not, so this is one step an update."""
+    out = stocked(tmp_path, chain)
+    count = 'assert optimizers[0].state[raw_model.critic.head.weight]["step"] == max_iters'
+    scripts.ok(*command(chain, out, '--target_kl=1e-9'), after=count)
+    scripts.ok(*command(chain, out), after=count.replace('==', '== 2 * ppo_epochs *'))
+
+def test_bfloat16(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain)
+    scripts.ok(*command(chain, out, '--dtype=bfloat16'))
+    assert all(math.isfinite(value) for row in log(out) for value in row.values())
+    assert all(weight.dtype == torch.float32 for weight in load(out / 'rlhf.pt')['weights'].values())
+    assert all(row['ratio_gap_first'] < 0.2 for row in updates(out))
+
+# -----------------------------------------------------------------------------
+# resume: an interrupted run ends at the same numbers, bit for bit
+
+def kill_at(step, number):
+    """Code that sends the script a signal when it begins this update (rlhf.py seeds step + 1)."""
+    return f'''
+import model, os
+old = model.seed_step
+def seed_step(seed, step, rank):
+    if step == {step} + 1:
+        os.kill(os.getpid(), {int(number)})
+    return old(seed, step, rank)
+model.seed_step = seed_step
+'''
+
+ADAPTIVE = ('--kl_target=5', '--kl_horizon=100')
+
+@pytest.fixture(scope='module')
+def uninterrupted(chain, scripts):
+    out = stocked(chain.folder / 'uninterrupted', chain)
+    scripts.ok(*command(chain, out, *ADAPTIVE))
+    return out
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_resume_is_bit_identical(number, chain, scripts, uninterrupted, tmp_path):
+    out = stocked(tmp_path, chain)
+    run = command(chain, out, *ADAPTIVE)
+    if number == signal.SIGKILL:
+        assert scripts(*run, before=kill_at(3, number)).code == -signal.SIGKILL
+        saved = 2
+    else: # the update in which the signal came is finished
+        scripts.fails('stopped at step 3 .* the same command continues', *run, before=kill_at(2, number))
+        saved = 3
+    assert load(out / 'rlhf.resume.pt')['step'] == saved and not (out / 'rlhf.pt').exists()
+    assert not list(out.glob('*.partial'))
+    assert f'at step {saved}' in scripts.ok(*run, '--sample_interval=1').out
+    assert not (out / 'rlhf.resume.pt').exists()
+    assert distance(out / 'rlhf.pt', uninterrupted / 'rlhf.pt') == 0
+    assert log(out) == log(uninterrupted)
+    a, b = (load(folder / 'rlhf.pt')['metrics'] for folder in (out, uninterrupted))
+    assert {**a, 'seconds': 0} == {**b, 'seconds': 0}
+
+def test_a_stop_in_the_last_update_loses_nothing(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain)
+    scripts(*command(chain, out, '--save_interval=1000'), before=kill_at(3, signal.SIGTERM))
+    assert (out / 'rlhf.pt').exists() or (out / 'rlhf.resume.pt').exists()
+
+def test_other_checkpoints_or_settings_are_not_resumed(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain)
+    run = command(chain, out)
+    scripts.fails('stopped at step 3', *run, before=kill_at(2, signal.SIGTERM))
+    before = (out / 'rlhf.resume.pt').read_bytes()
+    scripts.fails('gae_lambda.*--resume=false', *run, '--gae_lambda=0.5')
+    ckpt = load(out / 'sft.pt')
+    ckpt['metrics']['seconds'] += 1
+    torch.save(ckpt, out / 'sft.pt')
+    scripts.fails('starts_from.*--resume=false', *run)
+    assert (out / 'rlhf.resume.pt').read_bytes() == before
+
+# -----------------------------------------------------------------------------
+# two processes
+
+ANSWER = '''
+import model
+model.generate = lambda net, prompts, n, stop, temperature: [
+    [97 + len(p) % 5] * (1 + len(p) % 4) + [stop] * (len(p) % 3 > 0) for p in prompts]
+'''
+def test_two_processes_are_one(chain, scripts, tmp_path):
+    """Each rank samples its own answers, so here the prompts decide the answers: learning from them is the same."""
+    one, two = stocked(tmp_path / 'one', chain), stocked(tmp_path / 'two', chain)
+    def run(n, out):
+        return command(chain, out, f'--batch_size={n}', f'--minibatch_size={n}', f'--micro_batch_size={n}',
+                       '--max_iters=2', '--learning_rate=1e-4', '--ppo_epochs=3')
+    scripts.ok(*run(8, one), before=ANSWER)
+    printed = scripts.two(*run(4, two), before=ANSWER)
+    assert printed[1].out == '' and 'saved' in printed[0].out
+    assert distance(one / 'rlhf.pt', two / 'rlhf.pt') < 1e-5 < 1e-4 < distance(one / 'rlhf.pt', one / 'sft.pt')
+    for a, b in zip(log(one), log(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+def test_two_processes_sample_and_resume(chain, scripts, tmp_path):
+    flags = ('--batch_size=8', '--minibatch_size=4', '--micro_batch_size=2', '--ppo_epochs=1', '--max_iters=3',
+             '--eval_interval=3', *ADAPTIVE)
+    whole, out = stocked(tmp_path / 'whole', chain), stocked(tmp_path / 'out', chain)
+    scripts.two(*command(chain, whole, *flags))
+    rows = log(whole)
+    assert len(rows) == 3 + 2 # 3 updates, evaluations at 0 and 3
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(row['ratio_gap_first'] < 1e-4 for row in updates(whole))
+    leave = kill_at(2, 0).replace('os.kill(os.getpid(), 0)', 'os._exit(3)') # on both ranks, after the save
+    with pytest.raises(AssertionError, match='exit code 3'):
+        scripts.two(*command(chain, out, *flags), before=leave)
+    assert load(out / 'rlhf.resume.pt')['step'] == 2
+    scripts.two(*command(chain, out, *flags))
+    assert distance(out / 'rlhf.pt', whole / 'rlhf.pt') == 0 and log(out) == rows
+
+# -----------------------------------------------------------------------------
+# bad input: one line that says what to do, exit code 1, and everything that was there stays as it was
+
+def put(name, row):
+    """Break data_dir/name: its third line becomes this one (a string, or an object as JSON)."""
+    def act(data, out):
+        lines = (data / name).read_text(encoding='utf-8').splitlines()
+        lines[2] = row if isinstance(row, str) else json.dumps(row)
+        (data / name).write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    return act
+
+def only(name, *rows):
+    return lambda data, out: write_rows(data / name, rows)
+
+def gone(name):
+    return lambda data, out: [(folder / name).unlink() for folder in (data, out) if (folder / name).exists()]
+
+def cut_off(data, out):
+    (out / 'reward.pt').write_bytes((out / 'reward.pt').read_bytes()[:-7])
+
+def other_tokenizer(data, out):
+    torch.save({**load(out / 'sft.pt'), 'tokenizer': {**make_spec(), 'pattern': '.'}}, out / 'sft.pt')
+
+SAID = dict(role='assistant', content='owl')
+BAD = [
+    (gone('sft.pt'), [], r'sft\.pt.*python sft\.py'),
+    (gone('reward.pt'), [], r'reward\.pt.*python reward\.py'),
+    (gone('prompts_train.jsonl'), [], r'prompts_train\.jsonl.*python prepare_data\.py'),
+    (cut_off, [], r'reward\.pt .*python reward\.py'),
+    (lambda data, out: shutil.copy(out / 'sft.pt', out / 'reward.pt'), [], 'sft.*reward'),
+    (other_tokenizer, [], r'different tokenizers.*reward\.py'),
+    (put('prompts_train.jsonl', '{"messages": '), [], r'prompts_train\.jsonl:3: '),
+    *((put('prompts_train.jsonl', row), [], r'prompts_train\.jsonl:3: ') for row in (
+        dict(messages=[*user('x'), SAID]), dict(checks=dict(max_words=3)),
+        dict(messages=user('x'), checks=dict(shout=True)), dict(messages=user('x'), checks=dict(number='abc')))),
+    (only('prompts_train.jsonl', dict(messages=user('x' * 99))), [], '6 new tokens .* 48: lower --max_new_tokens'),
+    (only('prompts_val.jsonl'), [], r'prompts_val\.jsonl'),
+    (None, ['--max_new_tokens=99'], '99 new tokens.*--max_new_tokens'),
+    (None, ['--batch_size=20', '--minibatch_size=8'], '20.*8.*--minibatch_size='),
+    (None, ['--kl_target=1', '--kl_horizon=0'], 'kl_horizon must be positive'),
+    (None, ['--cliprange=-0.1'], 'cliprange must be at least 0'),
+    (None, ['--temperature=0'], 'temperature.*0.01')]
+
+@pytest.mark.parametrize('act,flags,pattern', BAD, ids=[f'{i}-{bad[2][:40]}' for i, bad in enumerate(BAD)])
+def test_bad_input(act, flags, pattern, chain, scripts, tmp_path):
+    data = shutil.copytree(chain.data, tmp_path / 'data')
+    out = stocked(tmp_path / 'out', chain)
+    (out / 'rlhf.pt').write_text('old')
+    if act is not None:
+        act(data, out)
+    def picture():
+        return {p: p.read_bytes() for folder in (data, out) for p in folder.rglob('*') if p.is_file()}
+    before = picture()
+    scripts.fails(pattern, *command(chain, out, *flags, data=data))
+    assert picture() == before
+
+def test_prompts_that_are_too_long_are_counted_and_left_out(chain, scripts, tmp_path):
+    data = shutil.copytree(chain.data, tmp_path / 'data')
+    out = stocked(tmp_path / 'out', chain)
+    put('prompts_train.jsonl', dict(messages=user('x' * 99)))(data, out)
+    assert re.search('left out 1 of 40 prompts', scripts.ok(*command(chain, out, data=data)).out)
+
+def test_a_gradient_that_is_not_finite_stops_the_run_at_once(chain, scripts, tmp_path):
+    """The last good state stays, and the weights are not touched."""
+    out = stocked(tmp_path, chain)
+    nan = '''
+import torch
+real, calls = torch.nn.utils.clip_grad_norm_, []
+def clip(parameters, *args):
+    parameters = list(parameters)
+    calls.append(1)
+    if len(calls) > 8 * 3: # 8 minibatches an update: in the fourth
+        parameters[0].grad.fill_(float('nan'))
+    return real(parameters, *args)
+torch.nn.utils.clip_grad_norm_ = clip
+'''
+    scripts.fails('step 3: gradient norm nan: lower --learning_rate', *command(chain, out), before=nan)
+    saved = load(out / 'rlhf.resume.pt')
+    assert saved['step'] == 2 and not (out / 'rlhf.pt').exists()
+    assert all(weight.isfinite().all() for weight in saved['state']['weights'].values())

@@ -1,0 +1,221 @@
+"""sft.py: targets and masks, order of the data, resume, two processes, bad input."""
+import math
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import (definitions, distance, fails, folder_bytes, kill_at, load, make_spec, read_log, replace_line,
+                      stocked, user, write_rows)
+from model import Tokenizer
+
+CPU = SimpleNamespace(device='cpu', device_type='cpu', rank=0, world_size=1)
+OWL = dict(role='assistant', content='owl')
+
+def command(chain, out, *flags, data=None):
+    return ('sft.py', chain.short, f'--data_dir={data or chain.data}', f'--out_dir={out}', *flags)
+
+def learned(ids, tok):
+    """Which tokens are the assistant's words or the <|end|> after them, read off the tokens."""
+    out, who = [], None
+    for t in ids:
+        out.append(who == tok.assistant)
+        if t in (tok.system, tok.user, tok.assistant):
+            who = t
+        elif t == tok.end:
+            who = None
+    return out
+
+def test_targets(tmp_path):
+    tok = Tokenizer(make_spec())
+    write_rows(tmp_path / 'chat_train.jsonl', [
+        dict(messages=[dict(role='system', content='the'), *user('Say'), dict(role='assistant', content='owl cat'),
+                       *user('x'), dict(role='assistant', content='')]),
+        dict(messages=user('Say') + [dict(role='assistant', content='fox')])])
+    s = definitions('sft.py', data_dir=str(tmp_path), tok=tok, max_length=48, run=CPU)
+    chats = s.load_examples('train')
+    x, y = s.to_batch(chats)
+    assert x.shape == y.shape == (2, chats[0][0])
+    for (row_x, row_y), (n, ids, targets) in zip(zip(x.tolist(), y.tolist()), chats):
+        assert n == len(ids) == len(targets)
+        assert row_x == ids + [tok.pad] * (len(row_x) - n) and row_y[n:] == [-1] * (len(row_y) - n)
+        whole = ids + [tok.end]
+        assert [t != -1 for t in row_y[:n]] == learned(whole, tok)[1:]
+        assert all(t in (-1, whole[i + 1]) for i, t in enumerate(row_y[:n])) # y is x one token later
+    owl, cat, fox = (i for w in (' owl', ' cat', ' fox') for i in tok.encode(w)) # one token each, after a space
+    # two answers, the second one empty
+    assert [t for t in y[0].tolist() if t != -1] == [owl, cat, tok.end, tok.end]
+    assert [t for t in y[1].tolist() if t != -1] == [fox, tok.end]
+
+def test_each_epoch_has_every_conversation_once_and_steps_of_similar_length():
+    train = [(n, None, None) for n in np.random.default_rng(0).integers(3, 40, 60)]
+    s = definitions('sft.py', seed=1, train=train, steps_per_epoch=15, step_size=4)
+    orders = [s.get_order(epoch) for epoch in (0, 0, 1)]
+    assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
+    for order in orders:
+        assert order.shape == (15, 4) and sorted(order.flatten()) == list(range(60))
+        spread = np.mean([np.ptp([train[j][0] for j in step]) for step in order])
+        assert spread < 8 # 4 drawn at random from 3..39 would spread over 22
+
+def test_masked_tokens_get_exactly_zero_gradient(chain, scripts, tmp_path):
+    watch = '''
+import builtins, torch, torch.nn.functional as F
+builtins.seen, real = [], F.cross_entropy
+def cross_entropy(logits, y, **more):
+    if logits.requires_grad:
+        logits.register_hook(lambda g: seen.append((g.clone(), y.clone())))
+    return real(logits, y, **more)
+F.cross_entropy = cross_entropy
+'''
+    stocked(tmp_path, chain, 'base')
+    scripts.ok(*command(chain, tmp_path), before=watch, after=f'torch.save(seen, {str(tmp_path / "seen")!r})')
+    seen = load(tmp_path / 'seen')
+    assert len(seen) == 10 # steps
+    for grad, y in seen:
+        largest = grad.abs().amax(-1)
+        assert (largest[y == -1] == 0).all() and (largest[y != -1] > 0).all()
+        # the loss is the mean over what is learned: the gradient is (p - onehot) / n, so -(1 - p) / n at the target
+        n = (y != -1).sum()
+        assert (grad[y != -1].gather(1, y[y != -1][:, None]) * n).min() >= -1 - 1e-5
+
+def test_learning_rate():
+    s = definitions('sft.py', learning_rate=1.0, warmup_iters=4, max_iters=105)
+    assert [round(s.get_lr(i), 6) for i in range(4)] == [0.2, 0.4, 0.6, 0.8] # never 0, and 1 at step 4
+    assert s.get_lr(4) == pytest.approx(1.0) and s.get_lr(104) == pytest.approx(1 / 101) # 0 after the last step
+    rates = [s.get_lr(i) for i in range(4, 105)]
+    assert rates == sorted(rates, reverse=True)
+
+def test_accumulation_with_unequal_masks(chain, scripts, tmp_path):
+    """4 conversations at once = 1 at a time and 4 micro-batches, though their answers have 2 to 20 tokens."""
+    outs = [stocked(tmp_path / n, chain, 'base') for n in 'ab']
+    scripts.both(*((command(chain, out, '--learning_rate=1e-4', f'--batch_size={b}',
+                            f'--gradient_accumulation_steps={4 // b}'), {}) for out, b in zip(outs, (4, 1))))
+    assert distance(outs[0] / 'sft.pt', outs[1] / 'sft.pt') < 1e-6
+    assert distance(outs[0] / 'sft.pt', chain.out / 'base.pt') > 1e-3 # it did move
+    for a, b in zip(*(read_log(out / 'sft.jsonl') for out in outs), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+def test_two_processes_are_one(chain, scripts, tmp_path):
+    one, two = stocked(tmp_path / 'one', chain, 'base'), stocked(tmp_path / 'two', chain, 'base')
+    scripts.ok(*command(chain, one, '--learning_rate=1e-4', '--batch_size=4'))
+    said = scripts.two(*command(chain, two, '--learning_rate=1e-4', '--batch_size=2'))
+    assert said[1].out == '' and 'saved' in said[0].out
+    assert distance(one / 'sft.pt', two / 'sft.pt') < 1e-5
+    for a, b in zip(read_log(one / 'sft.jsonl'), read_log(two / 'sft.jsonl'), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+EXTRA = ('--dropout=0.2', '--optimizer=muon')
+
+@pytest.fixture(scope='module')
+def uninterrupted(chain, scripts):
+    out = stocked(chain.folder / 'whole_sft', chain, 'base')
+    scripts.ok(*command(chain, out, *EXTRA))
+    return out
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_resume_is_bit_identical(number, chain, scripts, uninterrupted, tmp_path):
+    out = stocked(tmp_path, chain, 'base')
+    if number == signal.SIGKILL:
+        assert scripts(*command(chain, out, *EXTRA), before=kill_at(7, number)).code == -signal.SIGKILL
+    else:
+        scripts.fails('stopped at step 8 .* the same command continues', *command(chain, out, *EXTRA),
+                      before=kill_at(7, number))
+    saved = 5 if number == signal.SIGKILL else 8 # the step in which SIGTERM came is finished
+    assert load(out / 'sft.resume.pt')['step'] == saved and not (out / 'sft.pt').exists()
+    assert not list(out.glob('*.partial'))
+    assert f'at step {saved}' in scripts.ok(*command(chain, out, *EXTRA)).out
+    assert not (out / 'sft.resume.pt').exists()
+    assert distance(out / 'sft.pt', uninterrupted / 'sft.pt') == 0
+    assert read_log(out / 'sft.jsonl') == read_log(uninterrupted / 'sft.jsonl')
+    a, b = (load(folder / 'sft.pt')['metrics'] for folder in (out, uninterrupted))
+    assert all(a[k] == b[k] for k in ('val_loss', 'tokens', 'flops'))
+
+def test_a_run_with_other_settings_is_not_resumed(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain, 'base')
+    scripts.fails('stopped at step 4', *command(chain, out), before=kill_at(3, signal.SIGTERM))
+    old = (out / 'sft.resume.pt').read_bytes()
+    scripts.fails('learning_rate.*0.005.*0.002.*--resume=false', *command(chain, out, '--learning_rate=0.002'))
+    other = '''
+import model
+old = model.setup
+def setup(config, **more):
+    run = old(config, **more)
+    config['world_size'] = 2 # two ranks would see other batches
+    return run
+model.setup = setup'''
+    scripts.fails('world_size.*--resume=false', *command(chain, out), before=other)
+    ckpt = load(out / 'base.pt')
+    ckpt['metrics']['seconds'] += 1
+    torch.save(ckpt, out / 'base.pt')
+    scripts.fails('starts_from.*--resume=false', *command(chain, out)) # another base.pt
+    assert (out / 'sft.resume.pt').read_bytes() == old
+    scripts.ok(*command(chain, out, '--resume=false')) # starts over
+    assert read_log(out / 'sft.jsonl')[0]['step'] == 0
+
+def test_empty_answers_and_long_conversations(chain, scripts, tmp_path):
+    """Of an empty answer only its <|end|> is learned. What is too long is counted and left out."""
+    data, out = shutil.copytree(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
+    short = dict(messages=user('x') + [dict(role='assistant', content='')])
+    write_rows(data / 'chat_train.jsonl', [short] * 8 + [dict(messages=user('x' * 99) + [OWL])])
+    r = scripts.ok(*command(chain, out, '--batch_size=1', data=data))
+    assert 'left out 1 of 9 examples' in r.out and '[<|end|>]' in r.out
+    assert all(math.isfinite(v) for row in read_log(out / 'sft.jsonl') for v in row.values())
+
+def test_bfloat16(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain, 'base')
+    scripts.ok(*command(chain, out, '--dtype=bfloat16'))
+    assert all(math.isfinite(v) for row in read_log(out / 'sft.jsonl') for v in row.values())
+    assert all(v.dtype == torch.float32 for v in load(out / 'sft.pt')['weights'].values())
+
+def test_a_gradient_that_is_not_finite_ends_the_run_at_once(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain, 'base', 'sft')
+    old = folder_bytes(out)
+    nan = '''
+import torch.nn.functional as F
+real = F.cross_entropy
+F.cross_entropy = lambda logits, *a, **k: real(logits, *a, **k) * (float("nan") if logits.requires_grad else 1)'''
+    scripts.fails('step 0: .*gradient norm nan.*--learning_rate', *command(chain, out), before=nan)
+    new = folder_bytes(out)
+    assert all(new[path] == old[path] for path in old) and not (out / 'sft.resume.pt').exists()
+
+# -----------------------------------------------------------------------------
+# bad input
+
+@pytest.mark.parametrize('row', [
+    dict(messages=user('x')), dict(messages=[]), dict(messages='x'), dict(text='x'),
+    dict(messages=user('x') + user('y') + [OWL]), dict(messages=[dict(role=['user'], content='x'), OWL]),
+    dict(messages=[dict(role='user', content=None), OWL]), '{"messages": ', '[1]', '"x"'], ids=str)
+def test_bad_lines(row, chain, tmp_path):
+    """The message names the line; no traceback of the tokenizer."""
+    shutil.copy(chain.data / 'chat_train.jsonl', tmp_path)
+    replace_line(tmp_path / 'chat_train.jsonl', row)
+    s = definitions('sft.py', data_dir=str(tmp_path), tok=Tokenizer(make_spec()), max_length=48)
+    with fails(r'chat_train\.jsonl:3: '):
+        s.load_examples('train')
+
+BAD = [
+    (lambda data, out: (out / 'base.pt').unlink(), [], r'base\.pt.*python pretrain\.py'),
+    (lambda data, out: (out / 'base.pt').write_bytes((out / 'base.pt').read_bytes()[:-7]), [],
+     r'base\.pt.*damaged.*python pretrain\.py'),
+    (lambda data, out: shutil.copy(out / 'sft.pt', out / 'base.pt'), [], 'of stage sft'),
+    (lambda data, out: (data / 'chat_train.jsonl').unlink(), [], r'chat_train\.jsonl.*python prepare_data\.py'),
+    (lambda data, out: write_rows(data / 'chat_val.jsonl', []), [], r'chat_val\.jsonl'),
+    (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x' * 99) + [OWL])]), [],
+     'no example fits into 48.*block_size'),
+    (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x') + [OWL])] * 3), [],
+     '3 examples.*8.*--batch_size=3'),
+    (None, ['--warmup_iters=-1'], 'warmup_iters must be at least 0, not -1'),
+    (None, ['--beta1=1'], 'beta1 must be at least 0 and below 1'),
+    (None, ['--optimizer=sgd'], 'sgd')]
+
+@pytest.mark.parametrize('act,flags,pattern', BAD, ids=[row[2][:30] for row in BAD])
+def test_bad_input_changes_nothing(act, flags, pattern, chain, scripts, tmp_path):
+    data, out = shutil.copytree(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base', 'sft')
+    if act:
+        act(data, out)
+    old = folder_bytes(data, out)
+    scripts.fails(pattern, *command(chain, out, *flags, data=data))
+    assert folder_bytes(data, out) == old
