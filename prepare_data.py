@@ -123,7 +123,7 @@ if world_size > 1: # a rank with a slow file keeps the others waiting, perhaps f
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=30))
 
 def stop_all_ranks(problem):
-    """Every rank calls this with its problem or ''. If there is one, all stop; rank 0 prints it."""
+    """Every rank calls this with its problem or ''. If there is one, all ranks stop with it."""
     problems = [problem] * world_size
     if world_size > 1:
         dist.all_gather_object(problems, problem)
@@ -339,8 +339,8 @@ def read_member(data, start):
 
 def warc_parts(f, skipped):
     """
-    Yield the parts of a WARC file that can be read alone, as open files: its gzip members, or all of
-    a plain file. Each record is a member, so a damaged one costs one record.
+    Yield the parts of a WARC file that can be read alone, as open files: its gzip members, or all
+    of a plain file. Each record is a member, so a damaged one costs one record.
     """
     if f.peek(5)[:5] == b'WARC/':
         yield f
@@ -497,7 +497,7 @@ def rank_of(node):
     return 1e9 if node.get('rank') is None else node['rank'] # 0 is the best
 
 def from_oasst(row):
-    """A tree of turns with ranked replies: the conversation of the best replies, and all rankings."""
+    """A tree of turns with ranked replies -> the conversation of the best ones, all rankings."""
     if row['prompt']['lang'] != 'en':
         return [(None, 'conversation in another language')]
     rows, best = [], None
@@ -554,7 +554,7 @@ def check_row(kind, row):
     roles = [turn['role'] for turn in row['messages']]
     spoken = {turn['role'] for turn in row['messages'] if turn['content'].strip()}
     if not set(roles) <= {'system', 'user', 'assistant'} or 'user' not in spoken:
-        raise ValueError(f'messages need a user turn, and roles system, user, assistant, not {roles}')
+        raise ValueError(f'messages need a user turn, and roles system, user, assistant: {roles}')
     if kind == 'chat' and 'assistant' not in spoken:
         raise ValueError('a conversation has no assistant turn, or an empty one')
     if kind == 'preferences':
@@ -569,7 +569,7 @@ def check_row(kind, row):
     return None if re.fullmatch(wanted, order) else 'turns in another order than user, assistant'
 
 def convert_row(row, forms):
-    """-> [(kind, our row), ...] for all that a row is good for, (None, reason) for what is left out"""
+    """-> [(kind, our row), ...] of all that a row is good for; (None, reason) if it is left out"""
     fitting = [form for form in forms if set(form.split()) <= set(row)]
     form = fitting[0] if fitting else None
     if form is None:
@@ -595,7 +595,7 @@ MARK = '<|endoftext|>' # separates the documents of a text file
 DAMAGED = (EOFError, OSError, ValueError, RecursionError, zlib.error) # what damaged files raise
 MISFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError) # what unexpected rows raise
 
-def read_text(f, skipped):
+def read_text(f):
     """Yield what stands between the marks; without marks, pieces of about 4,000 characters."""
     charset, start = decode(f.peek(1 << 20))
     has_marks = MARK in start
@@ -614,7 +614,7 @@ def read_text(f, skipped):
     yield ''.join(lines)
 
 def read_json(f, path, is_own, skipped):
-    """Yield (line number, row) of JSON lines or of a JSON list. A bad line in your own file is fatal."""
+    """Yield (line number, row) of JSON lines or a list. A bad line in your own file is fatal."""
     is_list = path.endswith('.json') and f.peek(64).lstrip().startswith(b'[')
     for number, line in enumerate(json.load(f) if is_list else f, 1):
         if not is_list and not line.strip():
@@ -640,7 +640,7 @@ def read_parquet(f, path):
             yield number, row
 
 def read_rows(rows, path, benchmark, is_own, skipped):
-    """Yield the items in (line number, row) pairs. benchmark: its name, if these are exam questions."""
+    """Yield the items in (line number, row) pairs. benchmark: its name, if these are questions."""
     stem = os.path.basename(path).split('.')[0]
     for number, row in rows:
         try:
@@ -675,7 +675,7 @@ def read_content(f, path, benchmark, is_own, skipped):
     elif name.endswith(('.html', '.htm')):
         yield dict(kind='text', url=path, type='text/html', html=f.read(LIMIT))
     else:
-        for i, text in enumerate(read_text(f, skipped)):
+        for i, text in enumerate(read_text(f)):
             if len(text) > LIMIT:
                 skipped['document over 50 MB'] += 1
             elif text.strip():
@@ -687,8 +687,8 @@ def read_file(path, source_name, skipped):
         {kind: 'text', source, url, text}, or with type and html in place of text
         {kind: 'chat' | 'preferences' | 'prompts' | 'benchmarks/NAME', source, row}
         {kind: 'tokens', source, path} for a token shard
-    and `side` for files named *_train and *_val, if both are there. source_name: 'files' for your own
-    files, whose errors are fatal and whose names become the source: web_00001.warc.gz -> 'web'.
+    and `side` for files named *_train and *_val, if both are there. source_name: 'files' for your
+    own files: their errors are fatal, their names become the source: web_00001.warc.gz -> 'web'.
     skipped: a Counter of what is left out.
     """
     is_own = source_name == 'files'
@@ -725,7 +725,7 @@ def read_file(path, source_name, skipped):
 # Each step takes a document, may change its text, and returns why it is dropped, or None.
 
 def read_block_list(names):
-    """'spam.example,lists/adult.txt' -> set of hosts. In a list, the last word of a line is a host."""
+    """'spam.example,lists/adult.txt' -> set of hosts. In a list, each line ends with a host."""
     hosts = set()
     for name in filter(None, names.split(',')):
         lines = open(name, encoding='utf-8') if os.path.isfile(name) else [name]
@@ -754,12 +754,14 @@ def url_step(doc):
 # -----------------------------------------------------------------------------
 # step "text": the main text of a page, without menus, adverts and comments
 #
-# Four passes, each linear in the size of the page: strip_raw removes scripts and comments; scan splits
-# the page at its tags, and a stack of open elements makes blocks of text; choose_blocks finds the
-# article and drops its links and leftovers; html_to_text joins the blocks. The ideas: text and link
-# density (boilerpipe, Kohlschuetter et al. 2010); neighbours decide about short blocks (jusText,
-# Pomikalek 2011); tell-tale class names (trafilatura, Barbaresi 2021). A regular expression finds the
-# tags, because html.parser takes eight times as long.
+# Four passes, each linear in the size of the page:
+#   strip_raw      removes scripts and comments
+#   scan           splits the page at its tags; a stack of open elements makes blocks of text
+#   choose_blocks  finds the article and drops its links and leftovers
+#   html_to_text   joins the blocks
+# The ideas: text and link density (boilerpipe, Kohlschuetter et al. 2010); neighbours decide about
+# short blocks (jusText, Pomikalek 2011); tell-tale class names (trafilatura, Barbaresi 2021).
+# A regular expression finds the tags, because html.parser takes eight times as long.
 
 MAX_CHARS = 5_000_000 # of a page are read; it limits the memory to 0.6 GB
 HTML = load_json(f'{CONFIG_DIR}/html.json') # names of tags and classes
@@ -792,7 +794,7 @@ class Block(typing.NamedTuple):
     row: int        # number of the table row, or 0
 
 def strip_raw(page):
-    """Remove comments, scripts and the like. What is never closed goes on to the end, as in browsers."""
+    """Remove comments, scripts and the like. What is never closed ends with the page."""
     parts, pos = [], 0
     for match in RAW_START.finditer(page):
         if match.start() >= pos: # not inside what has been removed
@@ -945,7 +947,7 @@ def choose_blocks(blocks, parents, verdicts):
     return chosen
 
 def html_to_text(page):
-    """The main text: an empty line between paragraphs, '- ' before list items, ' | ' between cells."""
+    """The main text: an empty line between paragraphs, '- ' before items, ' | ' between cells."""
     blocks = choose_blocks(*scan(page))
     size = sum(len(block.text) for block in blocks)
     if size < 200: # perhaps a bad name was misleading: half of a page is not a menu
@@ -974,7 +976,7 @@ CHARSET = re.compile(r'utf-?(8|16-?[lb]e)|(windows-|cp)\d+|iso-?8859-\d+|koi8-[r
 BYTE_ORDER_MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
 
 def decode(raw, content_type=''):
-    """Bytes -> (charset, text): by byte order mark, HTTP header, <meta> tag; else UTF-8 or cp1252."""
+    """Bytes -> (charset, text) by byte order mark, HTTP header, <meta> tag, or UTF-8, or cp1252."""
     names = [name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)]
     for text in (content_type, raw[:4096].decode('latin-1')):
         names += re.findall(r'charset\s*=\s*["\']?\s*([\w-]+)', text.lower())[:3]
@@ -1003,14 +1005,14 @@ def text_step(doc):
 # FineWeb uses fastText (Joulin et al. 2016), a model of 126 MB.
 
 # runs of letters; single letters in scripts without spaces
-WORD = re.compile(r'[\u0900-\u0dff]+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|'
-                  r'[^\W\d_]+')
+WORD = re.compile(r'[\u0900-\u0dff]+|'
+                  r'[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+')
 
 @functools.lru_cache(1)
 def language_table(path=f'{CONFIG_DIR}/languages.json'):
     """
-    -> codes, {word: row}, log P(word | language) of shape (words + 1, languages + 1). The last row is
-    for every other word, the last column ('und') for text in no language that is known here.
+    -> codes, {word: row}, log P(word | language) of shape (words + 1, languages + 1). The last row
+    is for every other word, the last column ('und') for text in no language that is known here.
     """
     table = load_json(path) # {code: [words, ...]}; a word of the i-th string is one of 2^i words
     words = ' '.join(' '.join(strings) for strings in table.values()).split()
@@ -1064,7 +1066,7 @@ def lines_of(text):
     return [line.strip() for line in text.split('\n') if line.strip()]
 
 def mix(x):
-    """The last steps of MurmurHash3 (Appleby 2011), uint64 -> uint64: each bit of x changes all others."""
+    """The end of MurmurHash3 (Appleby 2011), uint64 -> uint64: each bit of x changes all others."""
     for constant in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         x = (x ^ (x >> np.uint64(33))) * np.uint64(constant)
     return x ^ (x >> np.uint64(33))
@@ -1152,12 +1154,13 @@ def quality_step(doc):
     })
 
 # -----------------------------------------------------------------------------
-# steps "c4" and "fineweb": rules of C4 (Raffel et al. 2020, 2.2), of FineWeb (Penedo et al. 2024, 3.6)
+# steps "c4" (Raffel et al. 2020, 2.2) and "fineweb" (Penedo et al. 2024, 3.6)
 
-POLICY = re.compile('javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies', re.I)
+POLICY = re.compile('javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies',
+                    re.I)
 
 def c4_step(doc):
-    """Remove very short lines and lines about cookies and scripts; then drop placeholders and code."""
+    """Remove very short lines and lines about cookies; then drop placeholder texts and code."""
     kept = []
     for line in doc['text'].split('\n'):
         is_sentence = len(line.split()) >= min_line_words and not POLICY.search(line)
@@ -1172,7 +1175,7 @@ def c4_step(doc):
     })
 
 def fineweb_step(doc):
-    """Drop lists and menus: FineWeb's authors found these rules by comparing good and bad crawls."""
+    """Drop lists and menus. The authors found these rules by comparing good and bad crawls."""
     lines = lines_of(doc['text'])
     n_punctuated = sum(line[-1] in '.!?"”\'' for line in lines)
     different = ''.join(set(lines))
@@ -1187,10 +1190,10 @@ def fineweb_step(doc):
 # -----------------------------------------------------------------------------
 # step "pii": personal data gives way to a placeholder, <EMAIL> for an address and so on
 #
-# A pattern finds what has the form; is_private then looks at what no pattern can tell. Every pattern
-# begins with a set of characters, to which re can jump, and looks back only from there: (?<!\w.)
-# means that no letter or digit is before the first character. That is ten times as fast. All
-# repetitions have a limit, so the time is linear in the length of the text.
+# A pattern finds what has the form; is_private then looks at what no pattern can tell. Every
+# pattern begins with a set of characters, to which re can jump, and looks back only from there:
+# (?<!\w.) means that no letter or digit is before the first character. That is ten times as fast.
+# All repetitions have a limit, so the time is linear in the length of the text.
 
 PII = load_json(f'{CONFIG_DIR}/personal_data.json') # {parts, patterns with examples, needed, words}
 
@@ -1202,7 +1205,7 @@ def fill_in(pattern):
 
 PII_PATTERNS = [(row['kind'], fill_in(row['pattern'])) for row in PII['patterns']]
 PII_KINDS = list(PII['needed'])
-SAYS = {name: re.compile(pattern) for name, pattern in PII['words'].items()} # search before a number
+SAYS = {name: re.compile(pattern) for name, pattern in PII['words'].items()} # before a number
 CARD_NUMBER = re.compile(r'4(\d{12}|\d{15}|\d{18})|3[47]\d{13}|3[0689]\d{12}|' # lengths and first
                          r'(5[1-5]|2[2-7]|35)\d{14}|(5[0678]|6\d)\d{11,17}')   # digits of all banks
 
@@ -1215,7 +1218,7 @@ def is_card(number):
     return total % 10 == 0 and CARD_NUMBER.fullmatch(number)
 
 def is_public_ip(text):
-    """Private networks, examples and numbers such as 4.1.2.1 (a version, a section) do not count."""
+    """Private networks, examples and versions such as 4.1.2.1 do not count."""
     try:
         ip = ipaddress.ip_address(text)
     except ValueError:
@@ -1311,7 +1314,7 @@ def text_of(item):
     return '\n\n'.join(turns + item['row'].get('completions', []))
 
 def describe(item):
-    """Add size (bytes), key (64 bits of a hash) and side. Items with the same key are on one side."""
+    """Add size (bytes), key (64-bit hash) and side: items with the same key are on one side."""
     text = text_of(item)
     turns = item.get('row', {}).get('messages', [])
     asked = [turn['content'] for turn in turns if turn['role'] == 'user']
@@ -1440,7 +1443,7 @@ def near_duplicates(signatures, threshold=0.7):
     signatures (n, 112) uint32 -> (n,) the earlier text that each is a copy of, or itself.
 
     Two texts with a band of 8 equal values are compared: they are copies if at least `threshold` of
-    their 112 values are equal. Texts come one after the other and are compared with those that stay.
+    their 112 values are equal. Each text is compared with the earlier ones that stay.
     """
     n = len(signatures)
     copy_of = np.arange(n)
@@ -1599,11 +1602,12 @@ for name in ALL_STEPS:
     n_lost = total[name]['docs_in'] - total[name]['docs_out']
     lost.append(f'{name} {n_lost:,}')
 assert 'text' in kept or not n_read, (f'no document of {n_read:,} is left, dropped by '
-                                      f'{", ".join(lost)}: run fewer steps, as in --filters=pii,dedup')
+                                      f'{", ".join(lost)}: run fewer steps: --filters=pii,dedup')
 assert kept or token_files or exams, f'{files}: the input files are empty'
 known = set().union(*kept.values())
 unknown = sorted(set(weights) - known)
-assert not unknown, f'mixture: nothing from {", ".join(unknown)}; there is {", ".join(sorted(known))}'
+assert not unknown, (f'mixture: nothing from {", ".join(unknown)}; '
+                     f'there is {", ".join(sorted(known))}')
 times = np.zeros(n_items, np.int64) # how often each item is taken
 rng = np.random.default_rng(seed)
 for kind, numbers_of in sorted(kept.items()):
@@ -1617,7 +1621,7 @@ for kind, numbers_of in sorted(kept.items()):
         rest = (epochs - int(epochs)) * have[name]
         times[order[before < rest]] += 1
         if epochs > 1:
-            print0(f'{kind}: {name} is too small for its share and is repeated: {epochs:.2f} epochs')
+            print0(f'{kind}: {name} is too small for its share: {epochs:.2f} epochs of it')
 times[is_val] = np.minimum(times[is_val], 1) # validation data is never repeated
 for kind, numbers_of in kept.items():
     numbers = np.concatenate([*numbers_of.values()])
@@ -1688,8 +1692,8 @@ def score(truth, fates, names):
     """
     Compare what the steps did with what was planted. -> {step: (planted, precision, recall)}
 
-    truth: {url: {text, fault, group, private}}, written by toytown.py. fault names the step that must
-    drop the page; 'quality' is for the four steps that judge prose, together.
+    truth: {url: {text, fault, group, private}}, written by toytown.py. fault names the step that
+    must drop the page; 'quality' is for the four steps that judge prose, together.
     fates: {url: {stopped, text, private}}, the step that dropped the page and what was found in it.
     """
     junk_steps = [name for name in names if name in ('repetition', 'quality', 'c4', 'fineweb')]
@@ -1752,7 +1756,8 @@ for kind, taken in mixed.items():
     for name, size in taken.items():
         share = size / sum(taken.values())
         wanted_share = wanted[name] / sum(wanted.values())
-        print0(f'{kind}: {name} {size / 1e6:.2f} MB, {share:.1%} of bytes (wanted {wanted_share:.1%})')
+        print0(f'{kind}: {name} {size / 1e6:.2f} MB, {share:.1%} of bytes '
+               f'(wanted {wanted_share:.1%})')
 most_common = total['private'].most_common()
 found = ', '.join(f'{kind} {n:,}' for kind, n in most_common)
 print0(f"personal data replaced: {found or 'none'} | skipped: {dict(total['skipped'])}")
@@ -1781,5 +1786,6 @@ for path in glob.glob(f'{glob.escape(data_dir)}/*.bin'):
 old_names = [name for name in old_names if name not in new_names]
 write_text(MARKER, json.dumps(dict(new=new_names, old=old_names)))
 put_in_place()
-print0(f"{counts['text train rows']:,} documents to train on, {counts['text val rows']:,} to validate on")
+print0(f"{counts['text train rows']:,} documents for training, "
+       f"{counts['text val rows']:,} for validation")
 print0(f'written to {data_dir} in {time.time() - START:.1f} s')

@@ -69,7 +69,7 @@ n_kv_head = 0               # heads of keys and values (grouped-query attention)
 n_embd = 768                # width of the embeddings and of the residual stream
 n_hidden = 0                # width of the MLP; 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
 block_size = 1024           # maximum context length, in tokens
-vocab_size = 50304          # only for --estimate without a tokenizer.json, whose size counts
+vocab_size = 50304          # only for --estimate before there is a tokenizer.json
 tie_embeddings = True       # share one matrix between the input and the output embedding
 qk_norm = False             # RMSNorm on queries and keys: allows higher learning rates
 key_shift = False           # half of the key heads use the token before: helps small models

@@ -257,14 +257,7 @@ def get_order(epoch):
     """A seeded shuffle, the same on all ranks -> (steps_per_epoch, step_size), indices of train."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(train))[:steps_per_epoch * step_size]
-    # similar lengths share a step, so that little is padded: sort within pools of 16 steps
-    pool_size = 16 * step_size
-    by_length = []
-    for first in range(0, len(order), pool_size):
-        pool = order[first:first + pool_size]
-        by_length += sorted(pool, key=lambda j: train[j][0])
-    order = np.array(by_length).reshape(steps_per_epoch, step_size)
-    return rng.permutation(order) # shuffles the rows, which are the steps
+    return order.reshape(steps_per_epoch, step_size)
 
 def get_batches(step):
     """The micro-batches of this process in this step; they depend on (seed, step, rank) only."""

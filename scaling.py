@@ -10,8 +10,7 @@ on Toytown      $ python scaling.py                (about 17 minutes on two CPU 
 on other data   $ python scaling.py --data_dir=data/shakespeare
 
 Reads   data_dir/train_*.bin, val_*.bin, tokenizer.json
-Writes  out_dir/scaling.svg, out_dir/scaling.json, and a folder for each run. A finished run with the
-        same settings is not repeated.
+Writes  out_dir/scaling.svg, scaling.json, a folder for each run (a finished one is not repeated)
 
 N leaves embeddings out (Kaplan et al. 2020): they are most of such a small model. Each run has its
 own schedule: half-way, a long run is worse than the end of a run half as long.
@@ -89,7 +88,8 @@ def predict(p, N, D):
 least = math.inf
 for start in itertools.product((-2, -0.5, 0.5), (2, 6), (2, 6), (0.3, 0.7)):
     q = torch.tensor([*start, 0.5], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([q], max_iter=500, line_search_fn='strong_wolfe')
+    optimizer = torch.optim.LBFGS([q], max_iter=500, history_size=10, # 100 is slower
+                                  line_search_fn='strong_wolfe')
 
     def closure():
         optimizer.zero_grad()

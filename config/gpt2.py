@@ -1,16 +1,17 @@
-# GPT-2 124M again, on 10 billion tokens of FineWeb: 45 minutes and 18 dollars of 8 H100, by --estimate
-# (40% of their peak). The settings are those of the literature; the run itself was not made here.
+# GPT-2 124M on 10 billion tokens of FineWeb. `--estimate=8xH100` says: 45 minutes, 18 dollars. The
+# settings are those of the literature; this run was not made here.
 #     python prepare_data.py config/gpt2.py; python tokenizer.py config/gpt2.py
 #     torchrun --standalone --nproc_per_node=8 pretrain.py config/gpt2.py
-# One GPU gives the same run, eight times slower: total_batch_size stays, batch_size is what one GPU takes at once.
+# One GPU gives the same run, eight times slower: total_batch_size stays, and batch_size is what one
+# GPU takes at once.
 
 data_dir = 'data/gpt2'
 out_dir = 'out/gpt2'
 
-prepare_data = dict(source='fineweb', n_files=101) # 20 GB of tokens, made by others
+prepare_data = dict(source='fineweb', n_files=101) # 20 GB of published token shards
 tokenizer = dict(kind='gpt2')
 
 pretrain = dict(
     batch_size=64, total_batch_size=512, max_iters=19073, # 0.5M tokens a step, 10.0B in all
-    dropout=0.0, learning_rate=6e-4, min_lr=6e-5, warmup_iters=700, # Brown et al. 2020, table 2.1; text is seen once
+    dropout=0.0, learning_rate=6e-4, min_lr=6e-5, warmup_iters=700, # Brown et al. 2020, table 2.1
     compile=True, eval_interval=250, eval_iters=20, save_interval=1000)

@@ -214,7 +214,7 @@ def test_a_tokenizer_of_characters(scripts, tmp_path):
 
 @pytest.mark.parametrize('kind, changes, says', [
     ('llama', dict(model_type='mamba'), "'mamba'"), ('llama', dict(model_type='DELETE'), 'model_type'),
-    ('llama', dict(hidden_act='gelu'), 'hidden_act'), ('llama', dict(attention_bias=True), 'attention_bias'),
+    ('llama', dict(hidden_act='gelu'), 'hidden_act'),
     ('llama', dict(rope_scaling=dict(rope_type='llama3')), 'rope_scaling'),
     ('llama', dict(rope_parameters=dict(rope_type='yarn')), 'yarn'),
     ('llama', dict(head_dim=64), 'head_dim is 64'), ('llama', dict(hidden_size='DELETE'), 'hidden_size'),

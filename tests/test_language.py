@@ -68,7 +68,8 @@ def test_by_hand(tmp_path):
     mine.space['language_table'] = lambda: table
     mean, prior = 0.5 / 3, 2.718281828459045**5 # und: the mean of the three, and the head start
     p = dict(x=0.5 * 0.5, y=1e-5 * 0.5, z=1e-5 * 0.6, und=mean * 0.7 * prior) # of the words a and other
-    assert mine.language_scores('A other') == pytest.approx({code: value / sum(p.values()) for code, value in p.items()})
+    total = sum(p.values())
+    assert mine.language_scores('A other') == pytest.approx({code: value / total for code, value in p.items()})
 
 
 def test_the_step():

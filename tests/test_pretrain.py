@@ -72,7 +72,7 @@ def test_learning_rate():
     assert s.get_lr(54) == pytest.approx(0.55) and s.get_lr(104) == pytest.approx(0.1) == s.get_lr(105)
 
 def test_length_and_time_are_printed_first(go, world, scripts):
-    out = go('--max_iters=0', '--tokens_per_param=1', '--eval_iters=1', '--log_interval=50')
+    out = go('--max_iters=0', '--tokens_per_param=1', '--eval_interval=1000', '--log_interval=50')
     n = int(re.search(r'model: llama, ([\d,]+) parameters', out)[1].replace(',', ''))
     steps = int(re.search(r'length: ([\d,]+) steps of 192 tokens', out)[1].replace(',', ''))
     assert steps == math.ceil(n / (4 * 48)) and '1.0 a parameter' in out # batch 4, context 48
@@ -134,8 +134,9 @@ def test_a_run_with_other_settings_is_not_resumed(world, scripts, tmp_path):
 def test_sanity(go, world, scripts, tmp_path):
     go('--max_iters=2')
     old = folder_bytes(tmp_path)
-    assert 'sanity: pass' in go('--sanity=true', '--learning_rate=1e-2')
-    scripts.fails('sanity: FAIL: loss', *command(world, tmp_path, '--sanity=true', '--learning_rate=1e-7'))
+    flags = ('--sanity=true', '--eval_interval=1000', '--log_interval=100')
+    assert 'sanity: pass' in go(*flags, '--learning_rate=1e-2')
+    scripts.fails('sanity: FAIL: loss', *command(world, tmp_path, *flags, '--batch_size=1', '--learning_rate=1e-7'))
     new = folder_bytes(tmp_path)
     assert all(new[path] == old[path] for path in old) # the curve and the checkpoint of a real run
 

@@ -109,5 +109,6 @@ if __name__ == '__main__':
         peer = lambda pattern, out: timed([sys.executable, '-c', PEER, tmp, pattern, out])
         start_peer = peer('small.warc.gz', f'{tmp}/e')[2]
         theirs, _, theirs_cpu = peer('whole.warc.gz', f'{tmp}/f')
-        print(f'datatrove            {theirs:6.1f} s  {len(pages) / (theirs_cpu - start_peer):7.1f} pages per CPU second')
+        rate = len(pages) / (theirs_cpu - start_peer)
+        print(f'datatrove            {theirs:6.1f} s  {rate:7.1f} pages per CPU second')
         print(f'ratio {(theirs_cpu - start_peer) / (one_cpu - start_cpu):.2f}x')

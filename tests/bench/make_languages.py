@@ -13,7 +13,7 @@ import collections, json, math, os, re, sys
 
 import wordfreq
 
-# as WORD in prepare_data.py: runs of letters, with vowel signs in India's scripts; in scripts without spaces single letters
+# as in prepare_data.py: runs of letters, with vowel signs in India's scripts; in scripts without spaces single letters
 WORD = re.compile(r'[\u0900-\u0dff]+|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+')
 CODES = """af ar bg bis bn br ca cs cy da de el en eo es et eu fa fi fo fr fy ga gd gl he hi hr hu hwc hy id is it ja
     jam kk ko la lb lt lv mk ml ms mt nb nds nl nn oc pcm pl pt ro ru sco si sk sl sq srn sv sw ta te th tl tpi tr uk

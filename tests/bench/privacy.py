@@ -1,7 +1,7 @@
 """
 Personal data: what redact() finds of planted items, and what it takes for personal data that is none.
 
-The forms are those of real pages and do not look at the patterns of prepare_data.py. Two sets of forms and two of written
+The forms are those of real pages and do not look at the patterns under test. Two sets of forms and two of written
 cases: 'dev' was there to tune on; 'held out' (HELD_*, other sentences, another seed) was run after the tuning.
     recall      planted items of a kind whose core (all of it) is gone under a placeholder of this kind
     precision   placeholders of a kind that stand for a planted item of this kind (or it and <= 3 characters more)
