@@ -41,7 +41,7 @@ for word in "$@"; do
 done
 # `setting pretrain.py out_dir` prints out/toytown; a mistake in the arguments ends the run here
 setting() { python configurator.py "$1" "${args[@]}" | sed -n "s/^ \"$2\": \"\(.*\)\",*\$/\1/p"; }
-raw_dir=$(setting toytown.py raw_dir)
+town_dir=$(setting toytown.py town_dir)
 files=$(setting prepare_data.py files)
 if [ "$(setting prepare_data.py source)" != files ]; then files=''; fi # downloads, see config/sources.json
 data_dir=$(setting pretrain.py data_dir)
@@ -75,8 +75,8 @@ stage() {
 }
 previous=model.py marks=()
 trap 'exit 130' INT # Ctrl-C is for the stage: it saves and leaves
-if [ "$files" = "$raw_dir" ]; then
-    stage "$raw_dir/truth.jsonl"  python toytown.py "${args[@]}"
+if [ "$files" = "$town_dir" ]; then
+    stage "$town_dir/truth.jsonl"  python toytown.py "${args[@]}"
 fi
 stage "$data_dir/funnel.json"     python prepare_data.py "${args[@]}"
 stage "$data_dir/tokenizer.json"  python tokenizer.py "${args[@]}"

@@ -7,13 +7,13 @@ junk, copies, personal data), so that each cleaning step can be scored.
 
 Reads   config/toytown.json: names, facts, templates, page layouts, tasks. Edit it to make the town
         your own; its first entry, "about", explains the {slots} of the templates
-Writes  raw_dir/web_*.warc.gz, books.jsonl.gz, lessons.txt     documents; mixture.json: their shares
-        raw_dir/{chat,preferences,prompts}_{train,val}.jsonl   data for SFT, reward model, RLHF
-        raw_dir/benchmarks/*.jsonl                             questions for eval.py
-        raw_dir/truth.jsonl     what was planted: prepare_data.py scores its steps with it
+Writes  town_dir/web_*.warc.gz, books.jsonl.gz, lessons.txt   documents; mixture.json: shares
+        town_dir/{chat,preferences,prompts}_{train,val}.jsonl   data for SFT, reward model, RLHF
+        town_dir/benchmarks/*.jsonl                             questions for eval.py
+        town_dir/truth.jsonl     what was planted: prepare_data.py scores its steps with it
 
 the tiny world    $ python toytown.py config/tiny.py
-another town      $ python toytown.py --seed=7 --n_people=20 --raw_dir=data/raw/my_town
+another town      $ python toytown.py --seed=7 --n_people=20 --town_dir=data/raw/my_town
 It needs one CPU core and seconds. The same settings give the same bytes.
 Left out: images, links between the pages, questions that refer to an earlier turn.
 """
@@ -28,7 +28,7 @@ from model import grade, print0, simulated_ranking, write_jsonl, write_text
 # settings
 # the town
 world = 'config/toytown.json' # names, facts, word lists, templates, tasks
-raw_dir = 'data/raw/toytown' # output folder; it is replaced as a whole
+town_dir = 'data/raw/toytown' # output folder; it is replaced as a whole
 seed = 1337             # random seed
 n_people = 60           # number of people, with six facts each
 val_facts = 0.3         # share of facts and sums that the training data never asks about
@@ -357,9 +357,9 @@ for pair in sums['val']:
 
 # -----------------------------------------------------------------------------
 # write everything to a new folder, then let it take the place of the old one
-raw_dir = os.path.realpath(raw_dir) # without a slash at the end; the folder itself, not a link
-partial_dir = raw_dir + '.partial'
-replaced_dir = raw_dir + '.replaced'
+town_dir = os.path.realpath(town_dir) # without a slash at the end; the folder itself, not a link
+partial_dir = town_dir + '.partial'
+replaced_dir = town_dir + '.replaced'
 shutil.rmtree(partial_dir, ignore_errors=True) # of a run that was killed
 os.makedirs(partial_dir + '/benchmarks')
 for name, rows in files.items():
@@ -369,11 +369,11 @@ for part in range(2):
 write_text(f'{partial_dir}/lessons.txt', '\n<|endoftext|>\n'.join(lessons))
 
 # if a run is killed between two of these lines, the same command puts it right
-if os.path.exists(raw_dir):
-    extra = set(os.listdir(raw_dir)) - set(os.listdir(partial_dir))
-    assert not extra, f'{raw_dir} holds {extra}, which would be deleted: move it, or set --raw_dir'
+if os.path.exists(town_dir):
+    extra = set(os.listdir(town_dir)) - set(os.listdir(partial_dir))
+    assert not extra, f'{town_dir} holds {extra}, not ours: move it away, or set --town_dir'
     shutil.rmtree(replaced_dir, ignore_errors=True)
-    os.rename(raw_dir, replaced_dir)
-os.rename(partial_dir, raw_dir)
+    os.rename(town_dir, replaced_dir)
+os.rename(partial_dir, town_dir)
 shutil.rmtree(replaced_dir, ignore_errors=True)
-print0('written to', raw_dir)
+print0('written to', town_dir)

@@ -19,7 +19,7 @@ sft = dict(epochs=1, batch_size=16, learning_rate=1e-3, eval_interval=100, log_i
 reward = dict(batch_size=16, learning_rate=3e-4, eval_interval=50, log_interval=20, save_interval=50)
 
 rlhf = dict(max_iters=16, batch_size=32, minibatch_size=32, micro_batch_size=32, max_new_tokens=48, ppo_epochs=2,
-            learning_rate=1e-4, eval_interval=10, eval_prompts=64, 
+            learning_rate=1e-4, eval_interval=10, eval_prompts=64,
             sample_interval=1_000_000) # hh-rlhf holds texts that nobody wants on a screen
 
 eval = dict(max_new_tokens=48, max_questions=200, n_prompts=100)

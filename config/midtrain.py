@@ -6,7 +6,7 @@
 data_dir = 'data/midtrain'
 out_dir = 'out/midtrain'
 
-toytown = dict(raw_dir='data/raw/midtrain', n_pages=800, n_books=250, n_lessons=700)
+toytown = dict(town_dir='data/raw/midtrain', n_pages=800, n_books=250, n_lessons=700)
 prepare_data = dict(files='data/raw/midtrain')
 tokenizer = dict(use='data/toytown/tokenizer.json', conversations=1)
 

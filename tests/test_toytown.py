@@ -36,13 +36,13 @@ def members(path):
 @pytest.fixture(scope='module')
 def town(scripts, tmp_path_factory):
     folder = tmp_path_factory.mktemp('town') / 'raw'
-    scripts.ok('toytown.py', f'--raw_dir={folder}', *FLAGS)
+    scripts.ok('toytown.py', f'--town_dir={folder}', *FLAGS)
     return folder
 
 @pytest.fixture(scope='module')
 def other_town(scripts, tmp_path_factory):
     folder = tmp_path_factory.mktemp('other') / 'raw'
-    scripts.ok('toytown.py', f'--raw_dir={folder}', '--seed=7', *FLAGS)
+    scripts.ok('toytown.py', f'--town_dir={folder}', '--seed=7', *FLAGS)
     return folder
 
 # -----------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_outputs_and_the_same_bytes_again(town, other_town, scripts, tmp_path):
         kind, side = name[:-6].split('_')
         assert len(rows(town / name)) == sizes[kind][side == 'val'], name
     assert set(json.loads((town / 'mixture.json').read_text())) == {'web', 'books', 'lessons'}
-    scripts.ok('toytown.py', f'--raw_dir={tmp_path}/raw/', *FLAGS) # a slash at the end changes nothing
+    scripts.ok('toytown.py', f'--town_dir={tmp_path}/raw/', *FLAGS) # a slash at the end changes nothing
     assert contents(tmp_path / 'raw') == contents(town)
     assert [path.name for path in tmp_path.iterdir()] == ['raw']
     assert contents(other_town)['chat_train.jsonl'] != contents(town)['chat_train.jsonl']
@@ -201,7 +201,7 @@ die_at({})
 def test_killed_at_any_moment(where, left, town, other_town, scripts, tmp_path):
     folder = tmp_path / 'raw'
     shutil.copytree(town, folder)
-    command = ['toytown.py', f'--raw_dir={folder}', *FLAGS, '--seed=7']
+    command = ['toytown.py', f'--town_dir={folder}', *FLAGS, '--seed=7']
     assert scripts(*command, before=KILL.format(where)).code == 9
     # one whole town is left: the old one, in its place or moved aside, or the new one
     assert folder.exists() == (left != 'moved')
@@ -213,12 +213,12 @@ def test_killed_at_any_moment(where, left, town, other_town, scripts, tmp_path):
 
 def test_bad_input_destroys_nothing(scripts, tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
-    scripts.fails("holds .*notes.txt.*--raw_dir", 'toytown.py', f'--raw_dir={tmp_path}', *FLAGS)
+    scripts.fails("holds .*notes.txt.*--town_dir", 'toytown.py', f'--town_dir={tmp_path}', *FLAGS)
     assert contents(tmp_path) == {'notes.txt': b'mine'}
-    scripts.fails('n_people = 1000', 'toytown.py', f'--raw_dir={tmp_path}', *FLAGS, '--n_people=1000')
+    scripts.fails('n_people = 1000', 'toytown.py', f'--town_dir={tmp_path}', *FLAGS, '--n_people=1000')
     assert contents(tmp_path) == {'notes.txt': b'mine'}
     world = tmp_path / 'world.json'
     world.write_text('{"words": [}')
-    scripts.fails('world.json is not valid JSON: .*line 1', 'toytown.py', f'--world={world}', f'--raw_dir={tmp_path}/a')
-    scripts.fails('n_pages must be positive, not 0', 'toytown.py', '--n_pages=0', f'--raw_dir={tmp_path}/a')
-    scripts.fails('flaw_rate is a share', 'toytown.py', '--flaw_rate=30', f'--raw_dir={tmp_path}/a')
+    scripts.fails('world.json is not valid JSON: .*line 1', 'toytown.py', f'--world={world}', f'--town_dir={tmp_path}/a')
+    scripts.fails('n_pages must be positive, not 0', 'toytown.py', '--n_pages=0', f'--town_dir={tmp_path}/a')
+    scripts.fails('flaw_rate is a share', 'toytown.py', '--flaw_rate=30', f'--town_dir={tmp_path}/a')
