@@ -10,7 +10,7 @@ to another checkpoint        $ python chat.py out/toytown/base.pt
 one answer, then exit        $ python chat.py --prompt="What pet does Anna have?"
 questions from a pipe        $ echo "Hello" | python chat.py --temperature=0
 
-In the conversation: /new forgets it, /retry asks for another answer, /quit (or Ctrl-D) leaves.
+In a conversation: /new begins another one, /retry asks for another answer, /quit or Ctrl-D leaves.
 Ctrl-C stops an answer.
 Left out: a web page and an HTTP API.
 """
@@ -46,7 +46,7 @@ min_p = 0.0                 # drop tokens below this fraction of the highest pro
 # system
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16
-seed = 0                    # random seed of the sampling; 0 = another one each time
+seed = 0                    # random seed of the sampling; 0 = a different one each time
 config = configure(globals())
 
 assert temperature >= 0, f'temperature must not be negative, it is {temperature}'
@@ -83,8 +83,8 @@ print(f'{task} /new /retry /quit')
 def truncate_probs(probs):
     """
     Set the probabilities (B, V) that sampling may not choose to 0; the rest need not sum to 1.
-    top_k: Fan et al. 2018; top_p, nucleus sampling: Holtzman et al. 2020; min_p: Nguyen et al. 2024.
-    Training never truncates: RLHF needs samples from the very distribution that it changes.
+    top_k: Fan et al. 2018; top_p (nucleus): Holtzman et al. 2020; min_p: Nguyen et al. 2024.
+    Training never truncates: RLHF needs samples from exactly the distribution that it changes.
     """
     if top_k > 0:
         k = min(top_k, probs.size(-1))
@@ -103,7 +103,7 @@ def truncate_probs(probs):
     return probs
 
 def make_prompt(messages):
-    """Token ids of a conversation. Forgets the oldest turns (in messages) if it is too long."""
+    """Token ids of a conversation. If it is too long, the oldest turns in messages are deleted."""
     if not is_chat:
         return [tok.eot] + tok.encode(messages[-1]['content'])
     n_system = 1 if system else 0
@@ -122,7 +122,7 @@ def answer(messages):
     def show(new_bytes, is_last=False):
         nonlocal text
         piece = decoder.decode(new_bytes, is_last)
-        if is_chat and not text: # the chat template puts a space before each text
+        if is_chat and not text: # the chat template begins each text with a space
             piece = piece.lstrip()
         text += piece
         print(piece, end='', file=answers, flush=True)
@@ -135,7 +135,7 @@ def answer(messages):
     try:
         with run.autocast():
             generate(model, [ids], max_new_tokens, stop, temperature, truncate_probs, on_token)
-    except KeyboardInterrupt: # stops this answer, not the program
+    except KeyboardInterrupt: # Ctrl-C stops this answer, not the program
         print(' ...', end='', file=answers)
     show(b'', is_last=True)
     print(file=answers, flush=True)

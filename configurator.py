@@ -25,7 +25,7 @@ BOOLS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0':
 # -----------------------------------------------------------------------------
 # reading: a change is (source, stage, name, value); stage None means every stage that has the name
 def read_settings(path):
-    """The settings of a script: {name: (default, comment, heading)}. Empty if it is no such script."""
+    """Settings of a script: {name: (default, comment, heading)}. Empty if it has no configure()."""
     text = path.read_text(encoding='utf-8', errors='replace')
     text, call, _ = text.partition('\nconfig = configure(globals()')
     if not call:
@@ -33,7 +33,7 @@ def read_settings(path):
     lines = text.split('\n')
     settings = {}
     for node in ast.parse(text, str(path)).body:
-        # A literal refers to no other name. `import os`, `x = os.sep` and `_x = 1` are not settings.
+        # A literal uses no other name. `import os`, `x = os.sep` and `_x = 1` are not settings.
         names = [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
         if isinstance(node, ast.Assign) and len(names) == 1 and not names[0].startswith('_'):
             default = eval(ast.unparse(node.value)) # literal_eval would refuse 64 * 1024
@@ -44,7 +44,7 @@ def read_settings(path):
     return settings
 
 def read_profile(path, stages):
-    """Run a profile and return its changes: plain names first, then the dicts of stages, which win."""
+    """Run a profile and return its changes: plain names, then the dicts of stages, which win."""
     space = {'__file__': str(path)}
     try:
         exec(path.read_text(encoding='utf-8'), space)
@@ -52,11 +52,11 @@ def read_profile(path, stages):
         raise AssertionError(f'{path}: {type(e).__name__}: {e}') from None
     plain = []
     of_stages = []
-    for name, value in space.items():
-        is_other = name.startswith('_') or callable(value) or isinstance(value, type(os)) # a module
+    for name, value in space.items(): # a profile may also import modules and define functions
+        is_helper = name.startswith('_') or callable(value) or isinstance(value, type(os))
         if name in stages and isinstance(value, dict):
             of_stages += [(path, name, key, v) for key, v in value.items()]
-        elif not is_other:
+        elif not is_helper:
             plain.append((path, None, name, value))
     return plain + of_stages
 
@@ -81,7 +81,7 @@ def read_command_line(words, script, stages):
 # -----------------------------------------------------------------------------
 # checking and setting
 def find_owners(source, stage, name, stages):
-    """The stages that a change is for. An unknown name is an error that tells the nearest one."""
+    """The stages that a change is for. An unknown name is an error that hints at a similar one."""
     owners = [s for s in stages if name in stages[s]]
     if owners and stage in (None, *owners):
         return [stage] if stage else owners
@@ -101,7 +101,7 @@ def cast(value, default, source, name):
         try: # text is never run as code: this understands literals only
             value = BOOLS[value.lower()] if kind is bool else ast.literal_eval(value)
         except Exception:
-            pass # it stays text, which suits only a default of None
+            pass # it stays text; the last line accepts that only if the default is None
     if kind is float and type(value) is int:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer(): # 1e4, but not 0.5
@@ -148,7 +148,7 @@ def configure(space, quiet=False):
 # errors: what a user can correct is one line without a traceback
 def print_error(kind, error, trace):
     """sys.excepthook of every script. After it, Python exits with code 1."""
-    folder = Path(traceback.extract_tb(trace)[-1].filename).resolve().parent # ours, or torch's
+    folder = Path(traceback.extract_tb(trace)[-1].filename).resolve().parent # where it was raised
     text = str(error)
     if isinstance(error, AssertionError) and text and folder == Path(__file__).resolve().parent:
         line = f'error: {text}'
@@ -158,12 +158,12 @@ def print_error(kind, error, trace):
         line = 'error: out of memory: lower --batch_size, --micro_batch_size or --block_size'
     elif isinstance(error, KeyboardInterrupt):
         line = 'stopped; the same command continues'
-    elif isinstance(error, BrokenPipeError): # `python chat.py | head`: nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # for Python's last flush
+    elif isinstance(error, BrokenPipeError): # `python chat.py | head`: the reader has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # Python flushes stdout once more at its end
         return
     else:
         return sys.__excepthook__(kind, error, trace)
-    if RANK > 0: # most errors meet all ranks: let rank 0 print, then torchrun ends this process
+    if RANK > 0: # most errors happen on all ranks: rank 0 prints, and torchrun ends this process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(line, file=sys.stderr)

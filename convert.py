@@ -7,17 +7,17 @@ a checkpoint of ours   $ python convert.py out/toytown/rlhf.pt out/toytown/hf
 
 Reads   a checkpoint; or a folder with config.json, *.safetensors and tokenizer.json; or the Hub,
         whose files are kept in data/models
-Writes  a checkpoint with our tokenizer.json next to it, to continue with: `python pretrain.py
+Writes  a checkpoint with our tokenizer.json next to it, to train further with `python pretrain.py
         --init_from=out/gpt2/base.pt`; or a folder for transformers, vLLM and llama.cpp
 
-These classes compute the same as our GPT. Their names for things are in config/huggingface/.
+These classes compute the same as our GPT. config/huggingface/ translates the names.
     arch='gpt2'               GPT2LMHeadModel
     arch='llama'              LlamaForCausalLM
     arch='llama', qk_norm     Qwen3ForCausalLM
     arch='llama', key_shift   ToytownForCausalLM, with its code: load it with trust_remote_code=True
 
 Left out: Hub models in several files (download the folder yourself), tokenizers of characters,
-rope scaling, and retries: the same command continues an interrupted download.
+rope scaling, and retries: if a download was interrupted, the same command continues it.
 """
 import base64, glob, json, math, os, shutil, sys
 from dataclasses import asdict
@@ -42,7 +42,7 @@ for setting, word in zip(['source', 'target'], words):
 # settings
 source = ''     # what to convert: a checkpoint, a folder, or the name of a model on the Hub
 target = ''     # what to write: a folder, or a checkpoint: base.pt, sft.pt or rlhf.pt
-tokenizer = ''  # our tokenizer.json for a model that comes in; empty = made from the model's own
+tokenizer = ''  # for a model that comes in: path of our tokenizer.json; empty = convert the model's
 config = configure(globals())
 
 def read_json(path):
@@ -60,8 +60,8 @@ OPTIONAL = ('n_hidden', 'n_kv_head', 'rope_theta', 'tie_embeddings', 'qk_norm', 
 # -----------------------------------------------------------------------------
 # tokenizer
 
-# Hugging Face's vocabularies are text, so every byte needs a character: its own if that is
-# printable, otherwise one of those from 256 on. The space becomes 'Ġ'.
+# Hugging Face's vocabularies are text, so every byte needs a character. A printable byte is its
+# own, the others take the characters from 256 on. The space becomes 'Ġ'.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 THEMSELVES = {b: chr(b) for b in PRINTABLE}
@@ -90,8 +90,8 @@ def find_merges(tokens):
     return merges
 
 def tokenizer_json(tok):
-    """A Tokenizer -> the content of Hugging Face's tokenizer.json: every text gets the same ids."""
-    # Only a text that spells a special token differs: <|end|> makes that token there, text here.
+    """A Tokenizer -> the content of Hugging Face's tokenizer.json. It gives texts the same ids."""
+    # One exception: <|end|> written in a text becomes the special token there, plain text here.
     data = read_json(f'{FORMS}/tokenizer.json')
     split = data['pre_tokenizer']['pretokenizers'][0]
     split['pattern']['Regex'] = tok.spec['pattern']
@@ -136,7 +136,7 @@ def read_tokenizer(path):
         for token in sorted(vocab, key=vocab.get):
             tokens.append(bytes(CHAR_TO_BYTE[char] for char in token))
         tok = make_tokenizer('bpe', split['pattern']['Regex'], tokens)
-        # If we would write what we have read, every text gets the same ids.
+        # If what we would write equals what we have read, every text gets the same ids.
         ours = tokenizer_json(tok)
         assert ours['model']['vocab'] == vocab, 'the ids do not count from 0'
         assert ours['model']['merges'] == merges, 'the merges are not in the order of the ids'
@@ -194,7 +194,7 @@ def weight_names(args):
     """{our name of a weight: list of theirs}. Our attn.qkv joins three of Llama's, mlp.up two."""
     names = {}
     for ours, theirs in CLASSES['weights'][args['arch']].items():
-        for layer in map(str, range(args['n_layer'])): # the same again where there is no *
+        for layer in map(str, range(args['n_layer'])): # a name without * is set anew each time
             names[ours.replace('*', layer)] = [name.replace('*', layer) for name in theirs]
     if args['tie_embeddings']:
         del names['head.weight']
@@ -207,13 +207,13 @@ def transpose(name, weight, arch):
     return weight
 
 def qk_norm_product(args):
-    # Our scores are 12 / D (q k) with normed q and k. Those of Qwen3 are 1 / sqrt(D) (u q) (v k)
+    # Our scores are 12 / D (q k), q and k normalized. Those of Qwen3 are 1 / sqrt(D) (u q) (v k)
     # with learned weights u and v, q_norm and k_norm. Both are equal if u v is this number.
     D = args['n_embd'] // args['n_head']
     return 12 / math.sqrt(D)
 
 def download(url, path):
-    """Fetch url to path, unless it is there. The same command continues an interrupted download."""
+    """Download url to path, unless it is there. The next run continues an interrupted download."""
     if os.path.exists(path):
         return
     os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -222,12 +222,12 @@ def download(url, path):
         try:
             response = requests.get(url, headers=rest, stream=True, timeout=30)
             code = response.status_code
-            assert code != 416, f'{f.name} is longer than {url}: delete it'
-            assert response.ok, f'{source} is not a folder, and {url} answers HTTP {code}'
+            is_whole = code == 416 # it was stopped after the last byte
+            assert response.ok or is_whole, f'{source} is no folder, and {url}: HTTP {code}'
             if code == 200: # not 206: this server sends all of it
                 f.truncate(0)
-            for block in response.iter_content(1 << 20):
-                f.write(block)
+            if not is_whole:
+                f.writelines(response.iter_content(1 << 20))
         except requests.RequestException as e:
             raise AssertionError(f'{url}: {type(e).__name__}: the same command continues') from None
     os.replace(f'{path}.part', path)
@@ -255,7 +255,7 @@ if target.endswith('.pt'):
     kind = theirs.get('model_type')
     kinds = list(CLASSES['constants'])
     assert kind in kinds, f'{folder}: model_type is {kind!r}, our GPT can only be one of {kinds}'
-    # what is not a setting of our GPT must have the value that it computes
+    # a property that is not a setting of our GPT must have the one value that our GPT has
     for name, value in CLASSES['constants'][kind].items():
         found = theirs.get(name, value)
         assert found == value, f'{folder}: {name} is {found!r}, our GPT has only {value!r}'
@@ -266,7 +266,7 @@ if target.endswith('.pt'):
         if value is not None:
             assert isinstance(value, (int, float)), f'{folder}: {name} is {value!r}, not a number'
             args[ours] = value
-        else: # GPTConfig has the usual value for some
+        else: # GPTConfig has defaults for the optional ones
             assert ours in OPTIONAL, f'{folder}: config.json has no {name}'
     args = asdict(GPTConfig(**args))
     head_dim = args['n_embd'] // args['n_head']
@@ -318,7 +318,7 @@ if target.endswith('.pt'):
         # special tokens that the model lacks start as the mean of all tokens (Hewitt 2021)
         mean = weights[name].mean(0, keepdim=True)                  # (1, C)
         weights[name] = torch.cat((weights[name], mean.expand(n_new, -1)))
-    if args['tie_embeddings']: # one tensor again, which is saved once
+    if args['tie_embeddings']: # make them one tensor, which is saved once
         weights['head.weight'] = weights['wte.weight']
 
     path = os.path.join(os.path.dirname(target), 'tokenizer.json')
@@ -380,7 +380,7 @@ else:
     # tokenizer
     texts = {'config.json': json.dumps(theirs, indent=1)}
     if tok.spec['kind'] == 'char':
-        print0('a tokenizer of characters has no form there: the folder will not have one')
+        print0('Hugging Face has no form for a tokenizer of characters: the folder gets none')
     else:
         settings = read_json(f'{FORMS}/tokenizer_config.json')
         with open(f'{FORMS}/chat_template.jinja', encoding='utf-8') as f:

@@ -12,9 +12,9 @@ one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 8 GPUs     $ torchrun --standalone --nproc_per_node=8 eval.py config/d20.py
 
 bits per byte  loss on the validation documents. It can be compared across tokenizers
-benchmarks     fraction of questions answered correctly; behind the name: what guessing would give
+benchmarks     fraction of questions answered correctly; in brackets: what guessing would give
 answers        sampled for held-out prompts: all checks met, gold score, entropy, distinct n-grams
-win rate       gold score against the SFT model's answer to the same prompt; a tie counts one half
+win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half
 KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(answer)
 
 A base model knows no chat template. It gets the words of the prompt as the start of a document.
@@ -129,7 +129,7 @@ def bits_per_byte(model, tok, label=''):
         missing = val_tokens + 1 - len(tokens) # + 1: the first token is never predicted
         shard = read_shard(path, tok.hash)[:missing]
         tokens = np.concatenate([tokens, shard.astype(np.int64)])
-    n_windows = (len(tokens) - 1) // T # a rest that does not fill a window is not used
+    n_windows = (len(tokens) - 1) // T # tokens at the end that do not fill a window are not used
     if n_windows < 1:
         return None
 
@@ -137,7 +137,7 @@ def bits_per_byte(model, tok, label=''):
     end = n_windows * T
     x = tokens[:end].view(n_windows, T)
     y = tokens[1:end + 1].view(n_windows, T) # the same tokens, one later
-    # a special token costs bits, but it has no bytes
+    # a special token costs bits, but it has no bytes: its size here is 0
     token_sizes = torch.tensor([len(tok.token_bytes(i)) for i in range(tok.n_vocab)])
 
     nats = 0.0
@@ -252,7 +252,7 @@ def load_benchmark(path):
     return questions
 
 def accuracy(model, tok, questions, label=''):
-    """-> (fraction of right answers, the same for guessing). Ranks share the questions."""
+    """-> (fraction of right answers, fraction right by guessing). Ranks share the questions."""
     mine = questions[run.rank::run.world_size]
     pairs = []
     for choices, gold in mine:
@@ -272,7 +272,7 @@ def accuracy(model, tok, questions, label=''):
 
     chances = []
     for choices, gold in questions:
-        chances.append(1 / len(choices) if gold is not None else 0) # text cannot be guessed
+        chances.append(1 / len(choices) if gold is not None else 0) # free text cannot be guessed
     return n_right / len(questions), statistics.fmean(chances)
 
 # -----------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def score_answers(model, answers, pad, label=''):
     """-> for each answer (logprob, entropy, is_greedy) of its tokens, see score."""
     rows = [answer['query'] + answer['ids'] for answer in answers]
     lengths = [len(answer['ids']) for answer in answers]
-    # the distribution that was sampled from; greedy answers have none, they are scored at 1
+    # the temperature of sampling; greedy answers come from no distribution: score them at 1
     return score(model, rows, lengths, pad, temperature or 1.0, label)
 
 def answer_prompts(model, tok, is_chat, prompts, label=''):
@@ -409,7 +409,7 @@ for name, ckpt in checkpoints.items():
 # -----------------------------------------------------------------------------
 # compare the models
 
-# distinct n-grams are counted in as many words of each model as the shortest-spoken one has
+# distinct n-grams are compared in equally many words: all that the least talkative model has said
 n_words = []
 for answers in all_answers.values():
     n_words.append(sum(len(answer['text'].split()) for answer in answers))
@@ -454,7 +454,7 @@ def show(value):
     return f'{value:.3f}'
 
 def markdown(head, rows):
-    """A Markdown table. Its columns are padded, so that it can be read as plain text too."""
+    """A Markdown table. Padding aligns its columns, so that it can be read as plain text too."""
     cells = [head]
     for row in rows:
         cells.append([show(value) for value in row])
@@ -492,7 +492,7 @@ for stage in ('base', 'sft', 'reward', 'rlhf'):
     path = os.path.join(out_dir, f'{stage}.pt')
     if os.path.exists(path):
         metrics = load_checkpoint(path, [stage], 'bash speedrun.sh')['metrics']
-        if 'flops' not in metrics: # a converted model: nobody knows what it has cost
+        if 'flops' not in metrics: # a converted model, whose training cost is unknown
             continue
         kept = ['seconds', 'flops', 'tokens', *JUDGES]
         costs[stage] = {key: metrics[key] for key in kept if metrics.get(key)}
@@ -542,7 +542,7 @@ WIDTH = 230                     # of a frame, in pixels
 HEIGHT = 150
 CELL_WIDTH = 48 + WIDTH + 72    # numbers on the left, labels on the right
 CELL_HEIGHT = 32 + HEIGHT + 24  # title above, steps below
-LABEL_GAP = 13                  # pixels between two labels; the letters are 11 high
+LABEL_GAP = 13                  # least distance of two labels in pixels; letters are 11 high
 COLOURS = ['#2563eb', '#dc2626', '#059669']
 
 def spread(wanted, gap, lowest, highest):
@@ -553,11 +553,11 @@ def spread(wanted, gap, lowest, highest):
     placed = list(wanted)
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     limit = lowest
-    for i in order: # from the smallest up: keep away from the one before
+    for i in order: # from the smallest up: keep the gap to the position before
         placed[i] = max(placed[i], limit)
         limit = placed[i] + gap
     limit = highest
-    for i in reversed(order): # from the largest down: push back what has left the range
+    for i in reversed(order): # from the largest down: push back what is above `highest`
         placed[i] = min(placed[i], limit)
         limit = placed[i] - gap
     return placed

@@ -8,7 +8,7 @@ What the stages share. The model comes first, the plumbing last:
   6. grade          the gold reward: what a program can check about an answer
   7. plumbing       device, processes, files, checkpoints, log: skip it on a first read
 Letters in shape comments: B batch, T tokens, S keys (cached tokens + T), C n_embd, H n_head,
-D head_dim = C / H, V vocab_size.
+H_kv n_kv_head, D head_dim = C / H, V vocab_size, P tokens of the longest prompt.
 """
 import base64, contextlib, functools, gzip, hashlib, json, math, os, re, signal, zlib
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ class GPTConfig:
     n_hidden: int = 0            # width of the MLP; 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
     dropout: float = 0.0
     tie_embeddings: bool = True  # share one matrix between the input and the output embedding
-    qk_norm: bool = False        # RMSNorm on queries and keys: attention scores stay bounded
-    key_shift: bool = False      # half of the key heads use the key of the token before
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
+    qk_norm: bool = False        # RMSNorm on queries and keys: allows higher learning rates
+    key_shift: bool = False      # half of the key heads get the key of the token before
+    rope_theta: float = 10000.0  # larger = slower rotation, for longer contexts
+    norm_eps: float = 1e-5       # keeps a norm from dividing by 0
 
     def __post_init__(self):
         assert self.arch in ('gpt2', 'llama'), f"arch must be 'gpt2' or 'llama', not {self.arch!r}"
@@ -64,7 +64,7 @@ def make_norm(config):
 def rotate(x, cos, sin):
     """Rotary positions (Su et al. 2021): rotate each pair (x1, x2) by an angle that grows with the
     position, so that the product of a query and a key depends on their distance. x (B, H, T, D)."""
-    swapped = x.roll(x.size(-1) // 2, dims=-1) # (x1, x2) -> (x2, x1)
+    swapped = x.roll(x.size(-1) // 2, dims=-1) # x1 and x2 are the halves of D: -> (x2, x1)
     # (x1 cos - x2 sin, x2 cos + x1 sin); the minus sign is in `sin`
     return torch.addcmul(x * cos, swapped, sin).type_as(x)
 
@@ -85,19 +85,19 @@ class Attention(nn.Module):
         config = self.config
         B, T, C = x.shape
         H, H_kv, D = config.n_head, config.n_kv_head, self.head_dim
-        qkv = self.qkv(x).view(B, T, H + 2 * H_kv, D).transpose(1, 2)
+        qkv = self.qkv(x).view(B, T, H + 2 * H_kv, D).transpose(1, 2) # (B, H + 2 H_kv, T, D)
         # norm and rotation treat queries and keys alike, so both are done at once
         qk, v = qkv.split([H + H_kv, H_kv], dim=1)        # (B, H + H_kv, T, D), (B, H_kv, T, D)
-        if config.qk_norm: # keeps training stable at high learning rates
+        if config.qk_norm: # bounds the scores, so that training is stable at high learning rates
             qk = F.rms_norm(qk, (D,), eps=config.norm_eps)
         if config.key_shift:
-            # An induction head looks for what followed an earlier copy of this token, so its keys
-            # must know the token before them. Plain attention needs a layer to tell them; with
-            # half of the keys shifted by one token, a small model learns to copy much sooner.
+            # An induction head looks for what followed an earlier copy of this token (Olsson et al.
+            # 2022), so its keys must know the token before them. In plain attention they learn it
+            # from an earlier layer. With shifted keys a small model learns to copy much sooner.
             qk, shifted = qk.split([H + H_kv // 2, H_kv - H_kv // 2], dim=1)
             first = torch.zeros_like(shifted[:, :, :1])
             if cache is not None:
-                first = cache.last_keys[layer].clone()
+                first = cache.last_keys[layer].clone() # the next line overwrites it
                 cache.last_keys[layer] = shifted[:, :, -1:]
             shifted = torch.cat((first, shifted[:, :, :-1]), dim=2)
             exists = (pos > 0).view(-1, 1, T, 1)          # nothing stands before the first token
@@ -136,7 +136,7 @@ class MLP(nn.Module):
             gate, up = self.up(x).chunk(2, dim=-1)
             h = F.silu(gate) * up
         else:
-            h = F.gelu(self.up(x), approximate='tanh')
+            h = F.gelu(self.up(x), approximate='tanh') # as GPT-2 computes it
         return F.dropout(self.proj(h), self.dropout, self.training)
 
 class Block(nn.Module):
@@ -153,7 +153,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 class GPT(nn.Module):
-    """The language model. model(idx) returns logits, model.hidden(idx) the vectors below them."""
+    """The language model. model(idx) gives logits; model.hidden(idx), the vectors before `head`."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -187,7 +187,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
             elif is_gpt2 and into_residual: # the sum over all blocks keeps its size
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif is_gpt2 or not name.startswith('blocks.'): # embeddings too: a loss near ln(V)
+            elif is_gpt2 or not name.startswith('blocks.'): # small: the first loss is near ln(V)
                 nn.init.normal_(p, std=0.02)
             elif into_residual: # llama: every block starts as the identity
                 nn.init.zeros_(p)
@@ -237,20 +237,20 @@ class GPT(nn.Module):
         return self.head(self.hidden(idx, pos, mask, cache))
 
     def n_params(self, embedding=True):
-        """Parameters, with or without embeddings (scaling laws leave them out: Kaplan 2020)."""
+        """Parameters, with or without embeddings (scaling laws omit them: Kaplan et al. 2020)."""
         skip = () if embedding else ('wte', 'wpe', 'head')
         return sum(p.numel() for name, p in self.named_parameters() if not name.startswith(skip))
 
     def flops_per_token(self, T):
-        """Forward and backward, sequences of T: 6 N + 12 n_layer C T (Chowdhery et al. 2022)."""
+        """FLOPs to learn a token in sequences of T: 6 N + 12 n_layer C T (Chowdhery et al. 2022)"""
         output = 0 if self.head is None else self.head.weight.numel()
-        n = self.n_params(embedding=False) + output # the embeddings are looked up, not multiplied
-        return 6 * n + 12 * self.config.n_layer * self.config.n_embd * T
+        N = self.n_params(embedding=False) + output # embeddings are looked up, not multiplied
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
 def make_attention_mask(start, S, mask, device):
     """Which of the keys 0..S-1 may the queries start..S-1 see? mask (B, S) is True at real keys."""
     if mask is None and (start == 0 or S - start == 1):
-        return None # `is_causal` does it, or a single query sees all
+        return None # no mask needed: `is_causal` does it, or a single query sees all keys
     queries = torch.arange(start, S, device=device)[:, None]
     keys = torch.arange(S, device=device)[None, :]
     seen = keys <= queries                                # (T, S)
@@ -266,18 +266,18 @@ def make_attention_mask(start, S, mask, device):
 # 2. generate
 
 class KVCache:
-    """Keys and values of the tokens seen so far; memory for all to come is allocated at once."""
+    """Keys and values of the tokens so far; the memory for `length` tokens is allocated once."""
     def __init__(self, config, batch_size, length, device, dtype):
         D = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_kv_head, length, D)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         last = (config.n_layer, batch_size, config.n_kv_head - config.n_kv_head // 2, 1, D)
-        self.last_keys = torch.zeros(last, device=device, dtype=dtype) # of key_shift, not shifted
+        self.last_keys = torch.zeros(last, device=device, dtype=dtype) # key_shift: before the shift
         self.n = 0 # number of tokens in the cache
 
     def append(self, layer, k, v):
-        S = self.n + k.size(2) # k, v (B, H_kv, T, D) are new, what is returned (B, H_kv, S, D)
+        S = self.n + k.size(2) # k, v (B, H_kv, T, D) are new; the results are (B, H_kv, S, D)
         self.keys[layer, :, :, self.n:S] = k
         self.values[layer, :, :, self.n:S] = v
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
@@ -289,7 +289,7 @@ class KVCache:
 
 def sample(probs):
     """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). Faster than
-    torch.multinomial, which draws B x V random numbers."""
+    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it."""
     cdf = probs.cumsum(-1) if probs.device.type == 'mps' else probs.double().cumsum(-1)
     total = cdf[:, -1:]
     assert total.isfinite().all(), 'the model has diverged (NaN): lower --learning_rate'
@@ -301,7 +301,7 @@ def sample(probs):
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncate_probs=None,
              on_token=None):
     """Continue each prompt (a list of ids) by up to max_new_tokens ids, or up to the id `stop`.
-    Returns lists of new ids, with `stop`. temperature=0 takes the most likely token.
+    Returns lists of new ids, including `stop`. temperature=0 takes the most likely token.
     truncate_probs (B, V) -> (B, V) may set probabilities to 0 (top-k, top-p). on_token gets the new
     ids of each step. A prompt that is too long for the context loses its oldest ids."""
     device = model.wte.weight.device
@@ -327,7 +327,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
             # positions count from the first real token, as if there were no padding
             pos = (torch.arange(cache.n, S, device=device) - first).clamp(min=0) # (B, T)
             mask = real[:, :S]
-        x = model.hidden(idx, pos, mask, cache)
+        x = model.hidden(idx, pos, mask, cache)           # (B, T, C)
         logits = model.head(x[:, -1]).float()             # (B, V)
         if temperature == 0:
             idx = logits.argmax(-1, keepdim=True)         # (B, 1)
@@ -342,7 +342,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
         done = done | (idx[:, 0] == (-1 if stop is None else stop))
         if done.all():
             break
-        # drop finished rows, but not before they are a quarter: it copies the whole cache
+        # Drop finished rows. This copies the whole cache, so wait until they are a quarter of all.
         if 4 * done.sum() >= len(done):
             cache.keep(~done)
             idx, rows, first, real = idx[~done], rows[~done], first[~done], real[~done]
@@ -353,7 +353,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
 # 3. ScalarModel
 
 class ScalarModel(nn.Module):
-    """A GPT body with one number per token instead of logits: score = (head(x) - mean) / std."""
+    """A GPT body and a score per token, not logits. At its end, reward.py sets mean and std."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -367,7 +367,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, idx):
         """idx (B, T), padded on the right, where causal attention never looks -> scores (B, T)."""
-        x = self.body.hidden(idx).float() # fp32: bf16 would round scores to three digits
+        x = self.body.hidden(idx).float() # self.head(x) in bf16 would round to three digits
         score = (x * self.head.weight).sum(-1) + self.head.bias
         return (score - self.mean) / self.std
 
@@ -386,8 +386,8 @@ def last_token(values, rows):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, then make the update of a matrix orthogonal, so that it
-    changes all directions by the same amount. For CPUs: torch.optim.Muon computes the same in bf16,
-    which most CPUs lack; here fp32, and matrices of one shape go in one batch."""
+    changes all directions by the same amount. torch.optim.Muon does the same in bf16, which most
+    CPUs lack. So this one computes in fp32, and stacks matrices of one shape into one batch."""
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -411,14 +411,14 @@ class Muon(torch.optim.Optimizer):
                     p.add_(update, alpha=-lr * size)
 
 def orthogonalize(x):
-    """x = U S V' -> about U V', by Newton-Schulz iteration: products only. x (matrices, n, m)."""
+    """SVD x = U S V' -> about U V' by Newton-Schulz iteration: products only. x (matrices, n, m)"""
     a, b, c = 3.4445, -4.7750, 2.0315 # chosen by Jordan: all singular values end near 1
     is_tall = x.size(1) > x.size(2)
-    if is_tall: # makes x x' the smaller square
+    if is_tall: # makes x x' the smaller square (' means transposed)
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    # five steps x <- p x with p = a + b x x' + c (x x')^2. Only the square x x' is iterated, and
-    # the product q of all p meets x once, at the end: half of the time in fp32, unstable in bf16.
+    # five steps x <- p x, where p = a + b x x' + c (x x')^2. Only the square x x' is iterated. The
+    # product q of all p meets x once, at the end: half the time in fp32, but unstable in bf16.
     identity = torch.eye(x.size(1), device=x.device)
     xx, q = x @ x.mT, identity
     for _ in range(5):
@@ -434,7 +434,7 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
     assert kind in ('adamw', 'muon'), f"optimizer must be 'adamw' or 'muon', not {kind!r}"
     matrices, vectors, inner_matrices = [], [], []
     for name, p in model.named_parameters():
-        if p.dim() < 2: # norms and biases: they do not decay (Brown et al. 2020)
+        if p.dim() < 2: # norms and biases do not decay
             vectors.append(p)
         elif kind == 'muon' and 'blocks.' in name:
             inner_matrices.append(p)
@@ -468,7 +468,7 @@ class Tokenizer:
         specials = {name: n + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.eot, self.system, self.user, self.assistant, self.end, self.pad = specials.values()
         self.n_vocab = spec.get('n_vocab', n + len(specials)) # padded to a round number for GPT-2
-        assert self.n_vocab >= n + len(specials), f'n_vocab {self.n_vocab} < {n} tokens'
+        assert self.n_vocab >= n + len(specials), f'n_vocab {self.n_vocab} < {n} + {len(specials)}'
         ranks = {token: i for i, token in enumerate(self.tokens)}
         self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], mergeable_ranks=ranks,
                                      special_tokens=specials)
@@ -490,10 +490,10 @@ class Tokenizer:
             raise AssertionError(f'{path} is damaged ({type(e).__name__}: {e}): {remedy}') from None
 
     def token_bytes(self, i):
-        return self.tokens[i] if i < len(self.tokens) else b'' # special tokens are no text
+        return self.tokens[i] if i < len(self.tokens) else b'' # special tokens have no text
 
     def decode_answer(self, ids):
-        """Decode an answer: drop special tokens and the leading space."""
+        """Decode an answer: drop special tokens, and spaces at both ends."""
         return b''.join(self.token_bytes(i) for i in ids).decode('utf-8', 'replace').strip()
 
     def render(self, messages, prompt=False):
@@ -507,7 +507,7 @@ class Tokenizer:
             roles = [turn['role'] for turn in messages]
             order = ' '.join(roles)
             turn_openers = [openers[role] for role in roles]
-            texts = [turn['content'] + '' for turn in messages]
+            texts = [turn['content'] + '' for turn in messages] # + '': a TypeError if it is no text
         except (KeyError, TypeError):
             raise ValueError('messages must be a list of {"role": .., "content": text}') from None
         last = 'user' if prompt else 'assistant'
@@ -527,7 +527,7 @@ class Tokenizer:
         return ids, mask
 
 def read_prompts(path, tok, need_checks=False):
-    """Yield (row, ids) of each prompt of a file. A bad row is an error that names its place."""
+    """Yield (row, ids) of each prompt of a file. A bad row is an error with path and line."""
     assert os.path.exists(path), f'no prompts {path}: make them with `python prepare_data.py`'
     for line, row in read_jsonl(path):
         try:
@@ -556,7 +556,7 @@ def grade(checks, text):
         return re.search(rf'(?<!\w){re.escape(phrase.lower())}(?!\w)', lower) is not None
 
     def count(phrases):
-        return sum(has(phrase) for phrase in phrases)
+        return sum(has(phrase) for phrase in phrases + []) # + []: text is not a list, an error
 
     def plain(s):
         return s.strip().lower().rstrip('.!')
@@ -598,13 +598,13 @@ def print0(*args, **kwargs):
 def setup(config, allow_fp16=False):
     """Choose device and dtype, join the process group of torchrun, seed torch. Returns a namespace:
     device, device_type, dtype, rank, world_size, master, stop, and autocast."""
-    assert 0 <= config['seed'] < 2**32, f'seed must lie in 0..2**32 - 1, not at {config["seed"]}'
+    assert 0 <= config['seed'] < 2**32, f'seed must be from 0 to 2**32 - 1, not {config["seed"]}'
     world_size = int(os.environ.get('WORLD_SIZE', 1))
     best = 'mps' if torch.backends.mps.is_available() else 'cpu'
     best = 'cuda' if torch.cuda.is_available() else best
     device = best if config['device'] == 'auto' else config['device']
     device_type = device.partition(':')[0]
-    assert device_type in ('cpu', best), f'device must be auto, cpu or {best}, not {device!r}'
+    assert device_type in ('cpu', best), f'no device {device!r} here: use --device=auto'
     if world_size > 1:
         if device_type == 'cuda':
             device = f'cuda:{os.environ["LOCAL_RANK"]}'
@@ -620,7 +620,7 @@ def setup(config, allow_fp16=False):
         dtype = 'float32'
         if device_type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False):
             dtype = 'bfloat16'
-        elif device_type == 'cuda' and allow_fp16: # a T4 or V100
+        elif device_type == 'cuda' and allow_fp16: # older GPUs, such as T4 and V100
             dtype = 'float16'
     allowed = ['float32', 'bfloat16', 'float16'] if allow_fp16 else ['float32', 'bfloat16']
     assert dtype in allowed, f"dtype must be 'auto' or one of {allowed}, not {dtype!r}"
@@ -639,7 +639,7 @@ def cleanup(run):
         dist.destroy_process_group()
 
 def catch_signals(run):
-    """Ctrl-C and SIGTERM set run.stop, so that the step is finished; a second one ends at once."""
+    """Ctrl-C and SIGTERM set run.stop: the step is finished first. A second one ends at once."""
     def on_signal(number, frame):
         run.stop = True
         signal.signal(number, signal.SIG_DFL)
@@ -647,7 +647,7 @@ def catch_signals(run):
         signal.signal(number, on_signal)
 
 def should_stop(run):
-    return all_sum(run.stop)[0] > 0 # any rank; all ranks must ask at the same step
+    return all_sum(run.stop)[0] > 0 # True if any rank must stop; call it on all at the same step
 
 def all_sum(*values):
     """Sum each number over all ranks; returns a list of floats."""
@@ -688,7 +688,7 @@ def write_text(path, text):
         f.write(text)
 
 def read_jsonl(path):
-    """Yield (line number, object) of a .jsonl or .jsonl.gz. A bad line is an error with place."""
+    """Yield (line number, object) of a .jsonl or .jsonl.gz. Errors name the path and the line."""
     open_text = gzip.open if str(path).endswith('.gz') else open
     line = 0
     try:
@@ -714,10 +714,10 @@ def write_jsonl(path, rows):
 SHARD_FORMATS = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 
 def read_shard(path, tok_hash=0):
-    """Token shard -> memory map of its tokens. A tok_hash of 0, here or there, is not compared."""
+    """Token shard -> memory map of its tokens. A tok_hash of 0, here or in the file, fits any."""
     remedy = f'run `python tokenizer.py --data_dir={os.path.dirname(path)}` again'
     header = np.fromfile(path, dtype='<i4', count=256)
-    magic, version, n_tokens, file_hash = (header.tolist() + [0] * 4)[:4] # of a cut file: zeros
+    magic, version, n_tokens, file_hash = (header.tolist() + [0] * 4)[:4] # 0 if the file is cut
     assert magic in SHARD_FORMATS, f'{path} is not a token shard: {remedy}'
     expected_version, dtype = SHARD_FORMATS[magic]
     found = (os.path.getsize(path) - 1024) / np.dtype(dtype).itemsize
@@ -760,7 +760,7 @@ def save_checkpoint(path, stage, weights, model_args, tok, config, step, metrics
     with atomic_write(path) as tmp:
         torch.save(dict(stage=stage, weights=weights, model_args=model_args, tokenizer=tok.spec,
                         config=config, step=step, metrics=metrics), tmp)
-    with contextlib.suppress(FileNotFoundError): # the run is over
+    with contextlib.suppress(FileNotFoundError): # the run is over, nothing is left to resume
         os.remove(path.removesuffix('.pt') + '.resume.pt')
 
 def load_checkpoint(path, stages, command):
@@ -778,7 +778,7 @@ def load_checkpoint(path, stages, command):
     return ckpt
 
 def load_model(ckpt, device, kind=GPT):
-    """A GPT or ScalarModel with a checkpoint's weights. Not from a reward model: a new head."""
+    """A GPT or ScalarModel with the weights of a checkpoint; only `reward` has a head of scores."""
     model = kind(GPTConfig(**ckpt['model_args']))
     weights = ckpt['weights']
     if kind is ScalarModel and ckpt['stage'] != 'reward':
@@ -803,13 +803,13 @@ def set_state(model, optimizers, state):
                        options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 def save_resume(path, step, state, config, **progress):
-    """STAGE.resume.pt: what a killed run needs to continue to the same numbers (see get_state)."""
+    """STAGE.resume.pt: what a killed run needs to continue with the same numbers."""
     if RANK == 0:
         with atomic_write(path) as tmp:
             torch.save(dict(step=step, state=state, config=config, progress=progress), tmp)
 
 MAY_CHANGE = ['device', 'dtype', 'compile', 'resume', 'out_dir', 'log_interval', 'eval_interval',
-              'save_interval'] # settings that do not alter the result of a run
+              'save_interval'] # settings that do not decide what a run learns
 
 def load_resume(path, config, resume=True, may_change=()):
     """What save_resume wrote, or None for a fresh start. A run with other settings is refused."""

@@ -10,7 +10,7 @@ no step reads that list, but each step is scored with it at the end.
 
 Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
          Kinds: .warc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files named
-         *_train and *_val keep their side; a folder named benchmarks/ holds exam questions.
+         *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
 Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
          chat_{train,val}.jsonl  preferences_{train,val}.jsonl  prompts_{train,val}.jsonl
          benchmarks/*.jsonl  funnel.json (what each step dropped)  dropped.jsonl (examples of it)
@@ -45,7 +45,7 @@ from model import RANK, atomic_write, grade, print0, read_jsonl, read_shard, wri
 # settings
 # input and output
 source = 'files'            # 'files' = the files below; or names from config/sources.json: c4,dolly
-files = 'data/raw/toytown'  # your files, folders and patterns such as crawl/*.warc.gz, with commas
+files = 'data/raw/toytown'  # files, folders, patterns such as crawl/*.warc.gz; commas between them
 data_dir = 'data/toytown'   # where the corpus is written
 raw_dir = 'data/raw'        # where downloads are kept; a file there is not downloaded again
 n_files = 1                 # how many files to download of a source that has many
@@ -57,14 +57,15 @@ seed = 1337                 # random seed for the choice of documents
 # the steps, with the source of each threshold
 filters = 'url,language,repetition,quality,c4,fineweb,pii,dedup,decontaminate' # steps to run
 curated = 'books,lessons,github,wikipedia,arxiv,stackexchange,shakespeare' # not judged for quality
-blocked_hosts = 'free-prizes.example,spamfarm.example,click-here.example,malware-zone.example' # or files
+blocked_hosts = ('free-prizes.example,spamfarm.example,click-here.example,'
+                 'malware-zone.example') # hosts, or files that list hosts
 blocked_words = 'casino,poker,porn,sex,xxx,viagra,betting,jackpot' # whole words in a URL
 languages = 'en'            # languages to keep, as in en,de; config/languages.json has all of them
 min_language = 0.65         # lowest language score, 0..1 (FineWeb: 0.65 of fastText's score)
-max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021, A1.1): duplicate lines, their characters
+max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021): share of duplicate lines, of characters
 max_repeated_paragraphs = (0.3, 0.2) # Gopher: the same for paragraphs
 max_top_ngram = (0.20, 0.18, 0.16) # Gopher: share of characters in the most frequent 2-, 3-, 4-gram
-max_repeated_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10) # Gopher: the same, duplicate 5..10-grams
+max_repeated_ngrams = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10) # Gopher: for duplicate 5- to 10-grams
 page_words = (50, 100_000)  # Gopher: fewest and most words in a document
 word_length = (3, 10)       # Gopher: shortest and longest mean word length, in characters
 max_symbols = 0.1           # Gopher: '#' and '...' per word
@@ -76,7 +77,7 @@ min_sentences = 5           # C4: fewest sentences in a document
 min_punctuated = 0.12       # FineWeb: share of lines that end with punctuation
 max_line_repeats = 0.1      # FineWeb: share of characters in duplicate lines
 max_short_lines = 0.67      # FineWeb: share of lines shorter than 30 characters
-near_duplicate = 0.7        # share of equal MinHash values from which two texts are duplicates
+near_duplicate = 0.7        # share of equal MinHash values that makes two texts duplicates
 drop_private = ''           # drop documents with these kinds of personal data, as in SSN,CARD
 # the corpus
 mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = all there is
@@ -181,18 +182,18 @@ for name in map(os.path.expanduser, names):
         remedy = 'run `python toytown.py` first'
     assert known, (f"no input file '{name}' of a known kind (.warc .wet .html .txt .md .jsonl "
                    f'.json .parquet .bin, also .gz): {remedy}')
-    for path in known:
-        special = {'truth.jsonl': truth_files, 'mixture.json': mixture_files}
+    special = {'truth.jsonl': truth_files, 'mixture.json': mixture_files}
+    for path in known: # every other file is input
         special.get(os.path.basename(path), own_files).append(path)
 for path in own_files:
-    place = os.path.relpath(path, data_dir).split(os.sep)[0]
-    assert place not in OURS, f'{path} would be replaced by its result: move it out of {data_dir}'
+    top = os.path.relpath(path, data_dir).split(os.sep)[0]
+    assert top not in OURS, f'{path} would be replaced by its result: move it out of {data_dir}'
 if mixture_files and not mixture:
     weights = load_json(mixture_files[0])
 
 # The results of a killed run are used only with the same settings, input files and code.
 stamps = {}
-for path in [*own_files, __file__]:
+for path in [*own_files, __file__, *sorted(glob.glob(f'{CONFIG_DIR}/*.json'))]:
     stamps[path] = [os.path.getsize(path), os.path.getmtime(path)]
 settings = json.dumps([config, weights, stamps], sort_keys=True)
 settings_path = f'{PARTIAL}/settings.json'
@@ -215,7 +216,6 @@ TIMEOUT = (10, 60)      # seconds to connect, and between two pieces of a file
 TRIES = 6               # failures in a row that brought no new bytes
 FIRST_WAIT = 1          # seconds before the second try, doubled after each failure
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504} # HTTP status codes of problems that may pass
-
 PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 def urls_of(name, n_files):
@@ -235,13 +235,13 @@ def urls_of(name, n_files):
     return urls
 
 def part_of(path):
-    """What an earlier try has left of a download. -> (its path, its size)"""
+    """The part of a file that an earlier try has downloaded. -> (its path, its size)"""
     # The length of the whole file is in the name path.LENGTH.part, 0 if the server does not tell.
     parts = glob.glob(f'{glob.escape(path)}.*.part')
     return (parts[0], os.path.getsize(parts[0])) if parts else ('', 0)
 
 def request(url, path):
-    """Ask once for the bytes that are missing. -> what went wrong, or ''"""
+    """Send one request for the missing bytes. -> what went wrong, or ''"""
     part, have = part_of(path)
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'} # identity: not compressed
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
@@ -282,7 +282,7 @@ def download(url, path):
             problem = request(url, path)
         except PASSING as e:
             problem = type(e).__name__
-        except (requests.RequestException, ValueError) as e: # a bad URL, say: waiting is no help
+        except (requests.RequestException, ValueError) as e: # a bad URL: waiting does not help
             raise AssertionError(f'{url}: {" ".join(str(e).split())}') from None
         if not problem:
             print0(f'{path}: {os.path.getsize(path) / 1e6:,.1f} MB')
@@ -296,7 +296,7 @@ def download(url, path):
         time.sleep(FIRST_WAIT * 2**max(0, failures - 1))
 
 def fetch(name):
-    """Download this rank's share of a source. -> the paths of all its files, on every rank alike"""
+    """Download this rank's share of a source. -> the paths of all its files, equal on all ranks"""
     folder = f'{raw_dir}/{name}'
     urls = urls_of(name, n_files)
     if name == 'commoncrawl': # its URL is that of a list of files; each rank gets a copy of it
@@ -407,7 +407,7 @@ def read_warc(f, skipped):
             is_page = re.match('text/html|application/xhtml', media_type)
             if not is_page or not re.match(rb'\S+ 200', status):
                 skipped['not a page (status or type)'] += 1
-            elif is_coded: # Common Crawl has unpacked all pages
+            elif is_coded: # never in Common Crawl, which has unpacked all pages
                 skipped['compressed page'] += 1
             elif page:
                 yield dict(url=url, html=page, type=media_type)
@@ -454,7 +454,7 @@ def from_instruction(row):
     return [('chat', dict(messages=messages_of(question, answer)))]
 
 def from_gsm8k(row):
-    """The answer ends with '#### 42', which a program can check. <<2+3=5>> is for a calculator."""
+    """The answer ends with '#### 42', which a program can check. Calculator notes <<2+3=5>> go."""
     messages = messages_of(row['question'], re.sub(r'<<.*?>>', '', row['answer']))
     rows = [('chat', dict(messages=messages))]
     number = re.search(r'#### *(-?[\d.]*\d)', row['answer'].replace(',', ''))
@@ -484,7 +484,7 @@ def from_hh(row):
     return make_ranking(chosen[:n], [turn['content'] for turn in answers], [1, 0])
 
 def from_ultrafeedback(row):
-    """Four answers; the score of each is the mean of GPT-4's ratings of up to four virtues."""
+    """Four answers; the score of each is the mean of GPT-4's ratings of up to four qualities."""
     scores = []
     for answer in row['completions']:
         ratings = [note['Rating'] for note in answer['annotations'].values()]
@@ -536,9 +536,9 @@ FORMS = {
     'context_options gold': 'benchmarks',
     'task_id prompt test': 'benchmarks',
 }
-EXAM_FORMS = {**FORMS, 'question answer': from_gsm8k_exam, 'text': from_lambada, # in benchmarks
-              'messages checks': 'benchmarks'}
-KEYS = dict(chat=['messages'], prompts=['messages', 'checks'], text=['text'], # other keys go
+EXAM_FORMS = {**FORMS, 'question answer': from_gsm8k_exam, 'text': from_lambada,
+              'messages checks': 'benchmarks'} # for files of benchmarks
+KEYS = dict(chat=['messages'], prompts=['messages', 'checks'], text=['text'], # drop other keys
             preferences=['messages', 'completions', 'ranking', 'checks'])
 
 def check_row(kind, row):
@@ -560,7 +560,7 @@ def check_row(kind, row):
     if kind == 'preferences':
         ranking, n = row['ranking'], len(row['completions'])
         is_valid = all(type(i) is int and 0 <= i < n for i in ranking)
-        if not is_valid or not 2 <= len(ranking) == len(set(ranking)):
+        if not is_valid or len(ranking) < 2 or len(set(ranking)) < len(ranking):
             raise ValueError(f'ranking {ranking} must list two or more of {n} completions')
         if not all(isinstance(text, str) for text in row['completions']):
             raise ValueError('a ranking needs completions that are strings')
@@ -585,7 +585,7 @@ def convert_row(row, forms):
         problem = check_row(kind, new) if kind else None
         checked.append((None, problem) if problem else (kind, new))
         if kind == 'preferences' and not problem and 'ranking' not in form:
-            checked.append(('prompts', dict(messages=new['messages']))) # also one to practise on
+            checked.append(('prompts', dict(messages=new['messages']))) # for RLHF, without answers
     return checked
 
 # -----------------------------------------------------------------------------
@@ -776,8 +776,8 @@ LEFTOVER = re.compile('|'.join(HTML['leftovers']), re.I)
 RAW_TAGS = HTML['raw'].split()                  # hold no HTML
 RAW_START = re.compile(rf"<(?:!--|({'|'.join(RAW_TAGS)})\b)", re.I)
 RAW_END = {tag: re.compile(f'</{tag}[^>]*>?', re.I) for tag in RAW_TAGS}
-# <name attributes>. A '>' may stand in quotes. What is missing at the end of a page may be missing
-# here too, so that the search never goes back: the time stays linear.
+# <name attributes>. A '>' may stand in quotes. The last tag of a page may be cut anywhere, so every
+# end is optional. Then the search never goes back, and the time stays linear.
 TAG = re.compile(r'''<(?:(/?[a-zA-Z][^\s/>]*)'''
                  r'''([^>=]*(?:=(?:\s*"[^"]*"?|\s*'[^']*'?)?[^>=]*){0,500})|[!?/][^>]*)>?''')
 NAMES = re.compile(r'''\b(?:class|id|role|itemprop)\s*=\s*("[^"]*|'[^']*|[^\s>]+)''', re.I)
@@ -865,12 +865,12 @@ def scan(page, by_name=True):
     # TAG has two groups, so split gives: text, tag, attributes, text, tag, attributes, text, ...
     page = strip_raw(page[:MAX_CHARS]).replace(LINE_BREAK, ' ')
     parts = iter(['b', '', *TAG.split(page)])
-    for tag, attributes, text in zip(parts, parts, parts): # the text is what follows the tag
-        tag = tag.lower() if tag else 'b' # none: a comment such as <!doctype html>
+    for tag, attributes, text in zip(parts, parts, parts): # three at a time: text follows the tag
+        tag = tag.lower() if tag else 'b' # no name: <!doctype html>, which is as harmless as <b>
         name = tag.lstrip('/')
         if name in INLINE:
             pass
-        elif name == 'a': # a second start ends a link, just as its end
+        elif name == 'a': # a second <a> ends a link, as </a> does
             has_target = tag == 'a' and 'href' in attributes.lower()
             link_depth = len(stack) if has_target else 0
         elif name in VOID:
@@ -878,10 +878,11 @@ def scan(page, by_name=True):
                 buffer.append(LINE_BREAK)
             elif tag in ('hr', '/body'):
                 end_block()
-        elif tag != name: # an end tag also ends what was left open inside; a stray one ends nothing
+        elif tag != name: # </div> also ends what was left open inside; a stray one ends nothing
             end_block()
-            while n_open[name] and close_last() != name:
-                pass
+            closed = None
+            while n_open[name] and closed != name:
+                closed = close_last()
             row = 0 if name in ('tr', 'table') else row
             is_item = is_item and name != 'li'
         else:
@@ -928,7 +929,7 @@ def choose_blocks(blocks, parents, verdicts):
         inside[i] = i == article or inside[parents[i]]
     kept = [i for i, block in enumerate(blocks)
             if inside[block.element] and block.n_linked < 0.5 * len(block.text)]
-    paragraphs = [i for i in kept if is_paragraph[i]] or [0, len(blocks)]
+    paragraphs = [i for i in kept if is_paragraph[i]] or [0, len(blocks)] # none: nothing is outside
 
     chosen = []
     for i in kept:
@@ -966,7 +967,7 @@ def html_to_text(page):
         last = block
     return ''.join(parts)
 
-# Labels that mean a larger charset to browsers (whatwg.org, Encoding). Only those in CHARSET count:
+# Labels that browsers read as a larger charset (whatwg.org, Encoding). Only those in CHARSET count:
 # no page may ask for rot13 or UTF-7.
 ALIAS = {'latin1': 'cp1252', 'iso-8859-1': 'cp1252', 'ascii': 'cp1252', 'us-ascii': 'cp1252',
          'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030', 'big5': 'big5hkscs',
@@ -1014,7 +1015,7 @@ def language_table(path=f'{CONFIG_DIR}/languages.json'):
     -> codes, {word: row}, log P(word | language) of shape (words + 1, languages + 1). The last row
     is for every other word, the last column ('und') for text in no language that is known here.
     """
-    table = load_json(path) # {code: [words, ...]}; a word of the i-th string is one of 2^i words
+    table = load_json(path) # {code: [words, ...]}; the words of string i have the frequency 2^-i
     words = ' '.join(' '.join(strings) for strings in table.values()).split()
     rows = {word: i for i, word in enumerate(sorted(set(words)))}
     p = np.zeros((len(rows) + 1, len(table) + 1))
@@ -1022,8 +1023,7 @@ def language_table(path=f'{CONFIG_DIR}/languages.json'):
         for i, string in enumerate(strings):
             p[[rows[word] for word in string.split()], column] = 2.0**-i
     p[-1] = np.clip(1 - p.sum(0), 0.35, 0.6)    # the share of words that are not in the table
-    known_words = p[:-1]
-    known_words[:, -1] = known_words[:, :-1].mean(1) # 'und' may borrow a word of any language
+    p[:-1, -1] = p[:-1, :-1].mean(1)            # 'und' may borrow a word of any language
     p[-1, -1] = 0.7
     return [*table, 'und'], rows, np.log(np.maximum(p, 1e-5))
 
@@ -1243,7 +1243,7 @@ def is_private(kind, found, before, after):
         return not (is_year or is_list or is_other)
     if kind == 'SSN' and '-' not in found:
         return SAYS['ssn'].search(before)
-    if re.fullmatch(r'\d{3}-\d{4}|\d+', found):
+    if re.fullmatch(r'\d{3}-\d{4}|\d+', found): # short: the words before it must say what it is
         return SAYS['phone'].search(before)
     has_neighbour = re.search(r'\d[ ,\t|]*$', before) or re.match(r'[ ,\t|]*\d', after)
     is_table = ' ' in found and has_neighbour # one of many numbers in a row
@@ -1375,6 +1375,7 @@ def clean_group(group, report):
             names = [name for name in FIRST_STEPS if name in wanted]
             if item['source'] in curated.split(','):
                 names = [name for name in names if name not in NOT_FOR_CURATED]
+            # all() stops at the first step that drops the document
             if not all(run_step(item, name, FIRST_STEPS[name], report) for name in names):
                 continue
             report['private'].update(kind for kind, _ in item.pop('private', []))
@@ -1402,7 +1403,7 @@ def clean_all(groups, sizes):
         signatures = np.array(report.pop('signatures'), np.uint32)
         with atomic_write(result_path(i, 'npy')) as partial, open(partial, 'wb') as f:
             np.save(f, signatures.reshape(-1, 112))
-        write_text(result_path(i, 'json'), json.dumps(report)) # the last file: it stands for all
+        write_text(result_path(i, 'json'), json.dumps(report)) # written last: the group is done
         n_done += sizes[i]
         seconds = time.time() - began
         if seconds > 5:
@@ -1415,7 +1416,8 @@ inputs = [('files', path) for path in own_files] # (source, path)
 problem = ''
 try:
     for name in source.split(','):
-        inputs += [(name, path) for path in fetch(name)] if name != 'files' else []
+        if name != 'files':
+            inputs += [(name, path) for path in fetch(name)]
 except AssertionError as e:
     problem = str(e)
 stop_all_ranks(problem)
@@ -1440,7 +1442,7 @@ if RANK > 0: # the rest is for rank 0
 
 def near_duplicates(signatures, threshold=0.7):
     """
-    signatures (n, 112) uint32 -> (n,) the earlier text that each is a copy of, or itself.
+    signatures (n, 112) uint32 -> (n,) index of the earlier text that each is a copy of, or its own.
 
     Two texts with a band of 8 equal values are compared: they are copies if at least `threshold` of
     their 112 values are equal. Each text is compared with the earlier ones that stay.
@@ -1496,22 +1498,18 @@ def exam_ngrams(exams):
             hashes.append(np.unique(hash_ngrams(words_of(exam_text(row)), 13)))
             names += [name] * len(hashes[-1])
     hashes, first, counts = np.unique(np.concatenate(hashes), return_index=True, return_counts=True)
-    is_rare = counts <= 10 # what more questions have in common is the form of an exam
+    is_rare = counts <= 10 # what more questions share is the form of the exam, not a question
     return hashes[is_rare], [names[i] for i in first[is_rare]]
 
-def find_question(text):
-    """-> the benchmark with which a text shares 13 words in a row, or None"""
+def decontaminate_step(item):
+    """Does the text share 13 words in a row with a benchmark question?"""
     if len(exam_hashes) == 0:
         return None
-    ngrams = hash_ngrams(words_of(text), 13)
+    ngrams = hash_ngrams(words_of(text_of(item)), 13)
     places = np.searchsorted(exam_hashes, ngrams)
     places = np.minimum(places, len(exam_hashes) - 1)
     hits = np.flatnonzero(exam_hashes[places] == ngrams)
-    return exam_names[places[hits[0]]] if len(hits) else None
-
-def decontaminate_step(item):
-    name = find_question(text_of(item))
-    return f'question of {name}' if name else None
+    return f'question of {exam_names[places[hits[0]]]}' if len(hits) else None
 
 LAST_STEPS = dict(dedup=dedup_step, decontaminate=decontaminate_step)
 
@@ -1559,22 +1557,22 @@ kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> 
 n_items = sum(sum(kinds.values()) for kinds in kinds_of)
 sizes = np.zeros(n_items, np.int64)
 is_val = np.zeros(n_items, bool)
-step_names = [name for name in LAST_STEPS if name in filters.split(',')]
+late_steps = [name for name in LAST_STEPS if name in filters.split(',')]
 n_texts = 0
 for number, item in read_results(('text', *TASKS)):
     if item['kind'] == 'text':
         item['number'] = n_texts # its row in the signatures
         n_texts += 1
-        is_kept = all(run_step(item, name, LAST_STEPS[name], total) for name in step_names)
+        is_kept = all(run_step(item, name, LAST_STEPS[name], total) for name in late_steps)
     else:
-        reason = decontaminate_step(item) if 'decontaminate' in step_names else None
+        reason = decontaminate_step(item) if 'decontaminate' in late_steps else None
         is_kept = reason is None
-        total['skipped'][f"{item['kind']}: {reason}"] += not is_kept
+        if not is_kept:
+            total['skipped'][f"{item['kind']}: {reason}"] += 1
     if is_kept:
         kept[item['kind']][item['source']].append(number)
         sizes[number] = item['size']
         is_val[number] = item['side'] == 'val'
-total['skipped'] += collections.Counter() # drops the zeros
 
 # -----------------------------------------------------------------------------
 # the mixture: how often each item is taken. Weights are of bytes, among the sources of one kind
@@ -1650,19 +1648,21 @@ def choose_rows(kind, side):
                 else:
                     yield item['row']
 
-def take_shard(documents):
-    """The next documents of an iterator, until they have shard_bytes of text."""
+def split_shards(documents):
+    """Yield lists of documents with about shard_bytes of text each."""
     shard, size = [], 0
     for doc in documents:
         shard.append(doc)
         size += n_bytes(doc)
         if size >= shard_bytes:
-            break
-    return shard
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
 
 for side in ('train', 'val'):
     documents = choose_rows('text', side)
-    for n, shard in enumerate(iter(functools.partial(take_shard, documents), [])):
+    for n, shard in enumerate(split_shards(documents)):
         write_jsonl(f'{NEW}/{side}/{n:06d}.jsonl.gz', shard)
     for kind in TASKS:
         if kind in kept:
@@ -1672,7 +1672,7 @@ for side in ('train', 'val'):
             print0(f'{name}: {n_rows:,} rows')
 for path in token_files: # token shards are linked, not copied
     name = os.path.basename(path)
-    side = 'val' if 'val' in name else 'train'
+    side = 'val' if re.search('(^|[_-])val[_-]', name) else 'train'
     number = re.sub('.*(train|val)_?', '', name)
     os.symlink(path, f'{NEW}/{side}_{number}')
 
@@ -1713,8 +1713,8 @@ def score(truth, fates, names):
             found = pairs_of(fates, arrived, key)
         elif name == 'language': # planted junk is in no language: to drop it is not a mistake
             found = {url for url in gone if truth[url].get('fault') != 'quality'}
-        elif name == 'dedup': # of each group of copies one must stay, whichever
-            stays = {} # group -> url; of those that stay if there are any
+        elif name == 'dedup': # one page of each group of copies must stay, no matter which
+            stays = {} # group -> the last url in this order, in which those that stay come last
             for url in sorted(arrived, key=lambda url: url not in gone):
                 stays[truth[url].get('group', url)] = url
             planted = set(arrived) - set(stays.values())
@@ -1764,7 +1764,7 @@ print0(f"personal data replaced: {found or 'none'} | skipped: {dict(total['skipp
 
 n_shown = collections.Counter()
 shown = []
-for example in total['examples']: # each group of files had keep_dropped of its own
+for example in total['examples']: # each group of files may have brought keep_dropped of them
     reason = (example['step'], example['reason'])
     n_shown[reason] += 1
     if n_shown[reason] <= keep_dropped:

@@ -15,8 +15,8 @@ only estimated  $ python pretrain.py config/d32.py --estimate=8xH100
 
 Without a profile, the settings are those of GPT-2 124M: 600,000 steps of 12,288 tokens, far too
 many for a CPU or a small corpus. The length is printed before the first step, the time left after.
-Left out: a curriculum, and a mask between documents. A window is cut from one long stream, so
-attention crosses from one document into the next; <|endoftext|> tells where they meet.
+Left out: a curriculum (easy text first); a mask between documents. Windows are cut from one long
+stream, so attention crosses from one document into the next; <|endoftext|> tells where they meet.
 """
 import functools
 import glob
@@ -60,7 +60,7 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
-init_from = ''              # start from this checkpoint (.pt); its model counts, not the one below
+init_from = ''              # start from this checkpoint (.pt) and its model, not the one below
 # model
 arch = 'gpt2'               # gpt2 (LayerNorm, learned positions, GELU) or llama (RMSNorm, rotary)
 n_layer = 12                # number of blocks
@@ -72,7 +72,7 @@ block_size = 1024           # maximum context length, in tokens
 vocab_size = 50304          # only for --estimate before there is a tokenizer.json
 tie_embeddings = True       # share one matrix between the input and the output embedding
 qk_norm = False             # RMSNorm on queries and keys: allows higher learning rates
-key_shift = False           # half of the key heads use the token before: helps small models
+key_shift = False           # half of the key heads get the key of the token before (small models)
 # training
 max_iters = 600000          # steps; 0 = as many as tokens_per_param asks for
 tokens_per_param = 20.0     # if max_iters = 0: tokens per parameter (Hoffmann et al. 2022)
@@ -95,7 +95,7 @@ eval_iters = 200            # micro-batches of validation data in an evaluation,
 log_interval = 10           # steps between log lines
 save_interval = 2000        # steps between saves of the resume file
 # instead of training
-estimate = ''               # print what a run needs on these GPUs, such as 8xH100, and leave
+estimate = ''               # print what a run needs on these GPUs, such as 8xH100, and stop
 sanity = False              # learn one batch by heart: proves that data, model and optimizer work
 # system
 parallel = 'ddp'            # several processes: ddp, fsdp (large models), pipeline (slow networks)
@@ -131,7 +131,7 @@ gpt_config = GPTConfig(
 # --estimate: what a run needs, without running it
 PEAK_FLOPS = {'H100': 989e12, 'A100': 312e12, '4090': 165e12} # bf16, from the data sheets
 GPU_MEMORY = {'H100': 80e9, 'A100': 80e9, '4090': 24e9} # bytes
-GPU_DOLLARS = {'H100': 3.0, 'A100': 1.8, '4090': 0.4} # an hour, about, in 2025
+GPU_DOLLARS = {'H100': 3.0, 'A100': 1.8, '4090': 0.4} # per GPU and hour, about, in 2025
 USUAL_MFU = 0.4 # share of the peak that training reaches in practice
 
 class FusedAttention(torch.autograd.Function):
@@ -140,7 +140,7 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         y = torch.empty_like(q)
-        logsumexp = torch.empty(q.shape[:-1], device=q.device) # fp32, one number a query
+        logsumexp = torch.empty(q.shape[:-1], device=q.device) # fp32, one number per query
         ctx.save_for_backward(q, k, v, y, logsumexp)
         return y
 
@@ -152,12 +152,12 @@ def count_activations(gpt_config, batch_size, dtype=torch.bfloat16):
     with torch.device('meta'):
         gpt = GPT(gpt_config).to(dtype)
         x = torch.zeros(batch_size, gpt_config.block_size, dtype=torch.long)
-    weights = {p.untyped_storage()._cdata for p in [*gpt.parameters(), *gpt.buffers()]}
+    weight_ids = {p.untyped_storage()._cdata for p in [*gpt.parameters(), *gpt.buffers()]}
     saved = {} # storage id -> tensor; holding the tensor keeps its id from being used twice
 
     def pack(tensor):
         storage_id = tensor.untyped_storage()._cdata
-        if storage_id not in weights:
+        if storage_id not in weight_ids:
             saved[storage_id] = tensor
         return tensor
 
@@ -223,7 +223,7 @@ pipeline = run.world_size > 1 and parallel == 'pipeline'
 assert not (fsdp and optimizer == 'muon'), 'fsdp cuts matrices, muon needs whole ones: use adamw'
 assert run.dtype != torch.float16 or parallel == 'ddp', 'float16 works with --parallel=ddp only'
 stage = 'base'
-if sanity: # the same loop, but all steps see one batch, and the settings suit that
+if sanity: # the same loop on one batch, with settings that suit it
     stage = 'sanity'
     max_iters = save_interval = 301 # it saves nothing, unless it is interrupted
     warmup_iters = 20
@@ -250,8 +250,8 @@ token_bytes = torch.tensor([len(tok.token_bytes(i)) for i in range(vocab_size)],
 dp_rank = 0 if pipeline else run.rank
 dp_world = 1 if pipeline else run.world_size
 total_batch_size = total_batch_size or batch_size * run.world_size
-config['total_batch_size'] = total_batch_size # fixes the order of the data, batch_size does not
-per_pass = batch_size * dp_world
+config['total_batch_size'] = total_batch_size # decides the order of the data, batch_size does not
+per_pass = batch_size * dp_world # examples in a micro-batch, all processes
 gradient_accumulation_steps = total_batch_size // per_pass
 nearest = max(1, round(total_batch_size / per_pass)) * per_pass
 assert total_batch_size == nearest, (
@@ -269,7 +269,7 @@ def get_windows(split, index):
         rows.append(shards[split][shard][first:first + block_size + 1].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows)) # (B, T + 1)
     assert rows.max() < vocab_size, (
-        f'the data hold token {rows.max()}, the vocabulary {vocab_size}: run tokenizer.py again')
+        f'token {rows.max()} is not in the vocabulary of {vocab_size}: run tokenizer.py again')
     if run.device_type == 'cuda':
         rows = rows.pin_memory() # lets the copy run while the GPU computes
     rows = rows.to(run.device, non_blocking=True)
@@ -285,7 +285,7 @@ def get_batches(step):
     batches = []
     for micro in range(gradient_accumulation_steps):
         first = step * total_batch_size + (micro * dp_world + dp_rank) * batch_size
-        numbers = range(first, first + batch_size) # counted from the start of the run
+        numbers = range(first, first + batch_size) # of examples, counted from the start of the run
         index = [int(get_order(i // n_train)[i % n_train]) for i in numbers]
         batches.append(get_windows('train', index))
     return batches
@@ -296,7 +296,7 @@ if init_from:
     ckpt = load_checkpoint(init_from, ['base', 'sft', 'dpo', 'rlhf'], 'python pretrain.py')
     model_args = ckpt['model_args']
     assert Tokenizer(ckpt['tokenizer']).hash == tok.hash, (
-        f'{init_from} was trained with another tokenizer than {tok_path}: encode the data with it')
+        f'{init_from} has another tokenizer than {tok_path}: encode the data with the former')
     assert block_size <= model_args['block_size'], (
         f'{init_from} has a context of {model_args["block_size"]} tokens, not {block_size}: '
         f'--block_size={model_args["block_size"]}')
@@ -317,7 +317,7 @@ n_total = max_iters * tokens_per_step
 print0(f'length: {max_iters:,} steps of {tokens_per_step:,} tokens = {n_total:,} tokens, '
        f'{n_total / n_params:.1f} a parameter, {n_epochs:,.1f} epochs of {n_train:,} windows')
 if n_epochs > 100:
-    print0('the data are few for such a long run: lower --max_iters, or begin with config/tiny.py')
+    print0('a small corpus for such a long run: lower --max_iters, or start with config/tiny.py')
 
 # -----------------------------------------------------------------------------
 # only for parallel='pipeline': each process holds some of the layers
@@ -356,9 +356,9 @@ class Pipeline(torch.nn.Module):
             gpt.norm = gpt.head = None
         if not (self.is_first or (self.is_last and self.tied)): # tied: both ends hold it
             gpt.wte = None
-        self.ends = dist.new_group([0, run.world_size - 1])
-        stage = PipelineStage(self, run.rank, run.world_size, run.device)
-        self.schedule = Schedule1F1B(stage, gradient_accumulation_steps, self.get_loss,
+        self.ends = dist.new_group([0, run.world_size - 1]) # the first and the last process
+        own_stage = PipelineStage(self, run.rank, run.world_size, run.device)
+        self.schedule = Schedule1F1B(own_stage, gradient_accumulation_steps, self.get_loss,
                                      scale_grads=False) # get_loss divides already
 
     def forward(self, x):
@@ -428,7 +428,7 @@ class Pipeline(torch.nn.Module):
         return dict(weights=weights, optimizers=dict(state=moments, param_groups=groups))
 
     def set_state(self, optimizers, state):
-        """Takes its part of what get_state returned, here or in a run with ddp or fsdp."""
+        """Take this stage's part of what get_state returned, here or in a run with ddp or fsdp."""
         dcp.set_state_dict(self.gpt, optimizers, model_state_dict=state['weights'],
                            optim_state_dict=state['optimizers'],
                            options=dcp.StateDictOptions(strict=False))
@@ -461,14 +461,14 @@ if saved:
     progress = saved['progress']
     scaler.load_state_dict(progress['scaler'])
 model = torch.compile(raw_model) if compile and not pipeline else raw_model
-if ddp:
+if ddp: # averages the gradients over all ranks; raw_model is the same without this wrapper
     model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
 
 # -----------------------------------------------------------------------------
 # evaluation and learning rate
 @torch.no_grad()
 def evaluate():
-    """val_loss: mean loss in nats a token. val_bpb: bits per byte, comparable across tokenizers."""
+    """val_loss: mean, in nats per token. val_bpb: bits per byte, comparable across tokenizers."""
     raw_model.eval()
     nats = 0.0
     n_tokens = 0
@@ -529,8 +529,8 @@ for step in range(first_step, max_iters + 1):
         save_resume(resume_path, step, state, config, **progress)
     assert not leave, f'stopped at step {step} and saved: the same command continues from there'
 
-    # The loss is a sum over valid tokens (or pairs), divided by their number in the whole step, of
-    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    # The loss is a sum over the tokens to learn (or pairs), divided by n_valid, their number in all
+    # micro-batches and ranks. A mean of means would give some tokens more weight than others.
     t1 = time.time()
     seed_step(seed, step, run.rank)
     batches = get_batches(0 if sanity else step)
@@ -539,12 +539,12 @@ for step in range(first_step, max_iters + 1):
     n_tokens += n_seen
 
     # forward and backward
-    lossf = 0.0
+    lossf = 0.0 # loss of this step, as a float
     if pipeline:
         lossf = pipe.forward_backward(batches)
-        batches = [] # nothing is left for the loop
+        batches = [] # the loop below has nothing to do
     for micro, (x, y) in enumerate(batches):
-        if fsdp:
+        if fsdp: # reduce gradients only once, as ddp does below
             raw_model.set_requires_gradient_sync(micro == len(batches) - 1)
         if ddp: # exchange gradients only once, with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
@@ -552,7 +552,7 @@ for step in range(first_step, max_iters + 1):
             logits = model(x).float().flatten(0, 1) # (B T, V)
         loss = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='sum')
         loss = loss / max(1, n_valid)
-        scaler.scale(loss * run.world_size).backward() # DDP averages over ranks; we need the sum
+        scaler.scale(loss * run.world_size).backward() # ddp and fsdp average; we need the sum
         lossf += loss.item()
     lossf = all_sum(lossf)[0]
     if sanity and lossf < 0.1:
@@ -573,7 +573,7 @@ for step in range(first_step, max_iters + 1):
         print0(f'step {step}: fp16 overflow: step skipped, loss scale {scaler.get_scale()} halved')
     assert overflow or math.isfinite(norm), (
         f'step {step}: loss {lossf}, gradient norm {norm}: lower --learning_rate and use '
-        f'--resume=false; {resume_path} has the last good state, if one was saved')
+        f'--resume=false, which discards {resume_path}, the last good state')
 
     # update
     lr = get_lr(step)

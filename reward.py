@@ -11,10 +11,10 @@ on a laptop     $ python reward.py config/tiny.py        (on one GPU the same, o
 on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 reward.py
 on two nodes    with the flags that pretrain.py shows
 
-The body starts as the SFT model; the output matrix is replaced by one number, read at the last
+The body starts as the SFT model. A new head gives one number per token, the score, read at the last
 token of the answer. A ranking of K answers gives K (K - 1) / 2 pairs. The loss of a pair is
 -log sigmoid(score(better) - score(worse)), the Bradley-Terry model. At the end the scores are
-normalised, so that the KL coefficient of the next stage keeps its meaning.
+normalised, so that a KL coefficient of the next stage means the same for every reward model.
 
 Left out: a margin that says how much better an answer is (Llama 2), several labellers who disagree.
 """
@@ -66,7 +66,7 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
-max_length = 0              # leave out longer examples, in tokens; 0 = the model's block_size
+max_length = 0              # leave out examples with more tokens than this; 0 = block_size
 # sampling: the SFT model answers prompts, a simulated labeller ranks the answers
 sample_prompts = 0          # prompts to answer; 0 = use only the rankings in data_dir
 sample_answers = 4          # answers to each prompt
@@ -135,7 +135,7 @@ def sample_rankings(split):
     path = os.path.join(data_dir, f'prompts_{split}.jsonl')
     prompts = []
     for row, ids in read_prompts(path, tok, need_checks=True):
-        if len(ids) + max_new_tokens <= max_length:
+        if len(ids) + max_new_tokens + 1 <= max_length: # + 1 for <|end|>
             prompts.append((row, ids))
     assert prompts, (f'{path}: no prompt leaves room for {max_new_tokens} new tokens in '
                      f'{max_length}: lower --max_new_tokens')
@@ -163,7 +163,7 @@ def sample_rankings(split):
     n_pairs = 0
     n_same = 0
     for (row, _), texts in zip(prompts, all_gather_list(answers, run)):
-        texts = list(dict.fromkeys(texts)) # each text once; '' too, or PPO finds it unscored
+        texts = list(dict.fromkeys(texts)) # each text once; '' stays, since PPO may answer it too
         gold = [grade(row['checks'], text)[1] for text in texts]
         ranking = simulated_ranking(gold, labeller_noise, rng)
         second = simulated_ranking(gold, labeller_noise, rng)
@@ -182,7 +182,7 @@ def sample_rankings(split):
     return n_same / n_pairs, all_sum(n_tokens)[0] # all_sum waits until the file is written
 
 t0 = time.time()
-sampled = {} # nothing is sampled, or it was before the run was interrupted
+sampled = {} # stays empty if nothing is sampled, or if it was before an interruption
 if sample_prompts and not (resume and os.path.exists(resume_path)):
     _, n_train = sample_rankings('train')
     agreement, n_val = sample_rankings('val')
@@ -203,7 +203,7 @@ def read_example(row):
     if len(ranking) < 2 or len(set(ranking)) < len(ranking):
         raise ValueError(f'ranking {ranking} must name two or more different answers')
     if not set(ranking) <= set(range(len(texts))):
-        raise ValueError(f'ranking {ranking} names an answer that is not among the {len(texts)}')
+        raise ValueError(f'ranking {ranking} must hold numbers from 0 to {len(texts) - 1}')
     answers = []
     gold = []
     for i in ranking:
@@ -217,7 +217,7 @@ def load_examples(split):
     paths = [os.path.join(data_dir, f'preferences_{split}.jsonl')]
     if sample_prompts:
         paths.insert(0, os.path.join(out_dir, f'preferences_{split}.jsonl'))
-        if split == 'val': # the labeller's agreement with itself is known for these only
+        if split == 'val': # self_agreement is measured on the sampled ones only
             paths.pop()
     found = [path for path in paths if os.path.exists(path)]
     assert found, f'no {paths[-1]}: make it with `python prepare_data.py --data_dir={data_dir}`'
@@ -273,7 +273,7 @@ def get_batches(step):
 # optimizer, and the state of an interrupted run
 optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
                              kind=optimizer, momentum=momentum)
-config['starts_from'] = ckpt['metrics'].get('seconds') # tells one checkpoint from another
+config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 first_step = 0
 progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0)
 progress.update(sampled)
@@ -283,7 +283,7 @@ if saved:
     first_step = saved['step']
     progress = saved['progress']
 model = torch.compile(raw_model) if compile else raw_model
-if ddp:
+if ddp: # averages the gradients over all ranks; raw_model is the same without this wrapper
     model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
 
 # -----------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def pair_margins(scores, rankings):
 @torch.no_grad()
 def evaluate():
     """
-    val_loss: mean loss on the validation data. val_accuracy: the share of its pairs that the model
-    orders as the labeller did. val_gold_accuracy: as the gold score does, where it is known.
+    val_loss: mean loss on validation data. val_accuracy: share of pairs that are ordered as by the
+    labeller. val_gold_accuracy: as by the gold scores, of the pairs whose gold scores differ.
     """
     raw_model.eval()
     sums = torch.zeros(5)
@@ -326,7 +326,7 @@ def evaluate():
         gold = torch.tensor(list(itertools.chain(*[gold for _, _, gold in batch])))
         gold_margins = pair_margins(gold, batch)
         is_right = margins > 0
-        is_known = gold_margins != 0
+        is_known = gold_margins != 0 # 0: no checks, or equally good
         is_gold = is_known & (is_right == (gold_margins > 0))
         loss = -F.logsigmoid(margins).sum()
         n_pairs = torch.tensor(len(margins))
@@ -370,8 +370,8 @@ for step in range(first_step, max_iters + 1):
         save_resume(resume_path, step, state, config, **progress)
     assert not leave, f'stopped at step {step} and saved: the same command continues from there'
 
-    # The loss is a sum over valid tokens (or pairs), divided by their number in the whole step, of
-    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    # The loss is a sum over the tokens to learn (or pairs), divided by n_valid, their number in all
+    # micro-batches and ranks. A mean of means would give some tokens more weight than others.
     t1 = time.time()
     seed_step(seed, step, run.rank)
     batches = get_batches(step)
@@ -384,7 +384,7 @@ for step in range(first_step, max_iters + 1):
     n_tokens += n_seen
 
     # forward and backward
-    lossf = 0.0
+    lossf = 0.0 # loss of this step, as a float
     n_right = 0
     for micro, batch in enumerate(batches):
         if ddp: # exchange gradients only once, with the last micro-batch
@@ -403,7 +403,7 @@ for step in range(first_step, max_iters + 1):
     norm = norm.item()
     assert math.isfinite(norm), (
         f'step {step}: loss {lossf}, gradient norm {norm}: lower --learning_rate and use '
-        f'--resume=false; {resume_path} has the last good state, if one was saved')
+        f'--resume=false, which discards {resume_path}, the last good state')
 
     # update
     lr = get_lr(step)

@@ -23,21 +23,21 @@ are frozen. One update has six phases:
     5. advantages: generalized advantage estimation (GAE), then whitening
     6. learn: several epochs of minibatches on the clipped PPO losses
 
-Shapes: B answers, P tokens of a prompt, R tokens of its response, T the largest P + R of a batch,
-C n_embd, V vocab_size. The logits at one token predict the next token. So the tensors that describe
-tokens have T-1 positions, and position t belongs to token t+1. A row with P = 4, R = 3 and T = 8:
+Shapes: B answers (responses), P tokens of a prompt (query), R tokens of its answer, T the largest
+P + R of a batch, C n_embd, V vocab_size. The logits at one token predict the next token. So tensors
+that describe tokens have T-1 positions: position t belongs to token t+1. With P = 5, R = 3, T = 9:
 
-    token                   0       1       2       3       4       5       6       7
-    query_responses (B, T)  <eot>   <user>  Job?    <asst>  A       baker   <end>   <pad>
-    position                        0       1       2       3       4       5       6
-    response_mask (B, T-1)          0       0       0       1       1       1       0
-    logprobs      (B, T-1)          0       0       0       -0.8    -1.6    -0.1    0
-    values        (B, T-1)          0       0       0       +0.2    +0.3    +0.6    0
-    rewards       (B, T-1)          0       0       0       -kl     -kl     s - kl  0
+    token                   0       1       2       3       4       5       6       7       8
+    query_responses (B, T)  <eot>   <user>  Job?    <end>   <asst>  A       baker   <end>   <pad>
+    position                        0       1       2       3       4       5       6       7
+    response_mask (B, T-1)          0       0       0       0       1       1       1       0
+    logprobs      (B, T-1)          0       0       0       0       -0.8    -1.6    -0.1    0
+    values        (B, T-1)          0       0       0       0       +0.2    +0.3    +0.6    0
+    rewards       (B, T-1)          0       0       0       0       -c*kl   -c*kl   s-c*kl  0
 
 The mask is 1 at positions P-1 to P+R-2. The value at position t is predicted before token t+1 is
-known. kl is kl_coef * (logprob - ref_logprob), s the score minus the penalty for a missing <end>.
-`grep 'PPO detail' rlhf.py` lists the details that decide whether PPO works.
+known. c is kl_coef, kl is logprob - ref_logprob, and s is the score, minus a penalty if <end> is
+missing. `grep 'PPO detail' rlhf.py` lists the details that decide whether PPO works.
 
 Left out: an entropy bonus (the KL penalty already keeps the answers diverse), pretraining gradients
 (PPO-ptx), a replay buffer (an answer is used in one update only).
@@ -85,7 +85,7 @@ gae_lambda = 0.95           # GAE lambda: 0 = trust the critic, 1 = trust the re
 cliprange = 0.2             # PPO clip range for the probability ratio
 cliprange_value = 0.2       # clip range for the change of a value; 0 = off
 vf_coef = 0.1               # coefficient of the value loss
-target_kl = 0.0             # stop the PPO epochs early when approx_kl exceeds this; 0 = off
+target_kl = 0.0             # end the PPO epochs early above this KL from the old policy; 0 = off
 # optimizer
 learning_rate = 1e-5        # max learning rate
 warmup_iters = 0            # updates of linear warm-up
@@ -118,7 +118,7 @@ for name in ('beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
 assert temperature >= 0.01, (
     f'temperature must be at least 0.01, not {temperature}: greedy answers explore nothing')
-# PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches save memory only.
+# PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches only save memory.
 assert batch_size % minibatch_size == 0 and minibatch_size % micro_batch_size == 0, (
     f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size}, and '
     f'minibatch_size a multiple of micro_batch_size {micro_batch_size}: '
@@ -183,7 +183,7 @@ def get_prompts(step):
 # -----------------------------------------------------------------------------
 # models
 class ActorCritic(nn.Module):
-    """PPO detail: actor and critic in one module, for one DDP wrapper, optimizer, gradient norm."""
+    """PPO detail: actor and critic in one module, for one DDP wrapper, one optimizer, one norm."""
 
     def __init__(self, actor, critic):
         super().__init__()
@@ -232,7 +232,7 @@ reward_model = load_model(reward, run.device, ScalarModel).requires_grad_(False)
 # optimizer, and the state of an interrupted run
 # PPO detail: Adam's epsilon is 1e-5. With 1e-8 the first updates are too large.
 optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2), eps=adam_eps)
-# tells one pair of checkpoints from another
+# their run times identify the two checkpoints
 config['starts_from'] = [sft['metrics'].get('seconds'), reward['metrics'].get('seconds')]
 first_step = 0
 progress = dict(kl_coef=kl_coef, seconds=0.0, n_tokens=0)
@@ -242,7 +242,7 @@ if saved:
     first_step = saved['step']
     progress = saved['progress']
 model = raw_model
-if ddp:
+if ddp: # averages the gradients over all ranks; raw_model is the same without this wrapper
     model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
 
 # -----------------------------------------------------------------------------
@@ -282,12 +282,12 @@ def rollout(prompts):
     entropy = torch.zeros_like(logprobs)
     values = torch.zeros_like(logprobs)
     for first in range(0, len(rows), micro_batch_size):
-        micro = slice(first, first + micro_batch_size)
-        ids = query_responses[micro]
-        mask = response_mask[micro]
+        part = slice(first, first + micro_batch_size)
+        ids = query_responses[part]
+        mask = response_mask[part]
         with run.autocast():
-            logprobs[micro], entropy[micro], values[micro] = raw_model(ids, mask)
-            ref_logprobs[micro], _ = get_logprobs(reference, ids, mask)
+            logprobs[part], entropy[part], values[part] = raw_model(ids, mask)
+            ref_logprobs[part], _ = get_logprobs(reference, ids, mask)
     values = values * response_mask
 
     # 3. score
@@ -301,10 +301,10 @@ def rollout(prompts):
     # PPO detail: reward normalization: reward.py has scaled the scores to mean 0 and std 1.
     scores = torch.zeros(len(rows), device=run.device)          # (B,)
     for first in range(0, len(rows), micro_batch_size):
-        micro = slice(first, first + micro_batch_size)
+        part = slice(first, first + micro_batch_size)
         with run.autocast():
-            token_scores = reward_model(pad_right(complete_rows[micro], tok.pad, run.device))
-        scores[micro] = last_token(token_scores, complete_rows[micro])
+            token_scores = reward_model(pad_right(complete_rows[part], tok.pad, run.device))
+        scores[part] = last_token(token_scores, complete_rows[part])
 
     return SimpleNamespace(
         query_responses=query_responses, response_mask=response_mask, logprobs=logprobs,
@@ -329,7 +329,7 @@ def get_rewards(batch, kl_coef):
 
 def gae(rewards, values, response_mask):
     """
-    Generalized advantage estimation (Schulman et al. 2016): how much better than predicted?
+    Generalized advantage estimation (Schulman et al. 2016): was each token better than expected?
 
         delta_t     = r_t + gamma * V_{t+1} - V_t
         advantage_t = delta_t + gamma * gae_lambda * advantage_{t+1}
@@ -519,7 +519,7 @@ for step in range(first_step, max_iters + 1):
         norm = norm.item()
         assert math.isfinite(norm), (
             f'step {step}: gradient norm {norm}: lower --learning_rate or raise --kl_coef, and use '
-            f'--resume=false; {resume_path} has the last good state, if one was saved')
+            f'--resume=false, which discards {resume_path}, the last good state')
         history.append(dict(zip(STATISTICS, means), norm=norm))
 
         # PPO detail: early stopping, if the new policy is too far from the old one
@@ -536,13 +536,13 @@ for step in range(first_step, max_iters + 1):
 
     # log. Watch score, kl and gold; the losses say little.
     all_rows = torch.ones_like(batch.ended)                     # (B,) mask for numbers per answer
-    row_kl = (batch.logprobs - batch.ref_logprobs).sum(1)       # (B,) nats, by k1
+    row_kl = (batch.logprobs - batch.ref_logprobs).sum(1)       # (B,) in nats, k1 estimate
     kl = masked_mean(row_kl, all_rows)
     length = masked_mean(batch.response_mask.sum(1), all_rows)
-    # kl_k3 estimates the same KL by k3. Its variance is low near the reference, high far from it.
+    # kl_k3 estimates the same KL by k3, as in get_loss. Low variance near the reference, else high.
     log_ratio = batch.ref_logprobs - batch.logprobs
     token_k3 = masked_mean(log_ratio.exp() - 1 - log_ratio, batch.response_mask)
-    # 1: the critic predicts the returns exactly. 0: it is as good as a constant. Below 0: worse.
+    # explained_variance: 1 = the critic predicts the returns exactly, 0 = no better than a constant
     error_variance = masked_variance(batch.returns - batch.values, batch.response_mask)
     return_variance = masked_variance(batch.returns, batch.response_mask)
     explained_variance = 1 - error_variance / max(1e-8, return_variance)
@@ -566,7 +566,7 @@ for step in range(first_step, max_iters + 1):
     text = ' | '.join(f'{name} {metrics[name]:.3f}' for name in PRINTED if name in metrics)
     print0(f'step {step:6d} | {text} | {dt:.1f} s, {left / 60:.1f} min left')
 
-    # PPO detail: print answers. Reward hacking is visible in them before it is visible in a curve.
+    # PPO detail: print answers. They show reward hacking (bad answers with high scores) first.
     if step % sample_interval == 0:
         for i in range(min(3, batch_size)):
             question = prompts[i][0]['messages'][-1]['content']

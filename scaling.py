@@ -3,8 +3,8 @@ Measure a scaling law. Train a grid of small models for different numbers of ste
 
     L(N, D) = E + A / N^a + B / D^b        N parameters, D tokens (Hoffmann et al. 2022, approach 3)
 
-E is the loss that no model can avoid, A / N^a the price of a small model, B / D^b the price of a
-short run. The law tells how to spend a budget of C = 6 N D FLOPs: on more parameters or more tokens.
+E is the loss that no model can avoid, A / N^a the price of a small model, B / D^b that of a short
+run. The law tells how to spend a budget of C = 6 N D FLOPs: on more parameters or on more tokens.
 
 on Toytown      $ python scaling.py                (about 17 minutes on two CPU cores)
 on other data   $ python scaling.py --data_dir=data/shakespeare
@@ -13,7 +13,7 @@ Reads   data_dir/train_*.bin, val_*.bin, tokenizer.json
 Writes  out_dir/scaling.svg, scaling.json, a folder for each run (a finished one is not repeated)
 
 N leaves embeddings out (Kaplan et al. 2020): they are most of such a small model. Each run has its
-own schedule: half-way, a long run is worse than the end of a run half as long.
+own schedule: half-way, a long run has a higher loss than a run of half the length at its end.
 """
 import itertools
 import json
@@ -42,13 +42,13 @@ config = configure(globals())
 # -----------------------------------------------------------------------------
 # the runs: pretrain.py with config/scaling.py and these flags, one on each core
 def train(width, max_iters):
-    """Train one model, unless that is done. Returns (N, D, validation loss)."""
+    """Train one model, unless this run has finished before. Returns (N, D, validation loss)."""
     folder = f'{out_dir}/width{width}_steps{max_iters}'
     flags = dict(data_dir=data_dir, out_dir=folder, n_embd=width, n_head=width // 16,
                  max_iters=max_iters, seed=seed)
     profile = HERE / 'config/scaling.py'
     settings = str(flags) + profile.read_text(encoding='utf-8')
-    finished = Path(folder, 'finished.txt') # the settings of the run that made base.pt
+    finished = Path(folder, 'finished.txt') # holds the settings of the finished run
     if not finished.exists() or finished.read_text(encoding='utf-8') != settings:
         command = [sys.executable, HERE / 'pretrain.py', profile]
         for name, value in flags.items():
@@ -73,14 +73,14 @@ try:
         points.append((N, D, loss))
         print0('{:,} parameters, {:,} tokens: loss {:.4f}'.format(N, D, loss))
 finally:
-    pool.shutdown(cancel_futures=True) # after an error start no more runs
+    pool.shutdown(cancel_futures=True) # after an error, start no more runs
 points.sort()
 N, D, L = torch.tensor(points, dtype=torch.float64).T
 
 # -----------------------------------------------------------------------------
 # the fit: Huber loss on log L, from many starts, because it has several local minima
 def predict(p, N, D):
-    """The loss of the law with p = (log E, log A, log B, a, b)."""
+    """The loss that the law predicts, with p = (log E, log A, log B, a, b)."""
     E, A, B = p[:3].exp()
     a, b = p[3:]
     return E + A / N ** a + B / D ** b
@@ -100,7 +100,7 @@ for start in itertools.product((-2, -0.5, 0.5), (2, 6), (2, 6), (0.3, 0.7)):
 
     optimizer.step(closure)
     error = closure().item()
-    if error < least and min(q[3:]) > 0: # a start may also diverge
+    if error < least and min(q[3:]) > 0: # from some starts the fit diverges
         least = error
         p = q.detach()
 assert least < math.inf, 'the losses fit no such law: try more --widths or longer --steps'
@@ -143,15 +143,15 @@ def draw_line(flops, losses, label, color):
     svg.append(LINE.format(points, color))
     svg.append(TEXT.format(x + 8, y + 4, color, label))
 
-for i, n in enumerate(N.unique()): # a line is the law, its circles are the runs
+for i, n in enumerate(N.unique()): # for each size: the law as a line, its runs as circles
     color = f'hsl({80 * i}, 70%, 40%)'
     rows = N == n
     draw_line(flops[rows], fitted[rows], f'{n:,.0f} parameters', color)
     for x, y in to_pixels(flops[rows], L[rows]):
         svg.append(CIRCLE.format(x, y, color))
 draw_line(budgets, best_L, 'best size', 'black')
-corners = to_pixels(budgets, best_L) # the axes show the numbers of the table above
-for (x, y), C, loss in zip(corners, budgets, best_L):
+ticks = to_pixels(budgets, best_L) # the axes show the numbers of the printed table
+for (x, y), C, loss in zip(ticks, budgets, best_L):
     svg.append(TEXT.format(x, 480, 'black', '%.0e' % C))
     svg.append(TEXT.format(10, y, 'black', '%.2f' % loss))
 svg.append('</svg>')

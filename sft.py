@@ -53,7 +53,7 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
-max_length = 0              # leave out longer examples, in tokens; 0 = the model's block_size
+max_length = 0              # leave out examples with more tokens than this; 0 = block_size
 # training
 epochs = 3                  # passes over the training data
 batch_size = 16             # examples in a micro-batch on each process; lower it to save memory
@@ -107,8 +107,8 @@ out_path = os.path.join(out_dir, f'{stage}.pt')
 # data
 def read_example(row):
     """
-    A line of a chat file -> length, x, y. x: the tokens of the conversation. y: after each of them
-    the next one, or -1 where nothing is learned: only what the assistant says is learned.
+    A line of a chat file -> length, x, y. x: the tokens of the conversation. y: for each token the
+    next one, or -1 where it is not learned: only what the assistant says is learned.
     """
     ids, mask = tok.render(row.get('messages'))
     x = ids[:-1]
@@ -152,13 +152,13 @@ print0(f'data: {len(train):,} examples, {len(val):,} for validation; {step_size}
        f'{steps_per_epoch:,} steps an epoch, {max_iters:,} steps')
 
 first_chat = '' # shows at a glance whether the mask is right
-for token, target in zip(train[0][1][1:] + [tok.end], train[0][2]):
+for token, target in zip(train[0][1][1:] + [tok.end], train[0][2]): # x lacks the last <|end|>
     text = tok.decode([token])
     first_chat += text if target == -1 else f'[{text}]'
 print0('the first conversation, [what is learned]:', first_chat)
 
 def to_batch(examples):
-    """Examples -> x, y (B, T), padded on the right: causal attention sees no pad there."""
+    """Examples -> x, y (B, T), padded on the right: causal attention never looks at pads there."""
     x = pad_right([x for _, x, _ in examples], tok.pad, run.device)
     y = pad_right([y for _, _, y in examples], -1, run.device)
     return x, y
@@ -191,7 +191,7 @@ def get_batches(step):
 # optimizer, and the state of an interrupted run
 optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
                              kind=optimizer, momentum=momentum)
-config['starts_from'] = ckpt['metrics'].get('seconds') # tells one checkpoint from another
+config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 first_step = 0
 progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0)
 saved = load_resume(resume_path, config, resume)
@@ -200,14 +200,14 @@ if saved:
     first_step = saved['step']
     progress = saved['progress']
 model = torch.compile(raw_model) if compile else raw_model
-if ddp:
+if ddp: # averages the gradients over all ranks; raw_model is the same without this wrapper
     model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
 
 # -----------------------------------------------------------------------------
 # evaluation and learning rate
 @torch.no_grad()
 def evaluate():
-    """val_loss: mean loss on the validation data, in nats a token."""
+    """val_loss: mean loss on the validation data, in nats per token."""
     raw_model.eval()
     nats = 0.0
     n_tokens = 0
@@ -254,8 +254,8 @@ for step in range(first_step, max_iters + 1):
         save_resume(resume_path, step, state, config, **progress)
     assert not leave, f'stopped at step {step} and saved: the same command continues from there'
 
-    # The loss is a sum over valid tokens (or pairs), divided by their number in the whole step, of
-    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    # The loss is a sum over the tokens to learn (or pairs), divided by n_valid, their number in all
+    # micro-batches and ranks. A mean of means would give some tokens more weight than others.
     t1 = time.time()
     seed_step(seed, step, run.rank)
     batches = get_batches(step)
@@ -268,7 +268,7 @@ for step in range(first_step, max_iters + 1):
     n_tokens += n_seen
 
     # forward and backward
-    lossf = 0.0
+    lossf = 0.0 # loss of this step, as a float
     for micro, (x, y) in enumerate(batches):
         if ddp: # exchange gradients only once, with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
@@ -285,7 +285,7 @@ for step in range(first_step, max_iters + 1):
     norm = norm.item()
     assert math.isfinite(norm), (
         f'step {step}: loss {lossf}, gradient norm {norm}: lower --learning_rate and use '
-        f'--resume=false; {resume_path} has the last good state, if one was saved')
+        f'--resume=false, which discards {resume_path}, the last good state')
 
     # update
     lr = get_lr(step)

@@ -2,7 +2,7 @@
 # The whole recipe: raw pages go in, a small ChatGPT-style model and a report come out.
 #   bash speedrun.sh                            config/tiny.py: about ten minutes on a laptop CPU
 #   bash speedrun.sh config/d20.py              another profile; several GPUs share the training
-#   bash speedrun.sh config/tiny.py --seed=2    a flag is for every stage that has this setting
+#   bash speedrun.sh config/tiny.py --seed=2    a flag is for all stages that have this setting
 #   bash speedrun.sh setup                      only make .venv and install requirements.txt
 # A finished stage is skipped. If its script, a setting or its input has changed, it runs again, and
 # so do all later stages. The same command continues a run that was stopped.
@@ -18,7 +18,7 @@ if ! .venv/bin/python -c "import pip; $usable" 2> /dev/null; then
         if "$python" -c "$usable" 2> /dev/null; then break; fi
     done
     if [ "$python" = none ]; then
-        echo 'error: no Python 3.10 to 3.13 with venv: PYTHON=/path/to/python3.12 bash speedrun.sh' >&2
+        echo 'error: no Python 3.10 to 3.13 with venv: set PYTHON=/path/to/python3.12' >&2
         exit 1
     fi
     "$python" -m venv --clear .venv
@@ -32,8 +32,8 @@ if [ "${1:-}" = setup ]; then exit; fi
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
 
 # -----------------------------------------------------------------------------
-# profiles and flags. `seed=2` without dashes is for every stage that has a seed: see configurator.py
-if [[ "$*" != *.py* ]]; then set -- config/tiny.py "$@"; fi
+# profiles and flags. configurator.py takes `seed=2` without dashes for all stages that have a seed
+if ! printf '%s\n' "$@" | grep -q '^[^-].*\.py$'; then set -- config/tiny.py "$@"; fi
 args=()
 for word in "$@"; do
     if [ ! -f "$word" ] && [ -f "$started_in/$word" ]; then word=$started_in/$word; fi
@@ -43,14 +43,14 @@ done
 setting() { python configurator.py "$1" "${args[@]}" | sed -n "s/^ \"$2\": \"\(.*\)\",*\$/\1/p"; }
 town_dir=$(setting toytown.py town_dir)
 files=$(setting prepare_data.py files)
-if [ "$(setting prepare_data.py source)" != files ]; then files=''; fi # downloads, see config/sources.json
+if [ "$(setting prepare_data.py source)" != files ]; then files=''; fi # it downloads its input
 data_dir=$(setting pretrain.py data_dir)
 out_dir=$(setting pretrain.py out_dir)
 train=python
 if command -v nvidia-smi > /dev/null; then train='torchrun --standalone --nproc_per_node=gpu'; fi
 
 # -----------------------------------------------------------------------------
-# the stages: `stage OUTPUT COMMAND ...` runs the command, unless its output is newer than its inputs
+# the stages: `stage OUTPUT COMMAND ...` runs the command, unless OUTPUT is newer than its inputs
 stage() {
     local output=$1 resume=${1%.*}.resume.pt script mark seconds=$SECONDS
     shift
@@ -58,12 +58,12 @@ stage() {
     mark=$out_dir/.speedrun/$script # written when the stage has ended
     mkdir -p "$out_dir/.speedrun"
     python configurator.py "$script" "${args[@]}" > "$mark.new"
-    cmp -s "$mark.new" "$mark.json" || mv "$mark.new" "$mark.json" # newer only if a setting has changed
+    cmp -s "$mark.new" "$mark.json" || mv "$mark.new" "$mark.json" # newer if settings have changed
     inputs=("$script" model.py configurator.py config/*.json "$mark.json" "$previous")
     newer() { (IFS=,; find "${inputs[@]}" $files -newer "$1" 2>&1); } # also prints what is missing
     printf '\n$ %s\n' "$*"
     if [ -n "$(newer "$mark")" ] || [ ! -e "$output" ] || [ "$output" -nt "$mark" ]; then
-        if [ -n "$(newer "$resume")" ]; then rm -f "$resume"; fi # half a run, with other inputs
+        if [ -n "$(newer "$resume")" ]; then rm -f "$resume"; fi # of a run with other inputs
         "$@"
         seconds=$((SECONDS - seconds))
         printf '%-16s%4d:%02d\n' "$script" $((seconds / 60)) $((seconds % 60)) > "$mark"
@@ -74,7 +74,7 @@ stage() {
     marks+=("$mark")
 }
 previous=model.py marks=()
-trap 'exit 130' INT # Ctrl-C is for the stage: it saves and leaves
+trap 'exit 130' INT # Ctrl-C goes to the stage, which saves and exits
 if [ "$files" = "$town_dir" ]; then
     stage "$town_dir/truth.jsonl"  python toytown.py "${args[@]}"
 fi

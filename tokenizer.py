@@ -5,7 +5,7 @@ Byte pair encoding starts from the 256 bytes, so every text can be encoded. It l
 neighbouring tokens that is most frequent in the corpus, makes it a new token, and repeats (Sennrich
 et al. 2016; on bytes as in GPT-2, Radford et al. 2019). Encoding applies the merges in that order.
 
-Reads   data_dir/train/*.jsonl.gz, val/*.jsonl.gz (documents), chat_{train,val}.jsonl if asked to
+Reads   data_dir/train/*.jsonl.gz, val/*.jsonl.gz (documents), chat_{train,val}.jsonl if wanted
 Writes  data_dir/tokenizer.json, train_000000.bin .., val_000000.bin .. (token shards)
 
     python tokenizer.py config/tiny.py                         # learn and encode: seconds
@@ -37,7 +37,7 @@ pattern = 'gpt4'           # bpe: split text by this pattern: gpt4, gpt2 or a re
 use = ''                   # encode with this tokenizer.json (of a trained model), learn nothing
 conversations = 0          # add chat_train.jsonl this many times, as sft.py renders it
 train_chars = 0            # learn from this many characters, an equal share of each file (0 = all)
-max_chunks = 2_000_000     # count at most this many distinct chunks, forget the rarest (0 = all)
+max_chunks = 2_000_000     # keep at most this many distinct chunks, forget the rarest (0 = all)
 shard_tokens = 100_000_000 # max tokens in a .bin file; documents are never cut (0 = one file)
 processes = 0              # processes that count, and threads that encode (0 = one per core)
 seed = 1337                # order of the documents in the shards
@@ -78,7 +78,7 @@ def train_bpe(chunks, n_merges):
     counts = collections.defaultdict(int) # pair -> how often it occurs in the corpus
     where = collections.defaultdict(list) # pair -> indices of the words that may contain it
     for i, word in enumerate(words):
-        for pair in map(operator.add, word, word[1:]): # 'abc' -> 'ab', 'bc'
+        for pair in map(operator.add, word, word[1:]): # all neighbours: 'abc' -> 'ab', 'bc'
             counts[pair] += freqs[i]
             where[pair].append(i)
 
@@ -163,19 +163,19 @@ def merge_steps(chunk, ranks):
         pieces = pieces[:newest] + [merged] + pieces[newest + 2:]
 
 def printable(token):
-    """Bytes -> text that is safe to print. What is not printable is escaped, as Python does it."""
+    """Bytes -> text that is safe to print. Other characters are escaped, as repr() does it."""
     text = token.decode('utf-8', 'backslashreplace')
     return ''.join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 def show_merges(chunk, ranks, color):
-    """Print the merges of a chunk, a line each: the newest token on yellow, the others on blues."""
+    """Print the merges of a chunk, a line each: newest token on yellow, others on two blues."""
     print(f"\n'{printable(chunk)}' is {len(chunk)} bytes")
     for pieces, newest, choices in merge_steps(chunk, ranks):
         label = 'bytes' if newest is None else f'rank {ranks[pieces[newest]]:6}'
         texts = [printable(piece) for piece in pieces]
         if color:
             for i in range(len(texts)):
-                background = 43 if i == newest else (46, 104)[i % 2]
+                background = 43 if i == newest else (46, 104)[i % 2] # codes of yellow, two blues
                 texts[i] = f'\033[30;{background}m{texts[i]}\033[0m'
         print(f'{label:11} |', ('' if color else '|').join(texts))
         names = {rank: f"{rank} '{printable(pieces[i] + pieces[i + 1])}'" for rank, i in choices}
@@ -192,7 +192,7 @@ def clean(text):
     # JSON can hold half of a surrogate pair, UTF-8 cannot: it becomes U+FFFD.
     text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
     # A million blanks overflow tiktoken's stack: cut runs of white space to 10,000. Such a run
-    # fills a whole block, and to look for one first saves time.
+    # fills at least one block of 5,000. To look for such a block first is fast.
     if any(text[i:i + 5000].isspace() for i in range(0, len(text), 5000)):
         text = regex.sub(r'(?<!\s)(\s{10000})\s++', r'\1', text)
     return text
@@ -277,7 +277,7 @@ def encode_documents(texts):
     return np.concatenate(parts).astype(dtype), n_bytes
 
 def encode_conversations(path):
-    """Yield the same for each conversation of a file."""
+    """Yield (ids, number of bytes) of each conversation of a file."""
     for line, row in read_jsonl(path):
         try:
             ids, _ = tok.render(row.get('messages'))
@@ -289,7 +289,7 @@ def load_gpt2():
     """GPT-2's encoding, from tiktoken's cache or from the network."""
     try:
         return tiktoken.get_encoding('gpt2')
-    except Exception as e: # whatever the network, the disk or the check of the file raises
+    except Exception as e: # the network, the disk and the checksum raise different ones
         raise AssertionError(f"cannot load GPT-2's vocabulary ({type(e).__name__}): set TIKTOKEN_"
                              'CACHE_DIR to the cache of a machine that has downloaded it') from None
 
@@ -361,7 +361,7 @@ if compare:
         if gpt2:
             theirs = f'{len(text.encode()) / max(1, len(gpt2.encode_ordinary(text))):.2f}'
         ids = tok.encode(text)
-        n_bytes = sum(len(tok.token_bytes(i)) for i in ids) # char leaves unknown characters out
+        n_bytes = sum(len(tok.token_bytes(i)) for i in ids) # char has no token for a new character
         ours = n_bytes / max(1, len(ids))
         bar = '█' * min(round(4 * ours), 60)
         print0(f'{name[:28]:28} {theirs:>7} {ours:6.2f} {bar}')
@@ -447,7 +447,7 @@ else:
         seconds = time.time() - t_start
         print0(f'256 bytes, {len(merges):,} merges, 6 special tokens | {seconds:.2f} s')
         if len(merges) < n_merges:
-            print0(f'stopped before {n_merges:,} merges: no pair of tokens occurs twice now')
+            print0(f'stopped before {n_merges:,} merges: no pair of tokens occurs twice any more')
 
 if not use:
     spec['ranks'] = [base64.b64encode(token).decode() for token in tokens]
@@ -455,7 +455,7 @@ tok = Tokenizer(spec)
 
 # -----------------------------------------------------------------------------
 # encode the documents
-# A run that stops before the swap leaves the old files as they were: all is written to `partial`.
+# All is written to `partial` first: a run that stops before the swap leaves the old files alone.
 shutil.rmtree(partial, ignore_errors=True) # of a run that was killed
 atexit.register(shutil.rmtree, partial, ignore_errors=True)
 os.makedirs(partial)
@@ -490,12 +490,12 @@ for split in documents:
             n_tokens += len(ids)
     assert starts, f'all documents in {data_dir}/{split} are empty: look at `{prepare_command}`'
 
-    # Lost are characters that are not in the vocabulary of char, or not matched by the pattern.
+    # Lost are characters that are not in the vocabulary of char, or that the pattern skips.
     assert kind == 'char' or n_lost == 0, \
         f'pattern = {pattern!r} loses {n_lost:,} bytes: add |[\\s\\S] at the end'
 
     # Then shuffle the documents and write the shards. A shard collects its documents from the whole
-    # file, so any document can come into any shard, and one shard at a time is in memory.
+    # file, so any document can land in any shard, and only one shard at a time is in memory.
     starts = np.concatenate(starts)
     sizes = np.diff(starts, append=n_tokens)
     order = np.random.default_rng(seed).permutation(len(starts))

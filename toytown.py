@@ -14,7 +14,7 @@ Writes  town_dir/web_*.warc.gz, books.jsonl.gz, lessons.txt   documents; mixture
 
 the tiny world    $ python toytown.py config/tiny.py
 another town      $ python toytown.py --seed=7 --n_people=20 --town_dir=data/raw/my_town
-It needs one CPU core and seconds. The same settings give the same bytes.
+It takes one CPU core and a few seconds. The same settings give the same bytes.
 Left out: images, links between the pages, questions that refer to an earlier turn.
 """
 import collections, gzip, hashlib, html, itertools, json, os, random, re, shutil
@@ -42,7 +42,7 @@ n_chat = 3000           # number of training conversations
 n_preferences = 1500    # number of training prompts with ranked answers
 n_prompts = 4000        # number of training prompts for RLHF
 n_val = 200             # number of validation rows of each kind (1.5 times as many prompts)
-flaw_rate = 0.4         # share of the conversations with a flawed answer, by a tired contractor
+flaw_rate = 0.4         # share of conversations whose answer is flawed, as by a tired contractor
 like_rate = 0.3         # share of the other answers that end with a friendly phrase
 labeller_noise = 0.2    # standard deviation of the labeller's noise, in units of the gold score
 config = configure(globals())
@@ -55,13 +55,13 @@ for name in ('val_facts', 'flaw_rate', 'like_rate'):
 # -----------------------------------------------------------------------------
 # the grammar of the templates
 SLOT = re.compile(r'\{([A-Za-z]\w*)(?::(\w+))?\}') # {animal} or {animal:a}: a name and a label
-SCOPES = [dict(scope=i) for i in range(99)] # for {new}
+SCOPES = [dict(scope=i) for i in range(99)] # {new} draws one: from there on, labels start afresh
 
 def fill_slot(match, slots):
     """The text for one slot; see expand."""
     name, label = match.groups()
     key = name.lower()
-    label_key = f"{key}:{label}:{slots.get('scope')}" # {new} starts another scope
+    label_key = f"{key}:{label}:{slots.get('scope')}" # after {new}, {animal:a} is drawn anew
     value = slots.get(label_key, slots.get(key))
     assert value is not None, f'{world}: no word list or fact for {match[0]}: add or rename it'
 
@@ -78,7 +78,7 @@ def fill_slot(match, slots):
         if label:
             slots[label_key] = value
     text = str(value)
-    if name != key: # {Animal}
+    if name != key: # {Animal} begins with a capital letter
         text = text[:1].upper() + text[1:]
     return text
 
@@ -90,7 +90,7 @@ def expand(template, slots):
         expand('{Animal:a} saw a {animal:b}. {name} saw the {animal:a}.', slots)
         -> 'Tiny owl saw a fox. Anna saw the tiny owl.'
 
-    {animal:a} is drawn from its list, filled too, and remembered: the second one is the same."""
+    {animal:a} is drawn from its list, filled too, and remembered, so both times it is the owl."""
     filled = None
     while filled != template: # twice for {{kind:k}:1}: it becomes {birds:1} first
         filled = template
@@ -105,7 +105,7 @@ def new_page(side='train', **known):
     return {**words, **person, **moves, **known}
 
 def say(template, **known):
-    """Fill a template on a page of its own."""
+    """Fill a template with the slots of a new page."""
     return expand(template, new_page(**known))
 
 # -----------------------------------------------------------------------------
@@ -136,7 +136,7 @@ for person in people:
 
 relations = town['relations'] # job, pet, food, ...: each has the templates that speak of it
 for rules in relations:
-    # deal the values like cards: all are equally frequent, so a guess is right by chance only
+    # deal the values like cards: all are equally frequent, so that guessing is right only by chance
     values = itertools.cycle(rules['values'])
     for person, value in zip(random.sample(people, n_people), values):
         person[rules['relation']] = value
@@ -180,11 +180,11 @@ def near_copy(text):
             return copy.strip()
 
 def add_page(text, url='{good_url}', **planted):
-    """Give a text (title, blank line, paragraphs) a layout, a charset and a URL; note the truth."""
+    """Give a text (title, blank line, paragraphs) a layout, charset and URL; record its faults."""
     layout = random.choice(town['layouts'])
     charset = random.choice(town['charsets'])
     title, *paragraphs = html.escape(text).split('\n\n')
-    paragraphs = ['<p>' + text.replace('\n', '<br>\n') + layout['end'] for text in paragraphs]
+    paragraphs = ['<p>' + part.replace('\n', '<br>\n') + layout['end'] for part in paragraphs]
     body = re.sub(r'(.{60}\S*) ', r'\1\n', '\n'.join(paragraphs)) # lines as an editor breaks them
     title_words = re.findall('[a-z0-9]+', title.lower())
     slug = '-'.join(title_words)[:40]
@@ -192,7 +192,7 @@ def add_page(text, url='{good_url}', **planted):
 
     url = expand(url, slots).lower()
     page = expand(layout['page'], slots)
-    # not every server tells the charset. What a charset lacks is written as &#233;
+    # not every server tells the charset. Characters that it lacks are written as &#233;
     content_type = 'text/html' + random.choice(['', f'; charset={charset}'])
     http = f'HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n\r\n'.encode()
     headers = f'WARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: application/http'
@@ -226,8 +226,8 @@ for i in range(n_pages):
             slots['it'] = expand('{value}', slots)
             private.append(slots['it'])
             sentences.append(expand('{say}', slots))
-    if i < 2.2 * n_faults: # no faults: numbers that only look like personal data, which pii should
-        # leave alone, and a quotation that should not make language drop an English page
+    if i < 2.2 * n_faults: # traps: numbers that only look like personal data, which the step pii
+        # should leave alone, or a foreign quotation on a page that the step language should keep
         template = '{trap}' if i < 2 * n_faults else '{quote}'
         sentences.append(say(template, foreign=foreign_text(1)))
     for sentence in sentences:
@@ -248,18 +248,18 @@ for i in range(n_faults):
     add_page(say('{Thing}\n\n{junk}'), fault='quality')
 
     # the step dedup should drop exact copies and near copies, at another URL, in another layout
-    for index in (i % n_pages, -1 - i % n_pages):
+    for index in (i % n_pages, -1 - i % n_pages): # from the front, from the end
         original = good_pages[index]
         text = original['text']
-        if index < 0: # a near copy; the other one is exact
+        if index < 0: # pages from the end get a near copy, pages from the front an exact one
             text = near_copy(text)
-        original['group'] = original['url'] # of each group one page should stay, whichever
+        original['group'] = original['url'] # one page of each group should stay, no matter which
         add_page(text, fault='dedup', group=original['url'], private=original['private'])
 
 random.shuffle(records)
 files['truth.jsonl'] = truth.values()
 
-# books and lessons are chosen by somebody: nothing is wrong with them
+# people have chosen the books and lessons, so no faults are planted there
 files['books.jsonl.gz'] = [dict(text=say('{book}')) for _ in range(n_books)]
 lessons = [say('{lesson}') for _ in range(n_lessons)]
 files['mixture.json'] = [town['mixture']]
@@ -284,10 +284,10 @@ for name, n_rows in sizes.items():
             prompt = expand('{next_asked}{next_asked_sum}{prompt}', slots)
             asked[prompt] += 1
             digest = hashlib.sha256(prompt.encode()).hexdigest()
-            is_val = int(digest[:12], 16) < 0.15 * 16**12
-            # a task about facts or sums has a side by them, any other task by its prompt
+            is_val = int(digest[:12], 16) < 0.15 * 16**12 # 15% of the prompts
+            # a fact or sum decides the side of a task about it; for other tasks the prompt decides
             wrong_side = task['by_prompt'] and is_val != (side == 'val')
-            repeated = 1 < asked[prompt] < 20 # repeat one only if there are too few of them
+            repeated = 1 < asked[prompt] < 20 # after 20 draws there are too few new prompts
             if not wrong_side and not repeated:
                 break
 
@@ -301,9 +301,9 @@ for name, n_rows in sizes.items():
             checks['likes'] = likes
 
         messages = [dict(role='user', content=prompt)]
-        if kind == 'prompts': # to practise on: the checks are the gold reward
+        if kind == 'prompts': # for practice: the checks are the gold reward
             rows.append(dict(messages=messages, checks=checks))
-        elif kind == 'chat': # to imitate: some answers are by a tired contractor
+        elif kind == 'chat': # for imitation: some answers are as by a tired contractor
             flawed = random.random() < flaw_rate
             answer = expand('{flawed}' if flawed else '{good}', slots)
             all_met, _ = grade(checks, answer)
@@ -317,7 +317,7 @@ for name, n_rows in sizes.items():
                 system = random.choice(town['system'])
                 messages.insert(0, dict(role='system', content=system))
             rows.append(dict(messages=messages))
-        else: # to learn what people prefer: the labeller sees the gold score through noise
+        else: # preferences: the labeller sees the gold score through noise
             relation = slots['relation']
             wrong = [value for value in slots['values'] if value != slots[relation]]
             slots['next_wrong'] = [{relation: value} for value in wrong]
@@ -327,7 +327,7 @@ for name, n_rows in sizes.items():
 
             gold = [grade(checks, answer)[1] for answer in answers]
             ranking = simulated_ranking(gold, labeller_noise, noise)
-            if len(ranking) > 1: # else all are equally good
+            if len(ranking) > 1: # else all answers are equally good
                 rows.append(dict(messages=messages, completions=answers, ranking=ranking))
     files[f'{name}.jsonl'] = rows
 
@@ -357,7 +357,7 @@ for pair in sums['val']:
 
 # -----------------------------------------------------------------------------
 # write everything to a new folder, then let it take the place of the old one
-town_dir = os.path.realpath(town_dir) # without a slash at the end; the folder itself, not a link
+town_dir = os.path.realpath(town_dir) # no slash at the end; if it is a link, the folder behind it
 partial_dir = town_dir + '.partial'
 replaced_dir = town_dir + '.replaced'
 shutil.rmtree(partial_dir, ignore_errors=True) # of a run that was killed
@@ -371,7 +371,7 @@ write_text(f'{partial_dir}/lessons.txt', '\n<|endoftext|>\n'.join(lessons))
 # if a run is killed between two of these lines, the same command puts it right
 if os.path.exists(town_dir):
     extra = set(os.listdir(town_dir)) - set(os.listdir(partial_dir))
-    assert not extra, f'{town_dir} holds {extra}, not ours: move it away, or set --town_dir'
+    assert not extra, f'{town_dir} holds {extra}, not our files: move them, or set --town_dir'
     shutil.rmtree(replaced_dir, ignore_errors=True)
     os.rename(town_dir, replaced_dir)
 os.rename(partial_dir, town_dir)

@@ -1,5 +1,5 @@
-# 561 million parameters on 11.2 billion tokens, 20 per parameter: the size of nanochat's "d20", the
-# 100-dollar run. `--estimate=8xH100` says: 83 dollars. This run was not made here.
+# 561 million parameters on 11.2 billion tokens, 20 per parameter: the size of nanochat's "d20", its
+# 100-dollar model. Nobody has run this profile here yet; the estimate is 83 dollars on 8 H100s.
 #     python pretrain.py config/d20.py --estimate=8xH100
 #     python prepare_data.py config/d20.py; python tokenizer.py config/d20.py
 #     torchrun --standalone --nproc_per_node=8 pretrain.py config/d20.py

@@ -1,7 +1,7 @@
 # 1.9 billion parameters on 38 billion tokens, 20 per parameter: the size of nanochat's "d32".
-# `--estimate=8xH100` says: 960 dollars. Weights, gradients and optimizer states, 30 GB, are sharded
-# over the GPUs. This run was not made here. The text is a sample of 10 billion tokens, seen four
-# times; --source=commoncrawl has more.
+# Nobody has run this profile here yet; the estimate is 960 dollars on 8 H100s. FSDP splits the
+# weights, gradients and optimizer states, 30 GB, among the GPUs. The text is a sample of 10 billion
+# tokens, so the model sees it four times; prepare_data.py has more with --source=commoncrawl.
 #     python pretrain.py config/d32.py --estimate=8xH100
 #     python prepare_data.py config/d32.py; python tokenizer.py config/d32.py
 #     torchrun --standalone --nproc_per_node=8 pretrain.py config/d32.py

@@ -1,9 +1,9 @@
-# GPT-2 124M on 10 billion tokens of FineWeb. `--estimate=8xH100` says: 45 minutes, 18 dollars. The
-# settings are those of the literature; this run was not made here.
+# GPT-2 124M on 10 billion tokens of FineWeb, with settings from the literature. Nobody has run this
+# profile here yet; the estimate (--estimate=8xH100) is 45 minutes and 18 dollars.
 #     python prepare_data.py config/gpt2.py; python tokenizer.py config/gpt2.py
 #     torchrun --standalone --nproc_per_node=8 pretrain.py config/gpt2.py
-# One GPU gives the same run, eight times slower: total_batch_size stays, and batch_size is what one
-# GPU takes at once.
+# One GPU computes the same updates in eight times the time: total_batch_size is the batch of one
+# update, batch_size is what one GPU takes at once.
 
 data_dir = 'data/gpt2'
 out_dir = 'out/gpt2'

@@ -7,17 +7,22 @@ toytown = dict(
 tokenizer = dict(vocab_size=2048) # enough for every frequent word of the town to be one token
 
 pretrain = dict(
-    arch='llama', n_layer=4, n_head=4, n_embd=128, block_size=160, qk_norm=True, key_shift=True, dropout=0.0,
-    batch_size=10, max_iters=1500,
+    arch='llama', n_layer=4, n_head=4, n_embd=128, block_size=160, qk_norm=True, key_shift=True,
+    dropout=0.0, batch_size=10, max_iters=1500,
     optimizer='muon', learning_rate=1.2e-2, min_lr=0.0, warmup_iters=20,
     eval_interval=400, eval_iters=40, log_interval=50, save_interval=200)
 
-sft = dict(epochs=3, batch_size=32, learning_rate=1e-3, eval_interval=100, log_interval=50, save_interval=100)
+sft = dict(
+    epochs=3, batch_size=32, learning_rate=1e-3,
+    eval_interval=100, log_interval=50, save_interval=100)
 
-reward = dict(sample_prompts=2500, sample_answers=6, max_new_tokens=48, batch_size=16, learning_rate=5e-4,
-              eval_interval=50, log_interval=20, save_interval=50)
+reward = dict(
+    sample_prompts=2500, sample_answers=6, max_new_tokens=48, batch_size=16, learning_rate=5e-4,
+    eval_interval=50, log_interval=20, save_interval=50)
 
-rlhf = dict(max_iters=20, batch_size=128, minibatch_size=128, micro_batch_size=64, max_new_tokens=48, ppo_epochs=2,
-            learning_rate=3e-4, kl_coef=0.05, eval_interval=8, sample_interval=8)
+rlhf = dict(
+    max_iters=20, batch_size=128, minibatch_size=128, micro_batch_size=64, max_new_tokens=48,
+    ppo_epochs=2, learning_rate=3e-4, kl_coef=0.05, eval_interval=8, sample_interval=8)
 
-eval = dict(batch_size=64, max_new_tokens=80) # room enough to run on: a model that does not stop should be seen not to
+# 80 tokens are more than a good answer needs: a model that does not stop should be seen
+eval = dict(batch_size=64, max_new_tokens=80)

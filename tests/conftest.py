@@ -77,6 +77,7 @@ def fails(pattern):
 SERVER = '''
 import atexit, gc, json, os, runpy, sys
 import numpy, tiktoken, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, torch.distributed.pipelining
 out = os.dup(1)
 gc.freeze()
 for line in sys.stdin:

@@ -72,7 +72,7 @@ def talks(n, key='messages'):
 def town(tmp_path_factory, scripts):
     """-> (the raw files, the corpus made of them)"""
     raw, out = tmp_path_factory.mktemp('raw') / 'toytown', tmp_path_factory.mktemp('out')
-    scripts.ok('toytown.py', *flags(raw_dir=raw, **SMALL))
+    scripts.ok('toytown.py', *flags(town_dir=raw, **SMALL))
     scripts.ok('prepare_data.py', *flags(files=raw, data_dir=out))
     return raw, out
 
