@@ -112,6 +112,9 @@ def make_prompt(messages):
         del messages[n_system:n_system + 2] # a question and its answer
         print('(the context is full: the oldest turn is forgotten)')
         ids, _ = tok.render(messages, prompt=True)
+    room = block_size - max_new_tokens
+    if len(ids) > room: # one message alone is too long: generate keeps its end
+        print(f'(the message is too long: only its last {room} tokens are read)')
     return ids
 
 def answer(messages):

@@ -223,7 +223,7 @@ def download(url, path):
             response = requests.get(url, headers=rest, stream=True, timeout=30)
             code = response.status_code
             is_whole = code == 416 # it was stopped after the last byte
-            assert response.ok or is_whole, f'{source} is no folder, and {url}: HTTP {code}'
+            assert response.ok or is_whole, f'{source} is not a folder; {url}: HTTP {code}'
             if code == 200: # not 206: this server sends all of it
                 f.truncate(0)
             if not is_whole:

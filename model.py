@@ -465,19 +465,19 @@ class Tokenizer:
         n = len(self.tokens)
         assert spec['special_tokens'] == SPECIAL_TOKENS, 'it has other special tokens'
         assert b'' not in self.tokens and len(set(self.tokens)) == n, 'a token is empty or repeated'
+        n_bytes = sum(len(token) == 1 for token in self.tokens)
+        assert n_bytes == 256 or spec['kind'] == 'char', 'not every byte is a token'
         specials = {name: n + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.eot, self.system, self.user, self.assistant, self.end, self.pad = specials.values()
         self.n_vocab = spec.get('n_vocab', n + len(specials)) # padded to a round number for GPT-2
-        assert self.n_vocab >= n + len(specials), f'n_vocab {self.n_vocab} < {n} + {len(specials)}'
         ranks = {token: i for i, token in enumerate(self.tokens)}
         self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], mergeable_ranks=ranks,
                                      special_tokens=specials)
         # text that spells a special token gives ordinary tokens: a user cannot inject a turn
         self.encode = self.enc.encode_ordinary
         self.decode = self.enc.decode # bytes that are not valid UTF-8 become U+FFFD
-        # token shards carry this number, so that a shard of another tokenizer is noticed
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).digest()
-        self.hash = int.from_bytes(digest[:4], 'big') & 0x7fffffff
+        self.hash = int.from_bytes(digest[:4], 'big') & 0x7fffffff # stored in each token shard
 
     @classmethod
     def load(cls, path):
@@ -627,8 +627,8 @@ def setup(config, allow_fp16=False):
     torch.manual_seed(config['seed'])
     config['world_size'] = world_size # batches depend on it, so a resumed run must have as many
     run = SimpleNamespace(device=torch.device(device), device_type=device_type, rank=RANK,
-                          dtype=getattr(torch, dtype), world_size=world_size, master=RANK == 0,
-                          stop=False)
+                          dtype=getattr(torch, dtype), world_size=world_size, master=RANK == 0)
+    run.stop = False
     run.autocast = functools.partial(torch.autocast, device_type, run.dtype, dtype != 'float32')
     print0(f'device: {device}, {dtype}, {world_size} x {torch.get_num_threads()} threads')
     return run

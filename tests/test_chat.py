@@ -77,7 +77,7 @@ def test_longer_than_the_context(out, scripts):
     r = scripts.ok('chat.py', out / 'rlhf.pt', '--max_new_tokens=8', stdin='Say a word.\n' * 6)
     assert 'oldest turn is forgotten' in r.err
     r = scripts.ok('chat.py', out / 'rlhf.pt', '--max_new_tokens=8', stdin='Say a word. ' * 40 + '\nSay it.\n')
-    assert 'only its last 40 tokens' in r.err
+    assert 'only its last 40 tokens are read' in r.err
 
 def test_seed(out, scripts):
     flags = (out / 'base.pt', '--temperature=30', '--max_new_tokens=24', '--prompt=Anna')
