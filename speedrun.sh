@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole recipe: raw pages go in, a small ChatGPT-style model and a report come out.
-#   bash speedrun.sh                            config/tiny.py: about ten minutes on a laptop CPU
+#   bash speedrun.sh                            config/tiny.py: 10 to 15 minutes on a laptop CPU
 #   bash speedrun.sh config/d20.py              another profile; several GPUs share the training
 #   bash speedrun.sh config/tiny.py --seed=2    a flag is for all stages that have this setting
 #   bash speedrun.sh setup                      only make .venv and install requirements.txt

@@ -44,9 +44,9 @@ def test_two_processes_are_one(parallel, shape, optimizer, command, one, scripts
     same(tmp_path, one(shape, optimizer))
     assert load(tmp_path / 'base.pt')['step'] == 6
 
-@pytest.mark.parametrize('shape', ['llama', 'gpt2'])
-def test_a_checkpoint_of_any_continues_in_any_other(shape, command, one, scripts, tmp_path):
+def test_a_checkpoint_of_any_continues_in_any_other(command, one, scripts, tmp_path):
     """fsdp, stopped; pipeline, stopped; two processes with ddp, stopped; one process to the end."""
+    shape = 'gpt2' # the hardest one: both ends of its pipeline hold the tied embeddings
     for parallel, at in (('fsdp', 1), ('pipeline', 2), ('ddp', 3)):
         with pytest.raises(AssertionError, match=f'stopped at step {at + 1} and saved'):
             scripts.two(*command(tmp_path, *SHAPES[shape], f'--parallel={parallel}'),
