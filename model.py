@@ -465,11 +465,11 @@ class Tokenizer:
         n = len(self.tokens)
         assert spec['special_tokens'] == SPECIAL_TOKENS, 'it has other special tokens'
         assert b'' not in self.tokens and len(set(self.tokens)) == n, 'a token is empty or repeated'
-        n_bytes = sum(len(token) == 1 for token in self.tokens)
-        assert n_bytes == 256 or spec['kind'] == 'char', 'not every byte is a token'
+        assert spec['kind'] == 'char' or sum(len(t) == 1 for t in self.tokens) == 256, 'incomplete'
         specials = {name: n + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.eot, self.system, self.user, self.assistant, self.end, self.pad = specials.values()
         self.n_vocab = spec.get('n_vocab', n + len(specials)) # padded to a round number for GPT-2
+        assert self.n_vocab >= n + len(specials), f'n_vocab {self.n_vocab} is less than {n} tokens'
         ranks = {token: i for i, token in enumerate(self.tokens)}
         self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], mergeable_ranks=ranks,
                                      special_tokens=specials)
