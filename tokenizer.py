@@ -17,7 +17,7 @@ Writes  data_dir/tokenizer.json, train_000000.bin .., val_000000.bin .. (token s
 It uses all cores of one machine and never holds the whole corpus in memory.
 Left out: other ways to choose tokens (WordPiece, Unigram), BPE dropout, several machines.
 """
-import atexit, base64, collections, concurrent.futures, glob, heapq, itertools, json
+import atexit, base64, collections, concurrent.futures, gc, glob, heapq, itertools, json
 import multiprocessing, operator, os, shutil, signal, sys, threading, time
 
 import numpy as np
@@ -404,6 +404,7 @@ for split in documents:
 # -----------------------------------------------------------------------------
 # learn the tokens
 t_start = time.time()
+gc.disable() # it walks through millions of small objects, and finds no cycle among them
 n_workers = processes or os.cpu_count() or 1
 spec = dict(version=1, kind=kind, pattern=split_pattern.pattern, special_tokens=SPECIAL_TOKENS)
 
