@@ -383,6 +383,21 @@ def test_interrupted_download(convert, monkeypatch, tmp_path):
     with fails('is not a folder.*404'):
         convert.download('https://x/z', str(tmp_path / 'z'))
 
+    # all bytes were here before the rename: the server has nothing more, and says how long the file is
+    for length, is_whole in ((200, True), (150, False)):
+        path = tmp_path / f'{length}'
+        (tmp_path / f'{length}.part').write_bytes(content)
+        headers = {'Content-Range': f'bytes */{length}'}
+        reply = SimpleNamespace(status_code=416, ok=False, headers=headers)
+        monkeypatch.setattr(requests, 'get', lambda *_, **__: reply)
+        if is_whole:
+            convert.download('https://x/y', str(path))
+            assert path.read_bytes() == content
+        else:
+            with fails('is not a folder.*416'):
+                convert.download('https://x/y', str(path))
+            assert not path.exists()
+
 # -----------------------------------------------------------------------------
 # Hugging Face's own code, where it is installed
 

@@ -3,10 +3,8 @@ import collections
 import gzip
 import hashlib
 import json
-import os
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, definitions

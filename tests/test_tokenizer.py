@@ -568,7 +568,6 @@ def test_killed_at_every_step_of_the_swap(run, tmp_path, monkeypatch):
     class Kill(BaseException):
         pass
     start = write_documents(tmp_path / 'start')
-    foreign = np.array([50256, 5, 6], np.uint16)
     run('--vocab_size=280', '--shard_tokens=100', data=start)
     done = tmp_path / 'done'
     shutil.copytree(start, done)
