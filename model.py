@@ -465,7 +465,7 @@ class Tokenizer:
         n = len(self.tokens)
         assert spec['special_tokens'] == SPECIAL_TOKENS, 'it has other special tokens'
         assert b'' not in self.tokens and len(set(self.tokens)) == n, 'a token is empty or repeated'
-        assert spec['kind'] == 'char' or sum(len(t) < 2 for t in self.tokens) == 256, 'bytes missing'
+        assert spec['kind'] == 'char' or sum(len(t) < 2 for t in self.tokens) == 256, 'byte missing'
         specials = {name: n + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.eot, self.system, self.user, self.assistant, self.end, self.pad = specials.values()
         self.n_vocab = spec.get('n_vocab', n + len(specials)) # padded to a round number for GPT-2
