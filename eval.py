@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import time
 
@@ -88,7 +89,7 @@ run = setup(config)
 started = time.time()
 
 checkpoints = {}
-for name in models.split(','):
+for name in re.split(' *, *', models.strip()):
     is_path = name.endswith('.pt')
     path = name if is_path else os.path.join(out_dir, f'{name}.pt')
     # A stage that has not been run yet is left out. A path that somebody typed must exist.
@@ -123,6 +124,8 @@ def bits_per_byte(model, tok, label=''):
     A loss per token cannot be compared across tokenizers: longer tokens are harder to predict,
     but there are fewer of them. The number of bytes does not depend on the tokenizer.
     """
+    if val_tokens == 0:
+        return None
     T = model.config.block_size
     tokens = np.zeros(0, np.int64)
     for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val_*.bin'))):
@@ -183,6 +186,24 @@ def score(model, rows, lengths, pad, temperature=1.0, label=''):
             scores[i] = (logprob, entropy, is_greedy)
     return scores
 
+# characters of scripts without blanks between words: Thai to Burmese, Khmer, Chinese, Japanese
+NO_BLANKS = re.compile('[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff'
+                       '\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]')
+
+def split_at_blanks(context, continuation):
+    """
+    Move the blanks between two texts to the continuation, because in running text ' owl' is one
+    token. If there are none, put one in: llm-foundry's rows leave it out.
+        ('Who? ', 'Anna') and ('Who?', 'Anna') -> ('Who?', ' Anna'), but ('谁', '我') -> ('谁', '我')
+    """
+    kept = context.rstrip(' \t\xa0\u3000') # a newline stays: it can be one token with what it ends
+    blanks = context[len(kept):]
+    border = context[-1:] + continuation[:1]
+    has_blank = any(char.isspace() for char in border)
+    if context and not has_blank and not NO_BLANKS.search(border):
+        blanks = ' '
+    return kept, blanks + continuation
+
 def score_continuations(model, tok, pairs, label=''):
     """
     [(context, continuation)], two texts each -> [(loss, is_greedy)].
@@ -193,11 +214,9 @@ def score_continuations(model, tok, pairs, label=''):
     rows = []
     lengths = []
     for context, text in pairs:
-        # The space belongs to the continuation: ' owl' is one token, as in running text.
-        has_space = context[-1:].isspace() or text[:1].isspace()
-        if context and not has_space:
-            text = ' ' + text
-        continuation = tok.encode(text)[:block_size]
+        context, text = split_at_blanks(context, text)
+        # a tokenizer of characters drops those that it does not know
+        continuation = tok.encode(text)[:block_size] or [tok.pad]
         room = block_size + 1 - len(continuation) # + 1: the last token is only predicted
         prefix = [tok.eot] + tok.encode(context)
         rows.append(prefix[-room:] + continuation) # of a long context, the end matters most
@@ -205,8 +224,11 @@ def score_continuations(model, tok, pairs, label=''):
 
     losses = []
     scores = score(model, rows, lengths, tok.pad, label=label)
-    for (logprob, entropy, is_greedy), length in zip(scores, lengths):
-        losses.append((-logprob / length, is_greedy))
+    for row, length, (logprob, entropy, is_greedy) in zip(rows, lengths, scores):
+        loss = -logprob / length
+        if row[-1] == tok.pad: # this model cannot write the continuation
+            loss = math.inf
+        losses.append((loss, is_greedy))
     return losses
 
 # -----------------------------------------------------------------------------
@@ -230,19 +252,26 @@ def load_benchmark(path):
         gold = None
         try:
             if 'choices' in row:
-                choices = [(row['query'], choice) for choice in row['choices']]
+                options = row['choices']
+                choices = [(row['query'], option) for option in options]
                 gold = int(row['gold'])
             elif 'context_options' in row:
-                choices = [(context, row['continuation']) for context in row['context_options']]
+                options = row['context_options']
+                choices = [(option, row['continuation']) for option in options]
                 gold = int(row['gold'])
             else:
+                options = []
                 choices = [(row['context'], row['continuation'])]
+            if not isinstance(options, list):
+                raise TypeError(f'{options!r:.50} is not a list')
             for context, continuation in choices:
                 if not isinstance(context, str) or not isinstance(continuation, str):
                     raise TypeError('a text is not a string')
-            if gold is not None and not 0 <= gold < len(choices):
-                raise ValueError(f'gold is {gold}, but there are {len(choices)} choices')
-        except (KeyError, TypeError, ValueError) as e:
+                if not continuation.strip():
+                    raise ValueError('a continuation is empty')
+            if gold is not None and (gold != float(row['gold']) or not 0 <= gold < len(choices)):
+                raise ValueError(f'gold is {row["gold"]}, but there are {len(choices)} choices')
+        except (KeyError, OverflowError, TypeError, ValueError) as e: # int(inf) overflows
             raise AssertionError(
                 f'{path}:{line}: {type(e).__name__}: {e}: a row holds query, choices, gold, or '
                 'context_options, continuation, gold, or context, continuation') from None
@@ -265,7 +294,7 @@ def accuracy(model, tok, questions, label=''):
         losses = [loss for loss, is_greedy in scores[first:first + len(choices)]]
         if gold is None:
             n_right += scores[first][1]
-        elif losses.index(min(losses)) == gold:
+        elif min(losses) < math.inf and losses.index(min(losses)) == gold:
             n_right += 1
         first += len(choices)
     n_right = all_sum(n_right)[0]
@@ -358,7 +387,7 @@ paths = {}
 for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl'))):
     name = os.path.basename(path).removesuffix('.jsonl')
     paths[name] = path
-wanted = benchmarks.split(',') if benchmarks else list(paths)
+wanted = re.split(' *, *', benchmarks.strip()) if benchmarks else list(paths)
 questions = {}
 for name in wanted:
     assert name in paths, \
@@ -369,7 +398,7 @@ for name in wanted:
 # measure each model
 table = {}       # the report: model -> {measure: value}
 all_answers = {} # model -> its answers, in the order of the prompts
-sft_model = None
+sft_model = None # the first SFT model: RLHF models are compared with it
 for name, ckpt in checkpoints.items():
     t0 = time.time()
     tok = Tokenizer(ckpt['tokenizer'])
@@ -402,8 +431,9 @@ for name, ckpt in checkpoints.items():
         column['answers that end'] = statistics.fmean(answer['ended'] for answer in answers)
         column['tokens per answer'] = n_tokens / len(answers)
 
-    if name == 'sft':
-        sft_model = model # kept: RLHF models are compared with it
+    if ckpt['stage'] == 'sft' and sft_model is None:
+        sft_name = name
+        sft_model = model
     print0(f'{name}: measured in {time.time() - t0:.0f} s')
 
 # -----------------------------------------------------------------------------
@@ -424,13 +454,16 @@ for name, answers in all_answers.items():
     if sft_model is None or checkpoints[name]['stage'] != 'rlhf':
         continue
     ours = [answer['gold'] for answer in answers if 'gold' in answer]
-    theirs = [answer['gold'] for answer in all_answers['sft'] if 'gold' in answer]
+    theirs = [answer['gold'] for answer in all_answers[sft_name] if 'gold' in answer]
     if ours:
         mean, lower, upper = win_rate(ours, theirs)
         column['win rate against SFT'] = mean
         column['win rate, 95% interval'] = [lower, upper]
+    if checkpoints[name]['tokenizer'] != checkpoints[sft_name]['tokenizer']:
+        continue # the ids of these answers are other texts for the SFT model
     # how likely are these answers under the SFT model? Ranks share the work
     mine = answers[run.rank::run.world_size]
+    tok = Tokenizer(checkpoints[name]['tokenizer'])
     scores = score_answers(sft_model, mine, tok.pad, f'{name}: KL from SFT')
     scores = all_gather_list(scores, run)
     log_ratios = []

@@ -119,23 +119,38 @@ def test_scores_are_those_of_each_row_alone(trained):
 
 @torch.no_grad()
 def test_loss_of_continuations_by_hand(trained):
-    """Which tokens are scored: a space between the two texts, no context, a long context, a long continuation."""
+    """
+    Which tokens are scored: a space between the two texts, no context, a long context, a long continuation. Blanks at
+    the end of a context belong to the continuation, a newline stays; beside Chinese no space is put in.
+    """
     tok = trained.tok
     says = 'Anna has the owl. ' * 12
     long = tok.encode(says)
     assert len(long) > 2 * T
     cases = [(('Anna has the', 'owl.'), [tok.eot] + tok.encode('Anna has the'), tok.encode(' owl.')),
              (('Anna has the', ' owl.'), [tok.eot] + tok.encode('Anna has the'), tok.encode(' owl.')),
-             (('Anna has the ', 'owl.'), [tok.eot] + tok.encode('Anna has the '), tok.encode('owl.')),
+             (('Anna has the ', 'owl.'), [tok.eot] + tok.encode('Anna has the'), tok.encode(' owl.')),
+             (('Anna has the \t', ' owl.'), [tok.eot] + tok.encode('Anna has the'), tok.encode(' \t owl.')),
+             (('Anna has the\n', 'owl.'), [tok.eot] + tok.encode('Anna has the\n'), tok.encode('owl.')),
+             (('Anna:\n ', 'owl.'), [tok.eot] + tok.encode('Anna:\n'), tok.encode(' owl.')),
+             (('2+2=', '4'), [tok.eot] + tok.encode('2+2='), tok.encode(' 4')),
+             (('二加二等于', '四'), [tok.eot] + tok.encode('二加二等于'), tok.encode('四')),
+             (('二加二等于 ', '四'), [tok.eot] + tok.encode('二加二等于'), tok.encode(' 四')),
+             (('2+2=', '四。'), [tok.eot] + tok.encode('2+2='), tok.encode('四。')),
+             (('答：', 'A'), [tok.eot] + tok.encode('答：'), tok.encode('A')),
+             (('ネコは', 'です'), [tok.eot] + tok.encode('ネコは'), tok.encode('です')),
+             (('แมว', 'ดำ'), [tok.eot] + tok.encode('แมว'), tok.encode('ดำ')),
+             (('둘 더하기 둘은', '넷'), [tok.eot] + tok.encode('둘 더하기 둘은'), tok.encode(' 넷')), # Korean has blanks
              (('', 'owl'), [tok.eot], tok.encode('owl')),
-             ((says, 'Bela'), long[-(T + 1 - len(tok.encode('Bela'))):], tok.encode('Bela')),
+             ((' ', 'owl'), [tok.eot], tok.encode(' owl')),
+             ((says, 'Bela'), long[:-1][-(T + 1 - len(tok.encode(' Bela'))):], tok.encode(' Bela')),
              (('x', ' ' + says), tok.encode('x'), tok.encode(' ' + says)[:T])]
     got = functions().score_continuations(trained.model, tok, [pair for pair, _, _ in cases])
     for (loss, _), (_, context, continuation) in zip(got, cases):
         ids = torch.tensor([context + continuation])
         assert ids.size(1) <= T + 1
         logits = trained.model(ids[:, :-1])[0, -len(continuation):]
-        assert loss == pytest.approx(F.cross_entropy(logits, torch.tensor(continuation)).item(), abs=1e-4)
+        assert loss == pytest.approx(F.cross_entropy(logits, torch.tensor(continuation)).item(), abs=1e-4), continuation
 
 def test_progress_is_printed_with_the_time_left(capsys):
     assert list(functions(progress_seconds=0, batch_size=2).in_batches('abcde', 'x')) == ['ab', 'cd', 'e']
@@ -157,6 +172,21 @@ def test_the_kinds_of_benchmarks(trained):
     mixed = [([('a', 'b'), ('a', 'c')], 0), ([('a', 'b')] * 4, 1), ([('a', 'b')], None)]
     assert f.accuracy(trained.model, trained.tok, mixed)[1] == pytest.approx((1 / 2 + 1 / 4 + 0) / 3)
 
+def test_blanks_at_the_end_of_a_query_change_nothing(trained):
+    f = functions(max_questions=0)
+    questions = []
+    for choices, gold in f.load_benchmark(trained.data / 'benchmarks' / 'right.jsonl'):
+        questions.append(([(context + ' ', text.strip()) for context, text in choices], gold))
+    assert f.accuracy(trained.model, trained.tok, questions) == (1, 0.25)
+
+def test_a_text_that_the_tokenizer_cannot_write_is_never_right(trained):
+    """A tokenizer of characters drops those that it does not know."""
+    tok = SimpleNamespace(eot=trained.tok.eot, pad=trained.tok.pad,
+                          encode=lambda text: [] if 'é' in text else trained.tok.encode(text))
+    greedy = trained.tok.decode([trained.model(torch.tensor([[trained.tok.eot]]))[0, -1].argmax().item()])
+    questions = [([('', 'é'), ('', 'éé')], 0), ([('', 'é')], None), ([('', greedy)], None), ([('', 'é'), ('', 'x')], 1)]
+    assert functions().accuracy(trained.model, tok, questions)[0] == 2 / 4
+
 def test_the_ranks_share_the_questions(trained):
     questions = functions(max_questions=0).load_benchmark(trained.data / 'benchmarks' / 'right.jsonl')
     questions[2] = (questions[2][0], (questions[2][1] + 1) % 4) # one of four is wrong now
@@ -175,7 +205,12 @@ def test_max_questions(trained):
     dict(query='x', choices=3, gold=0), dict(x=1), dict(query='x', choices=['a', 'b'], gold=2),
     dict(query='x', choices=['a', 'b'], gold=-1),
     dict(query='x', choices=[1, 2], gold=0), dict(query=None, choices=['a'], gold=0), dict(context='x', continuation=3),
-    dict(query='x', choices=[], gold=0), dict(context_options=['a', 'b'], continuation='c')], ids=str)
+    dict(query='x', choices=[], gold=0), dict(context_options=['a', 'b'], continuation='c'),
+    dict(context='2+2=', continuation=4), dict(context='x ', continuation=''), dict(context='', continuation=''),
+    dict(context='x', continuation=' \n'), dict(context_options=['', 'b'], continuation='', gold=1),
+    dict(query='x', choices=['a', ''], gold=0), dict(query='x', choices='ab', gold=0),
+    dict(query='x', choices=dict(a=1, b=2), gold=0), dict(context_options='ab', continuation='c', gold=0),
+    *[dict(query='x', choices=['a', 'b'], gold=gold) for gold in (math.inf, math.nan, 0.5, None, [1], '')]], ids=str)
 def test_a_bad_row_names_its_place(row, tmp_path):
     path = tmp_path / 'bad.jsonl'
     good = dict(query='x', choices=['a', 'b'], gold=1)
@@ -345,6 +380,20 @@ def test_a_model_against_itself(trained, scripts, tmp_path):
     assert abs(table['rlhf']['KL from SFT, nats per answer']) < 1e-5
     assert {k: v for k, v in table['rlhf'].items() if k in table['sft']} == table['sft']
     assert not (tmp_path / 'curves.svg').exists() # without logs there is nothing to draw
+
+def test_the_sft_model_is_found_by_its_stage(trained, scripts, tmp_path):
+    """The columns may be paths. KL needs the same tokens; the win rate compares texts."""
+    shutil.copy(trained.out / 'sft.pt', tmp_path / 'mine.pt')
+    ckpt = torch.load(tmp_path / 'mine.pt', weights_only=True)
+    torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'same.pt')
+    torch.save({**ckpt, 'stage': 'rlhf', 'tokenizer': dict(ckpt['tokenizer'], n=1)}, tmp_path / 'other.pt')
+    names = [str(tmp_path / f'{name}.pt') for name in ('same', 'mine', 'other')]
+    table = run_eval(scripts, trained, tmp_path, f'--models={", ".join(names)}', '--val_tokens=0')['table']
+    assert list(table) == names
+    assert table[names[0]]['win rate against SFT'] == table[names[2]]['win rate against SFT'] == 0.5
+    assert abs(table[names[0]]['KL from SFT, nats per answer']) < 1e-5
+    assert 'KL from SFT, nats per answer' not in table[names[2]]
+    assert not any('SFT' in measure for measure in table[names[1]])
 
 def test_what_is_missing_is_left_out(trained, scripts, tmp_path):
     """A data folder with nothing but prompts without checks, and a model that was converted from elsewhere."""
