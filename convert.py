@@ -324,9 +324,8 @@ if target.endswith('.pt'):
         weights['head.weight'] = weights['wte.weight']
 
     path = os.path.join(os.path.dirname(target), 'tokenizer.json')
-    if os.path.exists(path):
-        same = Tokenizer.load(path).hash == tok.hash
-        assert same, f'{path} is another tokenizer: choose another folder'
+    is_other = os.path.exists(path) and read_json(path) != tok.spec
+    assert not is_other, f'{path} is another tokenizer: choose another folder'
     save_checkpoint(target, stage, weights, args, tok, config, 0, {})
     write_text(path, json.dumps(tok.spec, indent=1))
     print0(f'wrote {target} and {path}')
@@ -336,6 +335,7 @@ if target.endswith('.pt'):
 
 else:
     assert source.endswith('.pt'), f'{source!r} or {target!r} must be a checkpoint, .pt: see --help'
+    assert target, 'no target: add the folder to write to'
     ckpt = load_checkpoint(source, ('base', 'sft', 'dpo', 'rlhf'), 'python pretrain.py')
     args = asdict(GPTConfig(**ckpt['model_args']))
     tok = Tokenizer(ckpt['tokenizer'])
@@ -347,20 +347,18 @@ else:
     assert args['arch'] == 'llama' or kind == 'gpt2', (
         "arch='gpt2' with qk_norm or key_shift fits no class of theirs: train with --arch=llama")
     path = f'{target}/tokenizer.json'
-    if os.path.exists(path):
-        is_ours = 'ranks' in read_json(path)
-        assert not is_ours, f'{path} is our own and would be lost: choose another folder'
+    is_ours = os.path.exists(path) and 'ranks' in read_json(path)
+    assert not is_ours, f'{path} is our own and would be lost: choose another folder'
 
     # settings
     head_dim = args['n_embd'] // args['n_head']
     theirs = dict(CLASSES['constants'][kind], head_dim=head_dim, torch_dtype='float32')
     for ours, name in CLASSES['settings'][args['arch']].items():
         theirs[name] = args[ours]
-    theirs['bos_token_id'] = tok.eot
-    theirs['eos_token_id'] = tok.end # where generation stops
-    if ckpt['stage'] == 'base':
-        theirs['eos_token_id'] = tok.eot
-    theirs['pad_token_id'] = tok.pad
+    # where generation stops: a base model has seen the ends of documents, but never <|end|>
+    end = tok.eot if ckpt['stage'] == 'base' else tok.end
+    generation = dict(bos_token_id=tok.eot, eos_token_id=end, pad_token_id=tok.pad)
+    theirs.update(generation)
 
     # weights
     tensors = {}
@@ -380,11 +378,13 @@ else:
             tensors[f'model.layers.{layer}.self_attn.k_norm.weight'] = constant
 
     # tokenizer
-    texts = {'config.json': json.dumps(theirs, indent=1)}
+    texts = {'config.json': json.dumps(theirs, indent=1),
+             'generation_config.json': json.dumps(generation, indent=1)}
     if tok.spec['kind'] == 'char':
         print0('Hugging Face has no form for a tokenizer of characters: the folder gets none')
     else:
         settings = read_json(f'{FORMS}/tokenizer_config.json')
+        settings['eos_token'] = SPECIAL_TOKENS[end - len(tok.tokens)]
         with open(f'{FORMS}/chat_template.jinja', encoding='utf-8') as f:
             settings['chat_template'] = f.read().strip() # the same as Tokenizer.render
         lines = []

@@ -7,13 +7,15 @@ import math
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import jinja2
+import jinja2.ext
 import pytest
 import requests
 import torch
 from conftest import definitions, fails, make_spec
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, Tokenizer, generate, save_checkpoint
+from model import GPT, GPTConfig, SPECIAL_TOKENS, Tokenizer, generate, save_checkpoint
 
 TOK = Tokenizer(make_spec())
 LLAMA = dict(arch='llama', n_layer=2, n_embd=32, n_hidden=40)
@@ -150,10 +152,16 @@ def test_names_and_shapes_of_qwen3(convert, exported):
     assert torch.allclose(norms[0] * norms[1], torch.full((8,), 12 / math.sqrt(8)))
     assert len(tensors) == 2 + 2 * 11 and config['rope_theta'] == 5e4 and config['head_dim'] == 8
 
-def test_stop_token_of_a_base_model(scripts, tmp_path):
+def test_where_a_base_and_a_chat_model_stop(exported, scripts, tmp_path):
+    """A base model has never seen <|end|>; its documents end with <|endoftext|>."""
     save(make_model('llama'), tmp_path / 'base.pt', 'base')
     scripts.ok('convert.py', tmp_path / 'base.pt', tmp_path / 'hf')
-    assert json.loads((tmp_path / 'hf' / 'config.json').read_text('utf-8'))['eos_token_id'] == TOK.eot
+    for folder, end, name in ((tmp_path / 'hf', TOK.eot, '<|endoftext|>'), (exported('llama')[1], TOK.end, '<|end|>')):
+        ids = dict(bos_token_id=TOK.eot, eos_token_id=end, pad_token_id=TOK.pad)
+        config, generation, tokenizer = (json.loads((folder / f'{part}.json').read_text('utf-8'))
+                                         for part in ('config', 'generation_config', 'tokenizer_config'))
+        assert generation == ids == {key: config[key] for key in ids}
+        assert tokenizer['eos_token'] == name and tokenizer['bos_token'] == '<|endoftext|>'
 
 # -----------------------------------------------------------------------------
 # tokenizer
@@ -242,12 +250,22 @@ def test_learned_qk_norm_weights(convert, exported, scripts, tmp_path):
     scripts.ok('convert.py', folder, tmp_path / 'base.pt')
 
 def test_what_must_not_be_overwritten(exported, scripts, tmp_path):
+    """The tokenizer of a data folder or of another model, ours or of Hugging Face's form, stays as it was."""
     model, folder = exported('llama')
-    (tmp_path / 'tokenizer.json').write_text(json.dumps(make_spec()), 'utf-8')
+    path = tmp_path / 'tokenizer.json'
+    path.write_text(json.dumps(make_spec()), 'utf-8')
     save(model, tmp_path / 'rlhf.pt')
     scripts.fails('our own', 'convert.py', tmp_path / 'rlhf.pt', tmp_path) # a data folder
-    (tmp_path / 'tokenizer.json').write_text(json.dumps(dict(make_spec(), pattern='.')), 'utf-8')
-    scripts.fails('another tokenizer', 'convert.py', folder, tmp_path / 'base.pt')
+    theirs = (folder / 'tokenizer.json').read_text('utf-8')
+    for text in (json.dumps(dict(make_spec(), pattern='.')), theirs, '[]', 'null'):
+        path.write_text(text, 'utf-8')
+        scripts.fails(f'{path} is another tokenizer', 'convert.py', folder, tmp_path / 'base.pt')
+        assert path.read_text('utf-8') == text
+    path.write_text('{"ranks": [', 'utf-8') # half a file
+    for words in ((folder, tmp_path / 'base.pt'), (tmp_path / 'rlhf.pt', tmp_path)):
+        scripts.fails(f'{path} is damaged', 'convert.py', *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['rlhf.pt', 'tokenizer.json']
+    scripts.fails('target', 'convert.py', tmp_path / 'rlhf.pt') # not into the root of the disk
     scripts.fails('base.pt, sft.pt or rlhf.pt', 'convert.py', folder, tmp_path / 'model.pt')
     scripts.fails('checkpoint', 'convert.py', folder, tmp_path / 'x')
 
@@ -399,6 +417,38 @@ def test_interrupted_download(convert, monkeypatch, tmp_path):
             assert not path.exists()
 
 # -----------------------------------------------------------------------------
+# the chat template, read by Jinja, which comes with torch
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} marks what the assistant says; here it becomes [..], in other libraries a mask."""
+    tags = {'generation'}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method('mark'), [], [], body).set_lineno(line)
+
+    def mark(self, caller):
+        return '[' + caller() + ']'
+
+def test_chat_template_marks_what_is_learned(exported):
+    text = json.loads((exported('llama')[1] / 'tokenizer_config.json').read_text('utf-8'))['chat_template']
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation]).from_string(text)
+    messages = [dict(role='system', content='Be short.'), dict(role='user', content=' Who has\nthe owl? '),
+                dict(role='assistant', content=''), dict(role='user', content='x'), dict(role='assistant', content=' A\n')]
+    ids, mask = TOK.render(messages)
+    expected = ''
+    learned = 0
+    for token, learn in zip(ids, mask):
+        if learn != learned:
+            expected += '[' if learn else ']'
+        learned = learn
+        special = token - len(TOK.tokens)
+        expected += SPECIAL_TOKENS[special] if special >= 0 else TOK.decode([token])
+    assert template.render(messages=messages) == expected + ']'
+    assert template.render(messages=messages[:4], add_generation_prompt=True).endswith('x<|end|><|assistant|>')
+
+# -----------------------------------------------------------------------------
 # Hugging Face's own code, where it is installed
 
 @pytest.mark.parametrize('kind', SHAPES)
@@ -444,3 +494,5 @@ def test_chat_template_is_render(exported):
     assert found == TOK.render(messages, prompt=True)[0]
     messages = messages[:2] + [dict(role='assistant', content='Anna.')]
     assert tok.apply_chat_template(messages, return_dict=False) == TOK.render(messages)[0]
+    masked = tok.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert (masked['input_ids'], masked['assistant_masks']) == TOK.render(messages)
