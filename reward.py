@@ -18,6 +18,7 @@ normalised, so that a KL coefficient of the next stage means the same for every 
 
 Left out: a margin that says how much better an answer is (Llama 2), several labellers who disagree.
 """
+import collections
 import functools
 import itertools
 import math
@@ -193,7 +194,7 @@ if sample_prompts and not (resume and os.path.exists(resume_path)):
 def read_example(row):
     """
     A line of a preferences file -> length, answers, gold. answers: prompt and answer as tokens,
-    best first. gold: their gold scores, 0 if there are no checks. length: of the longest answer.
+    best first, each once. gold: their gold scores, 0 without checks. length: of the longest answer.
     """
     for name in ('messages', 'completions', 'ranking'):
         if not isinstance(row.get(name), list):
@@ -202,13 +203,16 @@ def read_example(row):
     ranking = row['ranking']
     if len(ranking) < 2 or len(set(ranking)) < len(ranking):
         raise ValueError(f'ranking {ranking} must name two or more different answers')
-    if not set(ranking) <= set(range(len(texts))):
+    if not all(type(i) is int and 0 <= i < len(texts) for i in ranking):
         raise ValueError(f'ranking {ranking} must hold numbers from 0 to {len(texts) - 1}')
     answers = []
     gold = []
     for i in ranking:
         answer = dict(role='assistant', content=texts[i])
-        answers.append(tok.render(row['messages'] + [answer])[0])
+        ids = tok.render(row['messages'] + [answer])[0]
+        if ids in answers: # equal texts have equal scores: only the first place counts
+            continue
+        answers.append(ids)
         gold.append(grade(row['checks'], texts[i])[1] if row.get('checks') else 0.0)
     return max(len(ids) for ids in answers), answers, gold
 
@@ -222,7 +226,7 @@ def load_examples(split):
     found = [path for path in paths if os.path.exists(path)]
     assert found, f'no {paths[-1]}: make it with `python prepare_data.py --data_dir={data_dir}`'
     examples = []
-    n_too_long = 0
+    left_out = collections.Counter()
     for path in found:
         for line, row in read_jsonl(path):
             try:
@@ -230,12 +234,15 @@ def load_examples(split):
             except (TypeError, ValueError) as e:
                 raise AssertionError(f'{path}:{line}: {e}') from None
             if example[0] > max_length:
-                n_too_long += 1
+                left_out['too long'] += 1
+            elif len(example[1]) < 2:
+                left_out['equal answers'] += 1
             else:
                 examples.append(example)
 
-    if n_too_long:
-        print0(f'{split}: left out {n_too_long} of {n_too_long + len(examples)} examples, too long')
+    n_rows = left_out.total() + len(examples)
+    for reason, n in left_out.items():
+        print0(f'{split}: left out {n} of {n_rows} examples, {reason}')
     assert examples, (f'{path}: no example fits into {max_length} tokens: '
                       'add shorter ones, or pretrain with a larger --block_size')
     return examples

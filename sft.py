@@ -263,7 +263,7 @@ for step in range(first_step, max_iters + 1):
     n_seen = 0
     for x, y in batches:
         n_valid += (y != -1).sum().item()
-        n_seen += x.numel()
+        n_seen += (x != tok.pad).sum().item()
     n_valid, n_seen = all_sum(n_valid, n_seen)
     n_tokens += n_seen
 

@@ -173,6 +173,8 @@ def test_bfloat16(chain, scripts, tmp_path):
     {**RANKED, 'ranking': [0, 2]}, {**RANKED, 'ranking': [0, -1]}, {**RANKED, 'ranking': [1, 1]},
     {**RANKED, 'ranking': [0]}, {**RANKED, 'ranking': 3}, {**RANKED, 'ranking': [[0], [1]]},
     {**RANKED, 'ranking': ['0', '1']}, {**RANKED, 'completions': [1, 2]}, {**RANKED, 'completions': None},
+    {**RANKED, 'completions': 'ab'}, {**RANKED, 'completions': dict(a=1, b=2)}, {**RANKED, 'ranking': [True, False]},
+    {**RANKED, 'ranking': [0, 1.0]}, {**RANKED, 'ranking': [0, math.inf]},
     {**RANKED, 'messages': [*user('x'), dict(role='assistant', content='owl')]}, {**RANKED, 'messages': None},
     dict(messages=user('x')), {**RANKED, 'checks': dict(kontains=['x'])}, {**RANKED, 'checks': 'x'},
     {**RANKED, 'checks': dict(max_words='x')}, '{"messages": '], ids=str)
@@ -188,6 +190,22 @@ def test_long_answers_are_counted_and_left_out(chain, tmp_path, capsys):
     replace_line(tmp_path / 'preferences_train.jsonl', {**RANKED, 'completions': ['x' * 99, 'owl']})
     s = definitions('reward.py', data_dir=str(tmp_path), tok=Tokenizer(make_spec()), max_length=48)
     assert len(s.load_examples('train')) == 39 and 'left out 1 of 40 examples' in capsys.readouterr().out
+
+def test_equal_answers_are_one_and_a_ranking_of_one_is_dropped(chain, tmp_path, capsys):
+    """Two equal texts have no margin: gradient 0, and counted as wrong. In a longer ranking the first place counts."""
+    tok = Tokenizer(make_spec())
+    equal = {**RANKED, 'completions': ['owl', 'owl']}
+    longer = {**RANKED, 'completions': ['owl', 'cat', 'owl'], 'ranking': [1, 0, 2], 'checks': dict(equals='owl')}
+    write_rows(tmp_path / 'preferences_train.jsonl', [equal, RANKED, longer, equal])
+    s = definitions('reward.py', data_dir=str(tmp_path), tok=tok, max_length=48)
+    examples = s.load_examples('train')
+    assert [[tok.decode_answer(ids) for ids in answers] for _, answers, _ in examples] == [
+        ['Say owl', 'Say cat'], ['Say cat', 'Say owl']]
+    assert examples[1][2] == [0.0, 1.0] # the gold scores stay beside their answers
+    assert 'left out 2 of 4 examples, equal answers' in capsys.readouterr().out
+    write_rows(tmp_path / 'preferences_train.jsonl', [equal])
+    with fails('no example'):
+        s.load_examples('train')
 
 BAD = [
     (lambda data, out: (out / 'sft.pt').unlink(), [], r'sft\.pt.*python sft\.py'),

@@ -50,6 +50,13 @@ def test_targets(tmp_path):
     assert [t for t in y[0].tolist() if t != -1] == [owl, cat, tok.end, tok.end]
     assert [t for t in y[1].tolist() if t != -1] == [fox, tok.end]
 
+def test_pads_are_not_counted_as_tokens(chain):
+    """30 epochs of the chain's conversations, whose lengths differ."""
+    s = definitions('sft.py', data_dir=str(chain.data), tok=Tokenizer(make_spec()), max_length=48)
+    lengths = [n for n, _, _ in s.load_examples('train')]
+    assert len(lengths) % 8 == 0 and len(set(lengths)) > 5 # all of them fill steps of 8
+    assert load(chain.out / 'sft.pt')['metrics']['tokens'] == 30 * sum(lengths)
+
 def test_each_epoch_has_every_conversation_once_and_steps_of_similar_length():
     train = [(n, None, None) for n in np.random.default_rng(0).integers(3, 40, 60)]
     s = definitions('sft.py', seed=1, train=train, steps_per_epoch=15, step_size=4)
