@@ -543,21 +543,23 @@ def read_prompts(path, tok, need_checks=False):
 
 def grade(checks, text):
     """What a program can check about an answer -> (all checks met, score). The score is the share
-    of checks met, plus 0.25 if the text has one of the phrases in `likes`: the labeller's taste.
-        grade({'contains': ['owl'], 'max_words': 1}, 'An owl!') -> (False, 0.5)
-    Raises ValueError for unknown checks and values of the wrong type."""
-    lower = text.lower()
+    of checks met, plus 0.25 for a phrase that the labeller likes. Bad checks raise ValueError.
+        grade({'contains': ['owl'], 'max_words': 1}, 'An owl!') -> (False, 0.5)"""
     words = re.findall(r"\w+(?:['’]\w+)*", text)
-    without_commas = re.sub(r'(?<=\d),(?=\d{3})', '', text) # 1,000 is one number
-    numbers = re.findall(r'-?\d+(?:\.\d+)?', without_commas)
-    last_number = float(numbers[-1]) if numbers else math.nan
+    # 9,500 and 9{,}500 and 9 500 are one number; 1/2 is one, a date is not; 3-4 has no minus
+    separator = r'(?<=\d)(?<!\d{4})(?<!\.\d)(?<!\.\d\d)(?:,|\{,\}|[^\S\n])(?=\d{3}(?!\d))'
+    fraction = r'(?<![\d/])\d+/[1-9]\d*(?!\.?[\d/])'
+    decimal = r'(?:\d+\.|(?<![a-zA-Z\d.])\.)?\d+'
+    ascii_text = re.sub('[−–]', '-', text)
+    joined = re.sub(separator, '', ascii_text)
+    numbers = re.findall(rf'(?:(?<![a-zA-Z\d])-)?(?:{fraction}|{decimal})', joined)
+    top, _, bottom = (numbers or ['nan'])[-1].partition('/') # nan equals no number
+    last_number = float(top) / float(bottom or 1)
 
     def has(phrase): # as whole words: 'owl' is not in 'bowl'
-        return re.search(rf'(?<!\w){re.escape(phrase.lower())}(?!\w)', lower) is not None
-
+        return re.search(rf'(?<!\w){re.escape(phrase.lower())}(?!\w)', text.lower()) is not None
     def count(phrases):
         return sum(has(phrase) for phrase in phrases + []) # + []: text is not a list, an error
-
     def plain(s):
         return s.strip().lower().rstrip('.!')
 
@@ -581,10 +583,8 @@ def simulated_ranking(scores, noise, rng):
     """A simulated labeller sees each gold score plus N(0, noise): indices, best first."""
     seen = np.asarray(scores) + noise * rng.standard_normal(len(scores))
     # of answers with equal gold scores only the first is listed: nobody could tell them apart
-    first = {} # score -> index
-    for i, score in enumerate(scores):
-        first.setdefault(score, i)
-    return sorted(first.values(), key=lambda i: -seen[i])
+    listed = [i for i, score in enumerate(scores) if scores.index(score) == i]
+    return sorted(listed, key=lambda i: -seen[i])
 
 # -----------------------------------------------------------------------------
 # 7. plumbing, skip on a first read: device and processes

@@ -510,6 +510,21 @@ def test_grade(checks, text, met, score):
     got = grade(checks, text)
     assert got == (met, pytest.approx(score)) and isinstance(got[0], bool)
 
+@pytest.mark.parametrize('text,number', [
+    ('\u22123.', -3), ('It is \u20133', -3), ('x = -3', -3), ('-$5', 5), ('-.5', -0.5), ('It is .5', 0.5), ('$.50', 0.5),
+    ('3-4 hours', 4), ('3\u20134 hours', 4), ('3 - 4', 4), ('covid-19', 19), ('on 2020-01-05', 5), ('No.5', 5), ('5.', 5),
+    ('版本是-3', -3), ('9{,}500', 9500), ('9,500.25', 9500.25), ('1,234,567', 1234567), ('12,13', 13), ('12, 345', 345),
+    ('9 500', 9500), ('1\u202f234\u00a0567 m', 1234567), ('in 2020 500 people', 500), ('5\n100', 100), ('1.5 300', 300),
+    ('50%', 50), ('12.5 %', 12.5), ('1/2', 0.5), ('It is -3/4.', -0.75), ('7/0', 0), ('12/25/2020', 2020), ('1/2.5', 2.5),
+    ('3 and 4', 4), ('1,000 of 2,000', 2000), ('4 = four', 4), ('1.2.3', 3), ('\u0663', 3)], ids=str)
+def test_the_last_number_of_an_answer(text, number):
+    """A dash between two words is no minus; a percentage counts as it is written; a fraction is divided."""
+    assert grade(dict(number=number), text) == (True, 1.0)
+
+def test_hostile_numbers_take_no_time_and_are_no_errors():
+    for part in ('1', '1,', '1 ', '1.', '1/', '-', '.', '111,', '111 111/', '1{,}', '/', '-1/'):
+        assert grade(dict(number=-2.5), part * (50_000 // len(part))) == (False, 0.0)
+
 def test_bad_checks():
     for bad in (dict(contain=['x']), {}, dict(likes=['x']), None, 'x', dict(number='abc'), dict(min_words='x')):
         with pytest.raises(ValueError):
