@@ -278,6 +278,8 @@ def load_benchmark(path):
         questions.append((choices, gold))
         if len(questions) == max_questions:
             break
+    if not questions:
+        print0(f'{path}: left out, because it has no questions')
     return questions
 
 def accuracy(model, tok, questions, label=''):

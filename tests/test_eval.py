@@ -220,12 +220,14 @@ def test_a_bad_row_names_its_place(row, tmp_path):
     assert functions(max_questions=2).load_benchmark(path) == [([('x', 'a'), ('x', 'b')], 1)] * 2
 
 def test_benchmarks_that_need_sampling_are_left_out(tmp_path, capsys):
-    """The rows of GSM8K and HumanEval lie beside the others once they are downloaded."""
+    """The rows of GSM8K and HumanEval lie beside the others once they are downloaded. An empty file says so."""
     rows = dict(gsm8k=dict(messages=[], checks={'number': 1}), humaneval=dict(task_id='x', prompt='p', test='t'))
     for name, row in rows.items():
         write_rows(tmp_path / name, [row])
         assert functions().load_benchmark(tmp_path / name) == []
         assert f'{name}: left out' in capsys.readouterr().out
+    write_rows(tmp_path / 'empty', [])
+    assert functions().load_benchmark(tmp_path / 'empty') == [] and 'no questions' in capsys.readouterr().out
 
 # -----------------------------------------------------------------------------
 # sampled answers
