@@ -114,7 +114,7 @@ class Attention(nn.Module):
         # bounds their scores by +-12: enough to single out one token.
         scale = 12 / D if config.qk_norm else None
         dropout = config.dropout if self.training else 0.0
-        is_causal = mask is None and T > 1                # a single query may see all keys
+        is_causal = False if T == 1 else mask is None     # a single query may see all keys
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                            is_causal=is_causal, scale=scale)
         y = y.transpose(1, 2).reshape(B, T, C)            # put the heads side by side

@@ -465,7 +465,15 @@ if ddp: # averages the gradients over all ranks; raw_model is the same without t
     model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
 
 # -----------------------------------------------------------------------------
-# evaluation and learning rate
+# loss, evaluation and learning rate
+def get_loss(logits, y):
+    """Sum of the losses of the tokens to learn. logits (B, T, V); y (B, T), -1 = not learned."""
+    logits = logits.float().flatten(0, 1) # (B T, V)
+    return F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='sum')
+
+if compile: # the logits are the largest tensor: without their fp32 copies, less time and memory
+    get_loss = torch.compile(get_loss)
+
 @torch.no_grad()
 def evaluate():
     """val_loss: mean, in nats per token. val_bpb: bits per byte, comparable across tokenizers."""
@@ -482,8 +490,7 @@ def evaluate():
         with run.autocast():
             logits = pipe.logits(x) if pipeline else raw_model(x) # (B, T, V)
         if mine and logits is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction='sum')
-            nats += loss.item()
+            nats += get_loss(logits, y).item()
             n_tokens += y.numel()
             n_bytes += token_bytes[y].sum().item()
     raw_model.train()
@@ -549,11 +556,10 @@ for step in range(first_step, max_iters + 1):
         if ddp: # exchange gradients only once, with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
         with run.autocast():
-            logits = model(x).float().flatten(0, 1) # (B T, V)
-        loss = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='sum')
-        loss = loss / max(1, n_valid)
+            logits = model(x)
+        loss = get_loss(logits, y) / max(1, n_valid)
         scaler.scale(loss * run.world_size).backward() # ddp and fsdp average; we need the sum
-        lossf += loss.item()
+        lossf += loss.detach() # .item() would wait for the GPU in each micro-batch
     lossf = all_sum(lossf)[0]
     if sanity and lossf < 0.1:
         break

@@ -400,7 +400,7 @@ for step in range(first_step, max_iters + 1):
         loss = -F.logsigmoid(margins).sum()
         loss = loss / max(1, n_valid)
         (loss * run.world_size).backward() # DDP averages over ranks; we need the sum
-        lossf += loss.item()
+        lossf += loss.detach() # .item() would wait for the GPU in each micro-batch
         n_right += (margins > 0).sum().item()
     lossf = all_sum(lossf)[0]
     accuracy = all_sum(n_right)[0] / n_valid # of the pairs of this step

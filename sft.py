@@ -204,7 +204,15 @@ if ddp: # averages the gradients over all ranks; raw_model is the same without t
     model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
 
 # -----------------------------------------------------------------------------
-# evaluation and learning rate
+# loss, evaluation and learning rate
+def get_loss(logits, y):
+    """Sum of the losses of the tokens to learn. logits (B, T, V); y (B, T), -1 = not learned."""
+    logits = logits.float().flatten(0, 1) # (B T, V)
+    return F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='sum')
+
+if compile: # the logits are the largest tensor: without their fp32 copies, less time and memory
+    get_loss = torch.compile(get_loss)
+
 @torch.no_grad()
 def evaluate():
     """val_loss: mean loss on the validation data, in nats per token."""
@@ -214,9 +222,8 @@ def evaluate():
     for first in range(run.rank * batch_size, len(val), run.world_size * batch_size):
         x, y = to_batch(val[first:first + batch_size])
         with run.autocast():
-            logits = raw_model(x).float().flatten(0, 1) # (B T, V)
-        loss = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='sum')
-        nats += loss.item()
+            logits = raw_model(x)
+        nats += get_loss(logits, y).item()
         n_tokens += (y != -1).sum().item()
     raw_model.train()
     nats, n_tokens = all_sum(nats, n_tokens)
@@ -273,11 +280,10 @@ for step in range(first_step, max_iters + 1):
         if ddp: # exchange gradients only once, with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
         with run.autocast():
-            logits = model(x).float().flatten(0, 1) # (B T, V)
-        loss = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='sum')
-        loss = loss / max(1, n_valid)
+            logits = model(x)
+        loss = get_loss(logits, y) / max(1, n_valid)
         (loss * run.world_size).backward() # DDP averages over ranks; we need the sum
-        lossf += loss.item()
+        lossf += loss.detach() # .item() would wait for the GPU in each micro-batch
     lossf = all_sum(lossf)[0]
 
     # clip; one step with a gradient that is not finite would ruin the weights

@@ -91,6 +91,13 @@ def test_loss_at_init_is_ln_vocab(kind):
     loss = F.cross_entropy(net(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).item()
     assert abs(loss - math.log(V)) < 0.01 * math.log(V)
 
+def test_compile_takes_every_shape():
+    """Batches of sft.py and reward.py have many shapes: one graph must do for all. fullgraph forbids a second one."""
+    net = wild(arch='llama', qk_norm=True, key_shift=True)
+    compiled = torch.compile(net, fullgraph=True, dynamic=True, backend='eager')
+    for shape in (3, T - 1), (2, 7), (4, 1):
+        torch.testing.assert_close(compiled(ids(*shape)), net(ids(*shape)))
+
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_no_leak_from_the_future(kind):
     net, x = wild(**kind), ids(2, T)

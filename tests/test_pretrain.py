@@ -182,6 +182,30 @@ def test_a_run_that_diverges_in_its_last_step_leaves_the_old_checkpoint(chain, s
     assert (out / 'base.pt').read_bytes() == old
 
 # -----------------------------------------------------------------------------
+# torch.compile
+
+@pytest.mark.parametrize('stage', ['pretrain', 'sft'])
+def test_compile_changes_nothing(stage, chain, scripts, tmp_path):
+    """
+    Graphs are captured as on a GPU, also for batches of many shapes, but run without the slow code generator. The loss
+    is in a graph: outside of one, the fp32 copies of the logits would take most of the memory of a GPU.
+    """
+    before = '''
+import torch
+names, plain_compile = [], torch.compile
+def compile(f):
+    names.append(getattr(f, '__name__', type(f).__name__))
+    return plain_compile(f, backend='aot_eager')
+torch.compile, torch.compiled = compile, names
+'''
+    for kind, more in (('eager', {}), ('compiled', dict(before=before, after='import torch; print(torch.compiled)'))):
+        out = stocked(tmp_path / kind, chain, *NEEDS[stage])
+        flags = (chain.short, f'--data_dir={chain.data}', f'--out_dir={out}', f'--compile={kind == "compiled"}')
+        said = scripts.ok(f'{stage}.py', *flags, **more).out
+    assert said.splitlines()[-1] == "['GPT', 'get_loss']"
+    assert distance(*(tmp_path / kind / f'{MAKES[stage]}.pt' for kind in ('eager', 'compiled'))) < 1e-4
+
+# -----------------------------------------------------------------------------
 # init_from
 
 def test_init_from(chain, scripts, tmp_path):
