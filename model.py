@@ -605,11 +605,10 @@ def setup(config, allow_fp16=False):
     device = best if config['device'] == 'auto' else config['device']
     device_type = device.partition(':')[0]
     assert device_type in ('cpu', best), f'no device {device!r} here: use --device=auto'
-    if world_size > 1:
-        if device_type == 'cuda':
-            device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        if not dist.is_initialized():
-            dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
+    if device == 'cuda' or (device_type == 'cuda' and world_size > 1): # torch wants the number
+        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo')
     if device_type == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high') # TF32
