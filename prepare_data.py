@@ -1203,9 +1203,9 @@ def fill_in(pattern):
         pattern = pattern.replace(f'{{{name}}}', part)
     return re.compile(pattern)
 
-PII_PATTERNS = [(row['kind'], fill_in(row['pattern'])) for row in PII['patterns']]
+PII_PATTERNS = [(row['kind'], fill_in(row['pattern']), row.get('after')) for row in PII['patterns']]
 PII_KINDS = list(PII['needed'])
-SAYS = {name: re.compile(pattern) for name, pattern in PII['words'].items()} # before a number
+SAYS = {name: re.compile(pattern) for name, pattern in PII['words'].items()} # before an item
 CARD_NUMBER = re.compile(r'4(\d{12}|\d{15}|\d{18})|3[47]\d{13}|3[0689]\d{12}|' # lengths and first
                          r'(5[1-5]|2[2-7]|35)\d{14}|(5[0678]|6\d)\d{11,17}')   # digits of all banks
 
@@ -1217,37 +1217,40 @@ def is_card(number):
         total += value // 10 + value % 10
     return total % 10 == 0 and CARD_NUMBER.fullmatch(number)
 
-def is_public_ip(text):
-    """Private networks, examples and versions such as 4.1.2.1 do not count."""
+def is_public_ip(text, before):
+    """Private networks, examples and versions such as 4.1.2.1 or Firefox 115.0.2.1 do not count."""
     try:
         ip = ipaddress.ip_address(text)
     except ValueError:
         return False
-    parts = set(ip.packed)
-    is_small = ip.version == 4 and max(parts) < 20 and len(parts) > 1
+    if ip.version == 4:
+        is_small = max(ip.packed) < 20 and len(set(ip.packed)) > 1
+        is_named = max(ip.packed[1:]) < 100 and SAYS['name'].search(before)
+        if is_small or is_named or SAYS['version'].search(before):
+            return False
     ip = getattr(ip, 'ipv4_mapped', None) or ip
-    return ip.is_global and not ip.is_multicast and not is_small
+    return ip.is_global and not ip.is_multicast
 
 def is_private(kind, found, before, after):
     """Decide what the pattern cannot: check digits, public addresses, the text before and after."""
     if kind == 'EMAIL':
-        return True
+        return not re.match('(git|hg|svn)@', found) # not a person: git@github.com
     if kind == 'CARD':
         return is_card(re.sub(r'\D', '', found))
     if kind == 'IP':
-        return is_public_ip(found) and not SAYS['version'].search(before)
+        return is_public_ip(found, before)
     if kind == 'ADDRESS':
         is_year = re.match(r'(1[5-9]|20)\d\d,? ', found) and SAYS['year'].search(before)
         is_list = re.match(r'\w+, ?\d', found) and not SAYS['flat'].search(before)
         is_other = SAYS['page'].search(before) or SAYS['street'].match(found)
-        return not (is_year or is_list or is_other)
-    if kind == 'SSN' and '-' not in found:
-        return SAYS['ssn'].search(before)
-    if re.fullmatch(r'\d{3}-\d{4}|\d+', found): # short: the words before it must say what it is
-        return SAYS['phone'].search(before)
+        goes_on = re.match(' [a-z]', after) and not SAYS['place'].search(before)
+        return not (is_year or is_list or is_other or goes_on)
+    if kind == 'SSN':
+        return True
     has_neighbour = re.search(r'\d[ ,\t|]*$', before) or re.match(r'[ ,\t|]*\d', after)
     is_table = ' ' in found and has_neighbour # one of many numbers in a row
-    return found.startswith('+') or not (is_table or SAYS['other number'].search(before))
+    is_other = found.isdecimal() or is_table or SAYS['other number'].search(before)
+    return found.startswith('+') or not is_other
 
 def redact(text, kinds):
     """
@@ -1263,21 +1266,25 @@ def redact(text, kinds):
             start, end = match.span()
             before = text[max(0, start - 50):start]
             after = text[end:end + 5]
-            if not is_private(kind, match[0], before, after):
+            is_told = word and SAYS[word].search(before)
+            if not is_told and (word or not is_private(kind, match[0], before, after)):
                 return match[0]
             found.append((kind, match[0]))
             return f'<{kind}>'
 
-        for pattern in [pattern for name, pattern in PII_PATTERNS if name == kind]:
-            text = pattern.sub(replace, text)
+        for name, pattern, word in PII_PATTERNS: # word: what must be said before
+            if name == kind:
+                text = pattern.sub(replace, text)
     return text, found
+
+DROP_KINDS = drop_private.upper().replace(' ', '').split(',')
 
 def pii_step(doc):
     doc['text'], doc['private'] = redact(doc['text'], PII_KINDS)
-    unwanted = [kind for kind, _ in doc['private'] if kind in drop_private.split(',')]
+    unwanted = [kind for kind, _ in doc['private'] if kind in DROP_KINDS]
     return f'has {unwanted[0]}' if unwanted else None
 
-for kind in filter(None, drop_private.split(',')):
+for kind in filter(None, DROP_KINDS):
     assert kind in PII_KINDS, f"drop_private: no kind '{kind}'; the kinds are {','.join(PII_KINDS)}"
 
 # -----------------------------------------------------------------------------
