@@ -991,12 +991,16 @@ def decode(raw, content_type=''):
             return name, text.replace('\ufeff', '')
     return 'cp1252', raw.decode('cp1252', 'replace')
 
+# soft hyphen, zero width space, word joiner, byte order mark. They hide words from all later steps.
+# The joiners U+200C and U+200D stay: Persian and emoji need them.
+INVISIBLE = re.compile('[\0\xad\u200b\u2060\ufeff]')
+
 def text_step(doc):
     if 'html' in doc:
         _, page = decode(doc.pop('html'), doc.pop('type'))
         doc['text'] = html_to_text(page)
     text = doc['text'].encode('utf-8', 'replace').decode() # no lone surrogates
-    doc['text'] = text.replace('\0', '').replace('\xa0', ' ').strip()
+    doc['text'] = INVISIBLE.sub('', text).replace('\xa0', ' ').strip()
     return None if doc['text'] else 'no text'
 
 # -----------------------------------------------------------------------------
@@ -1059,7 +1063,24 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15) # odd, so that multiplying by it loses no
 @functools.lru_cache(1) # several steps ask for the same text
 def words_of(text):
     """The words in lower case, without punctuation around them."""
-    return [word.strip('.,;:!?"\'()').lower() for word in text.split()]
+    return [word.strip('.,;:!?"\'()“”‘’').lower() for word in text.split()]
+
+QUOTES = re.compile('["\'`´‘’‚‛“”„‟′″«»‹›「」『』\0\xad\u200b-\u200d\u2060\ufeff]') # and invisible ones
+DASHES = re.compile('[-‐‑‒–—―−]')
+# characters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
+UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff'
+                      '\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]')
+
+def compared_words(text):
+    """
+    The words by which texts are compared: without case, punctuation, quotes and dashes. In scripts
+    without blanks each character is a word.
+        'She said: “It’s well-known 雨停。”' -> ['she', 'said', 'its', 'well', 'known', '雨', '停']
+    """
+    text = DASHES.sub(' ', QUOTES.sub('', text))
+    text = UNSPACED.sub(r' \g<0> ', text)
+    words = [word.strip('.,;:!?()[]…。、，；：？！（）《》') for word in text.lower().split()]
+    return [word for word in words if word]
 
 @functools.lru_cache(1)
 def lines_of(text):
@@ -1303,7 +1324,7 @@ def minhash(text):
     The signature of a text, (112,) uint32: the smallest values of 112 hashes of its 5-grams (Broder
     1997; FineWeb's numbers). Two texts share a value as often as their sets of 5-grams overlap.
     """
-    words = words_of(text)[:100_000] # the beginning of a long book is enough
+    words = compared_words(text)[:100_000] # the beginning of a long book is enough
     padding = [''] * (5 - len(words)) # of a very short text
     ngrams = hash_ngrams(words + padding, 5).astype(np.uint32)
     smallest = np.full(112, 2**32 - 1, np.uint32)
@@ -1502,7 +1523,7 @@ def exam_ngrams(exams):
     hashes, names = [np.zeros(0, np.uint64)], []
     for name, rows in exams.items():
         for row in rows:
-            hashes.append(np.unique(hash_ngrams(words_of(exam_text(row)), 13)))
+            hashes.append(np.unique(hash_ngrams(compared_words(exam_text(row)), 13)))
             names += [name] * len(hashes[-1])
     hashes, first, counts = np.unique(np.concatenate(hashes), return_index=True, return_counts=True)
     is_rare = counts <= 10 # what more questions share is the form of the exam, not a question
@@ -1512,7 +1533,7 @@ def decontaminate_step(item):
     """Does the text share 13 words in a row with a benchmark question?"""
     if len(exam_hashes) == 0:
         return None
-    ngrams = hash_ngrams(words_of(text_of(item)), 13)
+    ngrams = hash_ngrams(compared_words(text_of(item)), 13)
     places = np.searchsorted(exam_hashes, ngrams)
     places = np.minimum(places, len(exam_hashes) - 1)
     hits = np.flatnonzero(exam_hashes[places] == ngrams)
