@@ -1179,14 +1179,41 @@ def quality_step(doc):
 
 POLICY = re.compile('javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies',
                     re.I)
+CITATION = re.compile(r'\[(?:\d*|edit|citation needed)\]', re.I)
+
+def unwrap(text):
+    """
+    text -> lists of lines that belong together. In a text that was broken at a column (e-mail,
+    Project Gutenberg) a line goes on where the next word did not fit; else each line is alone.
+    """
+    lines = [line.rstrip() for line in text.split('\n')]
+    width = max(map(len, lines))
+    n_open = 0          # lines that end in the middle of a sentence
+    goes_on = [False]   # does this line continue the one before?
+    for before, line in zip(lines, lines[1:]):
+        is_open = '' not in (before, line) and before[-1] not in '.!?:'
+        n_open += is_open
+        first_word = line.split(' ', 1)[0]
+        goes_on.append(is_open and len(before) + 1 + len(first_word) > width)
+    is_wrapped = 50 <= width <= 100 and sum(goes_on) > n_open / 2
+    groups = []
+    for line, is_rest in zip(lines, goes_on):
+        if is_wrapped and is_rest:
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    return groups
 
 def c4_step(doc):
-    """Remove very short lines and lines about cookies; then drop placeholder texts and code."""
+    """Remove citation marks and bad lines; then drop placeholder texts and code."""
     kept = []
-    for line in doc['text'].split('\n'):
-        is_sentence = len(line.split()) >= min_line_words and not POLICY.search(line)
-        if is_sentence or not line.strip():
-            kept.append(line)
+    for lines in unwrap(doc['text']):
+        lines = [CITATION.sub('', line) for line in lines]
+        words = ' '.join(lines).split()
+        is_sentence = len(words) >= min_line_words and not POLICY.search(' '.join(words))
+        has_endless_word = max(map(len, words), default=0) > 1000
+        if not words or (is_sentence and not has_endless_word):
+            kept += lines
     text = doc['text'] = re.sub(r'\n{3,}', '\n\n', '\n'.join(kept)).strip()
     sentence_ends = re.findall(r'[.!?]["”’\')]*(?=\s|$)', text)
     return first_broken({
@@ -1197,7 +1224,7 @@ def c4_step(doc):
 
 def fineweb_step(doc):
     """Drop lists and menus. The authors found these rules by comparing good and bad crawls."""
-    lines = lines_of(doc['text'])
+    lines = [' '.join(lines) for lines in unwrap(doc['text']) if lines[0]]
     n_punctuated = sum(line[-1] in '.!?"”\'' for line in lines)
     different = ''.join(set(lines))
     n_repeated = len(''.join(lines)) - len(different) # characters
