@@ -1188,17 +1188,19 @@ def unwrap(text):
     """
     lines = [line.rstrip() for line in text.split('\n')]
     width = max(map(len, lines))
+    if not 50 <= width <= 100:
+        return [[line] for line in lines]
     n_open = 0          # lines that end in the middle of a sentence
-    goes_on = [False]   # does this line continue the one before?
-    for before, line in zip(lines, lines[1:]):
-        is_open = '' not in (before, line) and before[-1] not in '.!?:'
-        n_open += is_open
-        first_word = line.split(' ', 1)[0]
-        goes_on.append(is_open and len(before) + 1 + len(first_word) > width)
-    is_wrapped = 50 <= width <= 100 and sum(goes_on) > n_open / 2
+    goes_on = set()     # numbers of the lines that continue the one before
+    for i, (before, line) in enumerate(zip(lines, lines[1:]), 1):
+        if before and line and before[-1] not in '.!?:':
+            n_open += 1
+            first_word = line.split(' ', 1)[0]
+            if len(before) + 1 + len(first_word) > width:
+                goes_on.add(i)
     groups = []
-    for line, is_rest in zip(lines, goes_on):
-        if is_wrapped and is_rest:
+    for i, line in enumerate(lines):
+        if i in goes_on and len(goes_on) > n_open / 2:
             groups[-1].append(line)
         else:
             groups.append([line])
@@ -1224,7 +1226,7 @@ def c4_step(doc):
 
 def fineweb_step(doc):
     """Drop lists and menus. The authors found these rules by comparing good and bad crawls."""
-    lines = [' '.join(lines) for lines in unwrap(doc['text']) if lines[0]]
+    lines = [' '.join(lines).strip() for lines in unwrap(doc['text']) if lines[0]]
     n_punctuated = sum(line[-1] in '.!?"”\'' for line in lines)
     different = ''.join(set(lines))
     n_repeated = len(''.join(lines)) - len(different) # characters
