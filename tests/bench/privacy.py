@@ -627,7 +627,7 @@ if __name__ == '__main__':
     from conftest import definitions
     KINDS, redact = list(PLANTED), definitions('prepare_data.py').redact
     ours = lambda text: redact(text, KINDS)
-    show = 40 if '--misses' in sys.argv else 0
+    show = 12 if '--misses' in sys.argv else 0
     docs = documents()
     print(f"{'held out' if HELD else 'dev'}{', not extracted' if WET else ''}:")
     for name, hide in [('ours', ours), *peers()]:
