@@ -991,12 +991,16 @@ def decode(raw, content_type=''):
             return name, text.replace('\ufeff', '')
     return 'cp1252', raw.decode('cp1252', 'replace')
 
+# soft hyphen, zero width space, word joiner, byte order mark. They hide words from all later steps.
+# The joiners U+200C and U+200D stay: Persian and emoji need them.
+INVISIBLE = re.compile('[\0\xad\u200b\u2060\ufeff]')
+
 def text_step(doc):
     if 'html' in doc:
         _, page = decode(doc.pop('html'), doc.pop('type'))
         doc['text'] = html_to_text(page)
     text = doc['text'].encode('utf-8', 'replace').decode() # no lone surrogates
-    doc['text'] = text.replace('\0', '').replace('\xa0', ' ').strip()
+    doc['text'] = INVISIBLE.sub('', text).replace('\xa0', ' ').strip()
     return None if doc['text'] else 'no text'
 
 # -----------------------------------------------------------------------------
@@ -1059,7 +1063,24 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15) # odd, so that multiplying by it loses no
 @functools.lru_cache(1) # several steps ask for the same text
 def words_of(text):
     """The words in lower case, without punctuation around them."""
-    return [word.strip('.,;:!?"\'()').lower() for word in text.split()]
+    return [word.strip('.,;:!?"\'()“”‘’').lower() for word in text.split()]
+
+QUOTES = re.compile('["\'`´‘’‚‛“”„‟′″«»‹›「」『』\0\xad\u200b-\u200d\u2060\ufeff]') # and invisible ones
+DASHES = re.compile('[-‐‑‒–—―−]')
+# characters of scripts without blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
+UNSPACED = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff'
+                      '\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]')
+
+def compared_words(text):
+    """
+    The words by which texts are compared: without case, punctuation, quotes and dashes. In scripts
+    without blanks each character is a word.
+        'She said: “It’s well-known 雨停。”' -> ['she', 'said', 'its', 'well', 'known', '雨', '停']
+    """
+    text = DASHES.sub(' ', QUOTES.sub('', text))
+    text = UNSPACED.sub(r' \g<0> ', text)
+    words = [word.strip('.,;:!?()[]…。、，；：？！（）《》') for word in text.lower().split()]
+    return [word for word in words if word]
 
 @functools.lru_cache(1)
 def lines_of(text):
@@ -1158,14 +1179,43 @@ def quality_step(doc):
 
 POLICY = re.compile('javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies',
                     re.I)
+CITATION = re.compile(r'\[(?:\d*|edit|citation needed)\]', re.I)
+
+def unwrap(text):
+    """
+    text -> lists of lines that belong together. In a text that was broken at a column (e-mail,
+    Project Gutenberg) a line goes on where the next word did not fit; else each line is alone.
+    """
+    lines = [line.rstrip() for line in text.split('\n')]
+    width = max(map(len, lines))
+    if not 50 <= width <= 100:
+        return [[line] for line in lines]
+    n_open = 0          # lines that end in the middle of a sentence
+    goes_on = set()     # numbers of the lines that continue the one before
+    for i, (before, line) in enumerate(zip(lines, lines[1:]), 1):
+        if before and line and before[-1] not in '.!?:':
+            n_open += 1
+            first_word = line.split(' ', 1)[0]
+            if len(before) + 1 + len(first_word) > width:
+                goes_on.add(i)
+    groups = []
+    for i, line in enumerate(lines):
+        if i in goes_on and len(goes_on) > n_open / 2:
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    return groups
 
 def c4_step(doc):
-    """Remove very short lines and lines about cookies; then drop placeholder texts and code."""
+    """Remove citation marks and bad lines; then drop placeholder texts and code."""
     kept = []
-    for line in doc['text'].split('\n'):
-        is_sentence = len(line.split()) >= min_line_words and not POLICY.search(line)
-        if is_sentence or not line.strip():
-            kept.append(line)
+    for lines in unwrap(doc['text']):
+        lines = [CITATION.sub('', line) for line in lines]
+        words = ' '.join(lines).split()
+        is_sentence = len(words) >= min_line_words and not POLICY.search(' '.join(words))
+        has_endless_word = max(map(len, words), default=0) > 1000
+        if not words or (is_sentence and not has_endless_word):
+            kept += lines
     text = doc['text'] = re.sub(r'\n{3,}', '\n\n', '\n'.join(kept)).strip()
     sentence_ends = re.findall(r'[.!?]["”’\')]*(?=\s|$)', text)
     return first_broken({
@@ -1176,7 +1226,7 @@ def c4_step(doc):
 
 def fineweb_step(doc):
     """Drop lists and menus. The authors found these rules by comparing good and bad crawls."""
-    lines = lines_of(doc['text'])
+    lines = [' '.join(lines).strip() for lines in unwrap(doc['text']) if lines[0]]
     n_punctuated = sum(line[-1] in '.!?"”\'' for line in lines)
     different = ''.join(set(lines))
     n_repeated = len(''.join(lines)) - len(different) # characters
@@ -1203,9 +1253,9 @@ def fill_in(pattern):
         pattern = pattern.replace(f'{{{name}}}', part)
     return re.compile(pattern)
 
-PII_PATTERNS = [(row['kind'], fill_in(row['pattern'])) for row in PII['patterns']]
+PII_PATTERNS = [(row['kind'], fill_in(row['pattern']), row.get('after')) for row in PII['patterns']]
 PII_KINDS = list(PII['needed'])
-SAYS = {name: re.compile(pattern) for name, pattern in PII['words'].items()} # before a number
+SAYS = {name: re.compile(pattern) for name, pattern in PII['words'].items()} # before an item
 CARD_NUMBER = re.compile(r'4(\d{12}|\d{15}|\d{18})|3[47]\d{13}|3[0689]\d{12}|' # lengths and first
                          r'(5[1-5]|2[2-7]|35)\d{14}|(5[0678]|6\d)\d{11,17}')   # digits of all banks
 
@@ -1217,37 +1267,40 @@ def is_card(number):
         total += value // 10 + value % 10
     return total % 10 == 0 and CARD_NUMBER.fullmatch(number)
 
-def is_public_ip(text):
-    """Private networks, examples and versions such as 4.1.2.1 do not count."""
+def is_public_ip(text, before):
+    """Private networks, examples and versions such as 4.1.2.1 or Firefox 115.0.2.1 do not count."""
     try:
         ip = ipaddress.ip_address(text)
     except ValueError:
         return False
-    parts = set(ip.packed)
-    is_small = ip.version == 4 and max(parts) < 20 and len(parts) > 1
+    if ip.version == 4:
+        is_small = max(ip.packed) < 20 and len(set(ip.packed)) > 1
+        is_named = max(ip.packed[1:]) < 100 and SAYS['name'].search(before)
+        if is_small or is_named or SAYS['version'].search(before):
+            return False
     ip = getattr(ip, 'ipv4_mapped', None) or ip
-    return ip.is_global and not ip.is_multicast and not is_small
+    return ip.is_global and not ip.is_multicast
 
 def is_private(kind, found, before, after):
     """Decide what the pattern cannot: check digits, public addresses, the text before and after."""
     if kind == 'EMAIL':
-        return True
+        return not re.match('(git|hg|svn)@', found) # not a person: git@github.com
     if kind == 'CARD':
         return is_card(re.sub(r'\D', '', found))
     if kind == 'IP':
-        return is_public_ip(found) and not SAYS['version'].search(before)
+        return is_public_ip(found, before)
     if kind == 'ADDRESS':
         is_year = re.match(r'(1[5-9]|20)\d\d,? ', found) and SAYS['year'].search(before)
         is_list = re.match(r'\w+, ?\d', found) and not SAYS['flat'].search(before)
         is_other = SAYS['page'].search(before) or SAYS['street'].match(found)
-        return not (is_year or is_list or is_other)
-    if kind == 'SSN' and '-' not in found:
-        return SAYS['ssn'].search(before)
-    if re.fullmatch(r'\d{3}-\d{4}|\d+', found): # short: the words before it must say what it is
-        return SAYS['phone'].search(before)
+        goes_on = re.match(' [a-z]', after) and not SAYS['place'].search(before)
+        return not (is_year or is_list or is_other or goes_on)
+    if kind == 'SSN':
+        return True
     has_neighbour = re.search(r'\d[ ,\t|]*$', before) or re.match(r'[ ,\t|]*\d', after)
     is_table = ' ' in found and has_neighbour # one of many numbers in a row
-    return found.startswith('+') or not (is_table or SAYS['other number'].search(before))
+    is_other = found.isdecimal() or is_table or SAYS['other number'].search(before)
+    return found.startswith('+') or not is_other
 
 def redact(text, kinds):
     """
@@ -1263,21 +1316,25 @@ def redact(text, kinds):
             start, end = match.span()
             before = text[max(0, start - 50):start]
             after = text[end:end + 5]
-            if not is_private(kind, match[0], before, after):
+            is_told = word and SAYS[word].search(before)
+            if not is_told and (word or not is_private(kind, match[0], before, after)):
                 return match[0]
             found.append((kind, match[0]))
             return f'<{kind}>'
 
-        for pattern in [pattern for name, pattern in PII_PATTERNS if name == kind]:
-            text = pattern.sub(replace, text)
+        for name, pattern, word in PII_PATTERNS: # word: what must be said before
+            if name == kind:
+                text = pattern.sub(replace, text)
     return text, found
+
+DROP_KINDS = drop_private.upper().replace(' ', '').split(',')
 
 def pii_step(doc):
     doc['text'], doc['private'] = redact(doc['text'], PII_KINDS)
-    unwanted = [kind for kind, _ in doc['private'] if kind in drop_private.split(',')]
+    unwanted = [kind for kind, _ in doc['private'] if kind in DROP_KINDS]
     return f'has {unwanted[0]}' if unwanted else None
 
-for kind in filter(None, drop_private.split(',')):
+for kind in filter(None, DROP_KINDS):
     assert kind in PII_KINDS, f"drop_private: no kind '{kind}'; the kinds are {','.join(PII_KINDS)}"
 
 # -----------------------------------------------------------------------------
@@ -1296,7 +1353,7 @@ def minhash(text):
     The signature of a text, (112,) uint32: the smallest values of 112 hashes of its 5-grams (Broder
     1997; FineWeb's numbers). Two texts share a value as often as their sets of 5-grams overlap.
     """
-    words = words_of(text)[:100_000] # the beginning of a long book is enough
+    words = compared_words(text)[:100_000] # the beginning of a long book is enough
     padding = [''] * (5 - len(words)) # of a very short text
     ngrams = hash_ngrams(words + padding, 5).astype(np.uint32)
     smallest = np.full(112, 2**32 - 1, np.uint32)
@@ -1495,7 +1552,7 @@ def exam_ngrams(exams):
     hashes, names = [np.zeros(0, np.uint64)], []
     for name, rows in exams.items():
         for row in rows:
-            hashes.append(np.unique(hash_ngrams(words_of(exam_text(row)), 13)))
+            hashes.append(np.unique(hash_ngrams(compared_words(exam_text(row)), 13)))
             names += [name] * len(hashes[-1])
     hashes, first, counts = np.unique(np.concatenate(hashes), return_index=True, return_counts=True)
     is_rare = counts <= 10 # what more questions share is the form of the exam, not a question
@@ -1505,7 +1562,7 @@ def decontaminate_step(item):
     """Does the text share 13 words in a row with a benchmark question?"""
     if len(exam_hashes) == 0:
         return None
-    ngrams = hash_ngrams(words_of(text_of(item)), 13)
+    ngrams = hash_ngrams(compared_words(text_of(item)), 13)
     places = np.searchsorted(exam_hashes, ngrams)
     places = np.minimum(places, len(exam_hashes) - 1)
     hits = np.flatnonzero(exam_hashes[places] == ngrams)

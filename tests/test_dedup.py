@@ -2,6 +2,7 @@
 import random
 
 import numpy as np
+import pytest
 from conftest import definitions
 
 ours = definitions('prepare_data.py')
@@ -30,6 +31,62 @@ def test_signature_is_of_words_in_their_order():
     assert (minhash(' '.join(a * 3)) == base).mean() > 0.6 and (minhash(' '.join(a[::-1])) == base).sum() == 0
     assert minhash('').shape == minhash('\ud800 one').shape == (112,)
     assert (minhash('one two') != minhash('two one')).any() and (minhash('one') == minhash('One.')).all()
+
+
+TYPED = ('"It\'s a well-known tale," she said - "of the \'old\' house in 1990-1995, and of those who lived in it -- '
+         'well, until the roof fell in." Nobody\'s there now; the owners\' garden is over-grown.')
+PRINTED = ('“It’s a well‑known tale,” she said – “of the ‘old’ house in 1990–1995, and of those who lived in it — well, '
+           'until the roof fell in.” Nobody’s there now; the owners’ garden is over‐grown.')
+
+
+def test_quotes_and_dashes_make_no_difference():
+    for other in (PRINTED, PRINTED.replace(' — ', '—'), TYPED.upper(), PRINTED.replace('well', 'we\u00adll\u200b')):
+        assert (minhash(TYPED) == minhash(other)).all(), other
+    assert ours.compared_words('She said: “It’s well-known 雨停。” …') == ['she', 'said', 'its', 'well', 'known', '雨', '停']
+    assert ours.compared_words('2-3=5') != ours.compared_words('2+3=5') # an operator is no punctuation
+
+
+def test_every_copy_that_differs_only_in_quotes_and_dashes_is_found():
+    quoted = random.Random(3)
+    typed, printed = [], []
+    for _ in range(300):
+        tale = words(60)
+        for i in quoted.sample(range(1, 59), 20):
+            tale[i] = quoted.choice(['"%s"', "'%s'", "%s's", 'un-%s', '%s -', '(%s)']) % tale[i]
+        typed.append(' '.join(tale))
+        new = typed[-1].replace(' "', ' “').replace('" ', '” ').replace(" '", ' ‘').replace("'", '’')
+        printed.append(new.replace(' -', ' —').replace('-', quoted.choice('‐‑–')))
+    assert all(a != b for a, b in zip(typed, printed))
+    copy_of = near_duplicates(np.array([minhash(text) for text in typed + printed]))
+    assert copy_of.tolist() == [*range(300)] * 2
+
+
+@pytest.mark.parametrize('letters', ['雨停了以后我们走到港口去看船是不是已从海上回来天', 'あめがやんだあとわたしたちはみなとへいってふねをみた',
+                                     'เมื่อฝนหยุดเราเดินไปที่ท่าเรือ'])
+def test_near_copies_in_scripts_without_blanks(letters):
+    """The whole text is one word between blanks: the characters are compared."""
+    def draw(n):
+        return ''.join(rng.choice(letters) for _ in range(n))
+    text, other = draw(400), draw(400)
+    copy = text[:200] + rng.choice(letters) * 2 + text[202:]
+    assert near_duplicates(np.array([minhash(text), minhash(copy), minhash(other)])).tolist() == [0, 0, 2]
+
+
+def test_exam_questions_escape_neither_by_quotes_nor_by_hyphens():
+    question = ('According to the "old" sailor\'s tale, which of the well-known harbours of the north was first - '
+                'and only for a year - closed by ice?')
+    mine = definitions('prepare_data.py')
+    mine.space['exam_hashes'], mine.space['exam_names'] = mine.exam_ngrams({'quiz': [dict(query=question)]})
+    printed = question.replace(' "', ' “').replace('" ', '” ').replace("'", '’').replace(' - ', '—')
+    hidden = question.replace('tale', 'ta\u00adle').replace('harbours', 'har\u200bbours')
+    for text in (question, printed, hidden, question.upper()):
+        for item in (dict(text=f'It was asked: {text}'), dict(row=dict(messages=[dict(role='user', content=text)]))):
+            assert mine.decontaminate_step(item) == 'question of quiz', text
+    assert mine.decontaminate_step(dict(text='Which harbour was closed by ice?')) is None
+    chinese = '雨停了以后我们走到港口去看看船是不是已经从海上回来了'
+    mine.space['exam_hashes'], mine.space['exam_names'] = mine.exam_ngrams({'quiz': [dict(query=chinese)]})
+    assert mine.decontaminate_step(dict(text='他问：' + chinese[3:20])) == 'question of quiz'
+    assert mine.decontaminate_step(dict(text='他问：' + chinese[3:15])) is None # 12 characters
 
 
 def signatures(*changed):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import random
 import shutil
+import textwrap
 
 import pytest
 from conftest import ROOT, definitions
@@ -179,6 +180,31 @@ def test_quality_rules(steps):
     assert {why: reason(text) for why, text in bad.items()} == {why: why for why in bad}
     page = dict(text='Please enable JavaScript.\n' + five)
     assert steps.c4_step(page) is None and 'JavaScript' not in page['text']
+
+
+def test_c4_removes_marks_of_citations_and_endless_words(steps):
+    page = dict(text=f'He died in 1850.[2] She did not.[citation needed] Why?[] Nobody knows.[edit] It was so.\n'
+                     f'This is {"x" * 1001} here.\nThis is {"x" * 1000} here.')
+    assert steps.c4_step(page) is None
+    assert page['text'] == (f'He died in 1850. She did not. Why? Nobody knows. It was so.\nThis is {"x" * 1000} here.')
+
+
+def test_a_hard_wrapped_text_is_judged_as_if_it_were_not(steps):
+    """Sentences end anywhere in a line; a last line of one word belongs to the sentence before."""
+    paragraph = HOUSE.replace(', and', '. And').replace(', but', '. But') + ' And all of them were happy'
+    paragraphs = []
+    for i in range(6): # the last line has two words
+        paragraph += ' again'
+        lines = textwrap.wrap(paragraph + ' there.', 72)
+        paragraphs.append('\n'.join(lines))
+    shortest = min(len(text.split('\n')[-1].split()) for text in paragraphs)
+    assert shortest < 3
+    for text in (paragraphs[0], '\n\n'.join(f'{spell(i)} {text}' for i, text in enumerate(paragraphs))):
+        page = dict(text=text)
+        assert steps.c4_step(page) is None and page['text'] == text
+        assert steps.fineweb_step(page) is None
+    menu = dict(text='Home\nAbout us\n' + paragraphs[0].replace('\n', ' ') + '\nRead more\nPrivacy policy of this site')
+    assert steps.c4_step(menu) is None and menu['text'] == paragraphs[0].replace('\n', ' ')
 
 
 def test_mixture_by_hand(steps):

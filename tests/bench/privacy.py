@@ -6,9 +6,10 @@ cases: 'dev' was there to tune on; 'held out' (HELD_*, other sentences, another 
     recall      planted items of a kind whose core (all of it) is gone under a placeholder of this kind
     precision   placeholders of a kind that stand for a planted item of this kind (or it and <= 3 characters more)
     exact       planted items that are gone whole, and nothing beside them
-Every kind sees the planted items of all kinds, and all traps.
+Every kind sees the planted items of all kinds, and all traps. With --wet the items stand on lines of their own, between
+menus, counters and headlines, as in the files of Common Crawl that hold the text of pages without any extraction.
 
-$ python tests/bench/privacy.py [--held] [--misses] [--peers=datatrove,scrubadub]
+$ python tests/bench/privacy.py [--held] [--wet] [--misses] [--peers=datatrove,scrubadub]
 """
 import collections, ipaddress, json, os, random, re, sys, time, uuid
 
@@ -16,6 +17,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, '..'))
 N = int(next((a[4:] for a in sys.argv if a.startswith('--n=')), 5000))
 HELD = '--held' in sys.argv
+WET = '--wet' in sys.argv
 rng = random.Random(4711 if HELD else 1)
 pick, roll = rng.choice, rng.random
 digits = lambda n: ''.join(rng.choice('0123456789') for _ in range(n))
@@ -68,11 +70,21 @@ HELD_PHONE = [
     '+1 NXX.NXX.XXXX'
 ]
 
+# what is a phone number only after a word for it
+HELD_AFTER = [
+    'NXX-1XX-XXXX', '(NXX) 1XX-XXXX', 'NXX 1XX XXXX', '0490 7X 4X 8X', '0ZX / ZX XX XX XX', '0ZXX.ZXX-XXX', 'ZXX-XXXX',
+    'ZXXX ZXXX', '0ZXXX ZX-XXX', '(0Z XX) XX XX XX', '0845 ZX ZX', '2ZXX-XXXX'
+]
+
 def a_phone():
+    if HELD and roll() < 0.15:
+        core = fill(pick(HELD_AFTER))
+        return core, core + '!'
     form = pick(HELD_PHONE) if HELD and roll() < 0.5 else pick(US) if roll() < 0.6 else pick(WORLD)
     core = fill(form)
     more = pick([' ext. ZX', ' x ZXX', ' ext ZXXX', ', ext. ZXX', 'xZXX']) if form in US and roll() < 0.12 else ''
-    return core + fill(more), core
+    more = fill(more).upper().replace('. ', '') if HELD and roll() < 0.2 else fill(more) # EXT623
+    return core + more, core
 
 def an_ip():
     if roll() < 0.6:
@@ -95,6 +107,8 @@ def an_ssn():
         a, b, c = digits(3), digits(2), digits(4)
         if a not in ('000', '666') and a[0] != '9' and b != '00' and c != '0000':
             ssn = f'{a}-{b}-{c}' if roll() < 0.8 else f'{a} {b} {c}'
+            if HELD and roll() < 0.2:
+                ssn = f'{a}.{b}.{c}'
             return (ssn, ssn) if '-' in ssn else (ssn, ssn + '!') # with blanks: only after the word (see SAY)
 
 def luhn(number):
@@ -159,7 +173,7 @@ def an_address():
     core = f'{number} {before}{name} {kind}{after}'
     if HELD and roll() < 0.05:
         core = pick([
-            core.lower(), f'{number} {fill("Highway ZX")}', f'{number} Broadway', f'{number} Avenue of the Americas',
+            core.lower(), f'{number} {name.lower()} st.', f'{number} {fill("Highway ZX")}', f'{number} Broadway', f'{number} Avenue of the Americas',
             f'{number} Rue Royale'
         ])
     if roll() < 0.06 and kind[-1] != '.':
@@ -353,6 +367,26 @@ TRAPS = {
         'rate @3.5', 'foo @bar.baz qux', 'matrix@2x.', 'image@2x', 'jane@', '@', '@@ -1,7 +1,7 @@', 'name@.com',
         '10@5.00'
     ]),
+    'software': lambda: pick([
+        'Firefox {a}.0.{b}.{b}', 'kernel {b}.{b}.{a}.{b}', 'Acme Player {a}.{b}.{b}.{b}', 'Linux {b}.{c}.{c}.{b} is out',
+        'the Widget {b}.{b}.{c}.{b} update', 'NVIDIA driver {a}.{b}.{c}.{b}'
+    ]).format(a=num(20, 130), b=num(0, 20), c=num(20, 99)),
+    'address of code': lambda: pick([
+        'git@github.com:o/r.git', 'git clone git@gitlab.com:group/project.git', 'scp a.txt jo@host.example.org:/tmp/a.txt',
+        'git@bitbucket.org', 'rsync me@box.example.com:src/ .', 'ssh://git@github.com/o/r'
+    ]),
+    'no phone': lambda: fill(pick([
+        'call stack depth ZXXXXXXXXX', 'cell count ZXXXXXXXXX', 'text segment 0ZXXXXXXX', 'Last call 2024-05-1X',
+        'Text 1Z.05.2024', 'mobile 2019-2020', 'a mobile of 199Z-200Z', 'call site ZXXXXXXXX', 'ring buffer ZXXXXXXXXX',
+        'dial plan ZXX-XXXX', 'contact form ZXX-XXXX'
+    ])),
+    'furniture': lambda: pick([
+        '{n} Comments Email Follow Us Close', '{n} Minute Drive', '{n} Comments Share Email Print Close',
+        '{n} Ways To Find Your Place', '{n} Hour Drive', 'Photos {n} Next Follow Us Close', '{n} Likes Share Close',
+        '{n} Reviews Of The Best Place', '{n} Tips For A Better Way', '{n} items in your cart. Close', '{n} Min Read Close',
+        '{n} Things On The Road', '{n} lane road', 'a {n} minute drive', '{n} Videos View All Close', '{n} mph road.',
+        'View all {n} Results Follow Us On Drive', '{n} Years On The Road', 'Page {n} of 12 Close'
+    ]).format(n=num(0, 90)),
     'sums': lambda: pick([
         '{a}+{b}={c}', '{a} - {b} - {c}', '{a}-{b}*{c}', '({a}) {b}-{c}', '{a}/{b}/{c}', '{a} x {b} x {c}',
         '({a} + {b}) - {c}', '+{a} {b}', '{a} {b} {c} {a} {b}', '2^{a} - 1', '{a}.{b}e-{c}', 'f({a})-{b}',
@@ -378,6 +412,13 @@ FILLER = [
     'Nobody had lived there for 30 years.', 'Prices rose by 3.5% in March.', 'He was 45 years old.',
     'Chapter 3 tells the rest.', 'Most of it was sold by 1987.', 'They met again on 12 May 2004.',
     'It costs $12.50 at the door.', 'See the notes below.', 'All rights reserved.', ''
+]
+
+LINES = [ # of pages that were not extracted
+    'Home', 'About Us', 'Skip to content', '0 Comments', 'Share', 'Close', 'Sign In', '12', '5 min read', 'Next »', 'Drive',
+    'Page 1 of 3', '2023-05-06', '© 2023 Acme Inc. All rights reserved.', 'Follow Us', 'Email', 'Print', '10:20', 'Menu',
+    '15 Ways To Save Money On The Road', 'Posted by admin on 12 May 2004', '3', '1.299,00 €', 'Add to cart', 'Way', 'St',
+    'Rating: 4.5', '25 Photos', 'New York', '1998 1999 2000 2001', 'Street View', '30 Day Returns', 'v 1.2.3'
 ]
 
 # written by hand: (kind, text, what must go), then texts where nothing may go
@@ -454,9 +495,11 @@ HELD_NONE = [
 def plant(kind):
     whole, core = PLANTED[kind]()
     say = pick(HELD_SAY[kind] + SAY[kind][:3] if HELD else SAY[kind])
-    if core.endswith('!'): # a social security number with blanks
+    if core.endswith('!'): # only after a word for it
         core = core[:-1]
         say = pick(['SSN: {}', 'social security number {}'])
+        if kind == 'PHONE':
+            say = pick(['Call {} now.', 'Phone: {}', 'Tel. {}', 'call us at {}!', 'Fax {}', 'Mobile: {}', 'Text Ann on {}.'])
     if kind == 'IP' and 'user@' in say:
         say = '{}'
     return say.replace('{}', whole), whole, core
@@ -470,8 +513,11 @@ def documents():
             out.append((said, kind, whole, core))
     for _ in range(max(1, 4 * N // len(TRAPS))):
         out += [(pick(CARRIERS).replace('{}', trap()), None, name, '') for name, trap in TRAPS.items()]
-    out = [(f'{pick(FILLER)} {said} {pick(FILLER)}'.strip(' ') if roll() < 0.9 else said, *rest)
-           for said, *rest in out]
+    if WET:
+        out = [('\n'.join([*rng.sample(LINES, 3), said.strip('\n'), *rng.sample(LINES, 3)]), *rest) for said, *rest in out]
+    else:
+        out = [(f'{pick(FILLER)} {said} {pick(FILLER)}'.strip(' ') if roll() < 0.9 else said, *rest)
+               for said, *rest in out]
     rng.shuffle(out)
     return out
 
@@ -583,7 +629,7 @@ if __name__ == '__main__':
     ours = lambda text: redact(text, KINDS)
     show = 12 if '--misses' in sys.argv else 0
     docs = documents()
-    print(f"{'held out' if HELD else 'dev'}:")
+    print(f"{'held out' if HELD else 'dev'}{', not extracted' if WET else ''}:")
     for name, hide in [('ours', ours), *peers()]:
         if name == 'scrubadub':
             score(name, hide, docs[::10])
