@@ -142,7 +142,7 @@ OLD = f'{PARTIAL}/old'                  # the corpus that it replaces
 MARKER = f'{PARTIAL}/finished.json'     # exists when NEW is whole: only the exchange is left to do
 OURS = ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json',
         *[f'{task}_train.jsonl' for task in TASKS], *[f'{task}_val.jsonl' for task in TASKS]]
-KNOWN = re.compile(r'\.(txt|md|html?|jsonl?|warc|wet|parquet|bin|(txt|html?|jsonl?|warc|wet)\.gz)$')
+KNOWN = re.compile(r'\.(txt|md|html?|jsonl?|w?arc|wet|parquet|bin|(txt|html?|jsonl?|w?arc|wet)\.gz)$')
 
 def put_in_place():
     """
@@ -321,8 +321,15 @@ def fetch(name):
 # read WARC files: web pages as a crawler received them (ISO 28500)
 
 LIMIT = 50_000_000 # bytes; longer pages and documents are left out
-BLOCK = 1 << 16
+HEADER_LIMIT = 1 << 16 # bytes of the fields before a record or a page
+BLOCK = 1 << 12
 GZIP_MAGIC = b'\x1f\x8b\x08' # every gzip member begins with it
+# The first line of a record of WARC, and of ARC, its forerunner: URL, IP address, date ... length
+WARC_LINE = re.compile(rb'WARC/\d\.\d+[ \t]*\r?\n')
+ARC_LINE = re.compile(rb'^(?:https?|dns|filedesc):\S* [\d.]+ \d+ [^\r\n]*\d\r?\n', re.M)
+JUNK = re.compile(rb'[^\s\0]')
+# The beginning of a page that is not compressed: a tag, a byte order mark, no control characters
+PLAIN = re.compile(rb'\s*<|\xef\xbb\xbf|\xff\xfe|\xfe\xff|[^\0-\x08\x0e-\x1a\x1c-\x1f]*\Z')
 
 def read_member(data, start):
     """Unpack the gzip member that begins at start. -> (its content, where it ends)"""
@@ -333,84 +340,145 @@ def read_member(data, start):
         if not block or size > LIMIT:
             raise zlib.error('cut short, or too large')
         pieces.append(member.decompress(block, LIMIT))
+        if not pieces[0]: # a file name without end would be searched again and again
+            raise zlib.error('a header of 4 KB')
         size += len(pieces[-1])
         start += len(block) - len(member.unconsumed_tail) - len(member.unused_data)
     return b''.join(pieces), start
 
 def warc_parts(f, skipped):
     """
-    Yield the parts of a WARC file that can be read alone, as open files: its gzip members, or all
-    of a plain file. Each record is a member, so a damaged one costs one record.
+    Yield the parts of a WARC file that can be read alone, as bytes: its gzip members, or all of a
+    plain file. Each record is a member, so a damaged one costs one record.
     """
-    if f.peek(5)[:5] == b'WARC/':
-        yield f
+    data = b''
+    if f.peek(1): # mmap refuses an empty file
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    is_gzip = data[:3] == GZIP_MAGIC
+    if not is_gzip and (ARC_LINE.match(data) or WARC_LINE.search(data)):
+        yield data
         return
-    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    end = 0 # of the last member
     start = data.find(GZIP_MAGIC)
     if start < 0:
         skipped['file without any record'] += 1
+        return
     while start >= 0:
+        if JUNK.search(data, end, start):
+            skipped['bytes that belong to no record'] += 1
         try:
             content, end = read_member(data, start)
-            yield io.BytesIO(content)
         except zlib.error:
             skipped['damaged or too large record'] += 1
-            end = start + 1
+            content = b''
+            end = data.find(GZIP_MAGIC, start + 1) # the damaged one reaches to the next
+            end = len(data) if end < 0 else end
+        yield content
         start = data.find(GZIP_MAGIC, end)
+    if JUNK.search(data, end):
+        skipped['bytes that belong to no record'] += 1
 
 def read_fields(f):
-    """Read lines 'Content-Type: text/html' up to an empty one. -> {name in lower case: value}"""
+    """
+    Read lines 'Content-Type: text/html' up to an empty one. -> {name in lower case: value}, or None
+    if there is no empty line.
+    """
     fields = {}
     line = f.readline()
     while line.strip():
         name, _, value = line.decode('utf-8', 'replace').partition(':')
         fields[name.strip().lower()] = value.strip()
         line = f.readline()
-    return fields
+    return fields if line else None
 
-def warc_records(f, skipped):
-    """Yield (fields, content) of records: a line WARC/1.x, fields, an empty line, the content."""
+def record_fields(f):
+    """The fields of a record, under WARC's names."""
     line = f.readline()
-    while line:
-        if line.startswith(b'WARC/1'): # else one of the empty lines between two records, or junk
-            fields = read_fields(f)
-            length = fields.get('content-length', '')
-            if not length.isdecimal():
-                skipped['record with a broken header'] += 1
-            elif int(length) > LIMIT:
-                skipped['page over 50 MB'] += 1
-                f.seek(int(length), os.SEEK_CUR)
-            else:
-                content = f.read(int(length))
-                if len(content) == int(length):
-                    yield fields, content
-                else:
-                    skipped['record cut short'] += 1
-        line = f.readline()
+    if line.startswith(b'WARC/'):
+        return read_fields(f) or {}
+    url, *_, length = line.decode('latin-1').split()
+    kind = 'response' if url.startswith('http') else 'warcinfo'
+    return {'warc-type': kind, 'warc-target-uri': url, 'content-length': length}
+
+def warc_records(data, skipped):
+    """
+    Yield (fields, content) of records: a line WARC/1.0, fields, an empty line, the content.
+
+    A wrong length and a cut cost one record, not those that follow: each ends where the next begins.
+    """
+    line = ARC_LINE if ARC_LINE.match(data) else WARC_LINE
+    end = 0 # of the last record
+    match = line.search(data)
+    while match:
+        start = match.start()
+        if JUNK.search(data, end, start):
+            skipped['bytes that belong to no record'] += 1
+        following = line.search(data, match.end())
+        limit = following.start() if following else len(data)
+        header = io.BytesIO(data[start:min(limit, start + HEADER_LIMIT)])
+        fields = record_fields(header)
+        start += header.tell() # now of the content
+        length = fields.get('content-length', '')
+        is_number = re.fullmatch('[0-9]{1,15}', length)
+        end = start + int(length) if is_number else limit
+        fills_part = match.start() == 0 and end <= len(data) and not JUNK.search(data, end)
+        if fills_part: # as in a gzip member of its own; then another first line is text of the page
+            following = None
+            limit = len(data)
+        if not is_number:
+            skipped['record with a broken header'] += 1
+        elif end > limit:
+            skipped['record cut short'] += 1
+            end = limit
+        elif end - start > LIMIT:
+            skipped['page over 50 MB'] += 1
+        else:
+            yield fields, data[start:end]
+        match = following
+    if JUNK.search(data, end):
+        skipped['bytes that belong to no record'] += 1
+
+def read_page(fields, content, skipped):
+    """A record of WARC or WET -> document {url, html, type}, {url, text}, or None."""
+    url = fields.get('warc-target-uri', '').strip('<>')
+    kind = fields.get('warc-type')
+    if kind == 'conversion': # extracted text
+        return dict(url=url, text=decode(content)[1])
+    if kind in ('warcinfo', 'request', 'metadata'): # about a page
+        return None
+    if kind != 'response':
+        skipped['record of another type (revisit, resource)'] += 1
+        return None
+    response = io.BytesIO(content[:HEADER_LIMIT]) # a status line, fields, an empty line, the page
+    status = response.readline().split()
+    fields = read_fields(response)
+    if fields is None:
+        skipped['page with a broken header'] += 1
+        return None
+    media_type = fields.get('content-type', 'text/html').lower()
+    is_page = re.match('text/html|application/xhtml', media_type)
+    if not is_page or status[1:2] != [b'200']:
+        skipped['not a page (status or type)'] += 1
+        return None
+    page = content[response.tell():]
+    coding = fields.get('content-encoding', '').lower()
+    # Common Crawl has unpacked all pages, and kept the field
+    if coding not in ('', 'identity') and not PLAIN.match(page[:1000]):
+        skipped['compressed page'] += 1
+        return None
+    return dict(url=url, html=page, type=media_type) if page else None
 
 def read_warc(f, skipped):
     """Yield documents {url, html, type} of a WARC file, {url, text} of a WET file."""
+    n_documents = 0
     for part in warc_parts(f, skipped):
         for fields, content in warc_records(part, skipped):
-            url = fields.get('warc-target-uri', '').strip('<>')
-            if fields.get('warc-type') == 'conversion': # extracted text
-                yield dict(url=url, text=content.decode('utf-8', 'replace'))
-            if fields.get('warc-type') != 'response':
-                continue
-            response = io.BytesIO(content) # a status line, fields, an empty line, the page
-            status = response.readline()
-            fields = read_fields(response)
-            media_type = fields.get('content-type', 'text/html').lower()
-            page = response.read()
-            coding = fields.get('content-encoding', '').lower()
-            is_coded = coding not in ('', 'identity') and not page.lstrip().startswith(b'<')
-            is_page = re.match('text/html|application/xhtml', media_type)
-            if not is_page or not re.match(rb'\S+ 200', status):
-                skipped['not a page (status or type)'] += 1
-            elif is_coded: # never in Common Crawl, which has unpacked all pages
-                skipped['compressed page'] += 1
-            elif page:
-                yield dict(url=url, html=page, type=media_type)
+            document = read_page(fields, content, skipped)
+            if document:
+                n_documents += 1
+                yield document
+    if not n_documents:
+        print0(f'{f.name}: no page was found in it')
 
 # -----------------------------------------------------------------------------
 # convert the rows of public data sets
@@ -662,7 +730,7 @@ def read_rows(rows, path, benchmark, is_own, skipped):
 
 def read_content(f, path, benchmark, is_own, skipped):
     """Yield the items of an open file."""
-    if re.search(r'\.(warc|wet)(\.gz)?$', path):
+    if re.search(r'\.(w?arc|wet)(\.gz)?$', path):
         for document in read_warc(f, skipped):
             yield dict(document, kind='text')
         return
@@ -693,7 +761,7 @@ def read_file(path, source_name, skipped):
     """
     is_own = source_name == 'files'
     folder, file_name = os.path.split(os.path.abspath(path))
-    stem = re.sub(r'(\.(txt|md|jsonl?|html?|warc|wet|parquet|bin|gz))+$', '', file_name)
+    stem = re.sub(r'(\.(txt|md|jsonl?|html?|w?arc|wet|parquet|bin|gz))+$', '', file_name)
     extra = dict(source=source_name)
     if is_own:
         name = re.sub(r'[-_]\d+$|\d{3,}$', '', stem) or stem

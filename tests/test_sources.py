@@ -517,3 +517,109 @@ def test_pages_and_members_over_the_limit(tmp_path, monkeypatch):
     data = [GZ[0], gzip.compress(big), bomb, GZ[2]]
     got, skipped = pages(tmp_path, b''.join(data))
     assert got == [PAGES[0], PAGES[2]] and skipped['damaged or too large record'] >= 2
+
+
+# -----------------------------------------------------------------------------
+# WARC: lies, cuts, old versions
+
+
+def members(packing, records):
+    """The records as one plain file, one gzip member, or a member each."""
+    if packing == 'plain':
+        return b''.join(records)
+    return gzip.compress(b''.join(records)) if packing == 'one member' else b''.join(map(gzip.compress, records))
+
+
+@pytest.mark.parametrize('packing', ['plain', 'one member', 'a member each'])
+@pytest.mark.parametrize('fault', ['length', 'cut'])
+def test_a_wrong_length_or_a_cut_costs_one_record_of_a_warc(tmp_path, packing, fault):
+    """All other pages are found, and what is lost is counted, once."""
+    rng = random.Random(12)
+    good = [f'<p>{i} '.encode() * rng.randrange(1, 60) for i in range(12)]
+    for trial in range(100):
+        at = rng.randrange(12)
+        records = [record(page, url=f'http://x/{i}') for i, page in enumerate(good)]
+        if fault == 'length':
+            records[at] = record(good[at], length=lambda n: n + rng.choice([5, rng.randrange(5, 4000), 10**8, 10**20]))
+        else:
+            records[at] = records[at][:rng.randrange(1, len(records[at]) - 4)] # the last four bytes are an empty line
+        got, skipped = pages(tmp_path, members(packing, records), 'x.warc')
+        assert got == good[:at] + good[at + 1:], (trial, at)
+        assert sum(skipped.values()) == 1, (trial, at, skipped)
+
+
+def test_damage_to_the_first_line_of_a_warc_costs_one_record(tmp_path):
+    for at in range(3):
+        records = [ONE, TWO, THREE]
+        records[at] = b'XARC' + records[at][4:]
+        assert pages(tmp_path, b''.join(records), 'x.warc') == (
+            PAGES[:at] + PAGES[at + 1:], {'bytes that belong to no record': 1})
+        packed = [*GZ]
+        packed[at] = b'\x1f\x8c' + GZ[at][2:]
+        got, skipped = pages(tmp_path, b''.join(packed))
+        assert got == PAGES[:at] + PAGES[at + 1:] and sum(skipped.values()) == 1
+
+
+def test_a_page_may_hold_a_warc_file(tmp_path):
+    """In a gzip member of its own it is whole; else it ends at the first line of its record."""
+    inner = b'<pre>' + ONE + b'\n' + TWO
+    each = members('a member each', [record(inner), THREE, record(inner)])
+    assert pages(tmp_path, each) == ([inner, PAGES[2], inner], {})
+    got, skipped = pages(tmp_path, ONE + record(inner) + THREE, 'x.warc')
+    assert (got[0], got[-1]) == (PAGES[0], PAGES[2]) and skipped == {'record cut short': 1}
+
+
+@pytest.mark.parametrize('version', ['0.17', '0.18', '1.0', '1.1'])
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_every_version_of_warc(tmp_path, version, end):
+    """ClueWeb09 is WARC/0.18, with \\n at the ends of lines."""
+    def old(body, kind='response', http=f'HTTP/1.1 200 OK{end}Content-Type: text/html{end}{end}'):
+        content = (http if kind == 'response' else '') + body
+        fields = [f'WARC/{version}', f'WARC-Type: {kind}', 'WARC-Target-URI: http://x/',
+                  f'Content-Length: {len(content)}', '', content, '', '']
+        return end.join(fields).encode()
+    data = [old('software: x', 'warcinfo'), old('<p>one'), old('', 'revisit'), old('<p>two')]
+    for packing in ('plain', 'one member', 'a member each'):
+        assert pages(tmp_path, members(packing, data), 'x.warc') == (
+            [b'<p>one', b'<p>two'], {'record of another type (revisit, resource)': 1})
+
+
+def test_arc_files(tmp_path):
+    def old(url, content):
+        return f'{url} 10.2.3.4 20060102030405 text/html {len(content)}\n'.encode() + content + b'\n'
+    head = old('filedesc://x.arc', b'1 0 InternetArchive\nURL IP-address Archive-date Content-type Archive-length\n')
+    data = [head, old('dns:x', b'20060102030405\nx. 10 IN A 10.2.3.4')]
+    data += [old(f'http://x/{i}', b'HTTP/1.0 200 OK\nContent-Type: text/html\n\n' + page)
+             for i, page in enumerate(PAGES)]
+    for packing in ('plain', 'one member', 'a member each'):
+        assert pages(tmp_path, members(packing, data), 'x.arc') == (PAGES, {}), packing
+    items, _ = read(tmp_path / 'x.arc', 'commoncrawl')
+    assert [item['url'] for item in items] == ['http://x/0', 'http://x/1', 'http://x/2']
+    cut = [*data[:2], data[2][:900] + b'\n', *data[3:]]
+    assert pages(tmp_path, members('plain', cut), 'x.arc') == (PAGES[1:], {'record cut short': 1})
+
+
+def test_the_status_of_a_page_is_the_second_word(tmp_path):
+    for status in (b'404 Error 200', b'2000', b'304 200', b'', b'x'):
+        assert pages(tmp_path, record(status=status), 'x.warc') == ([], {'not a page (status or type)': 1})
+    for status in (b'200 OK', b'200', b' 200  404'):
+        assert pages(tmp_path, record(status=status), 'x.warc') == ([b'<p>page'], {})
+
+
+def test_a_warc_that_gives_nothing_says_so(tmp_path, capfd):
+    for data in (b'', b'what is this', record(kind='revisit'), gzip.compress(b'no record')):
+        got, skipped = pages(tmp_path, data, 'x.warc.gz')
+        assert got == [] and sum(skipped.values()) == 1, (data, skipped)
+        assert 'x.warc.gz: no page was found in it' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('coding', ['gzip', 'br', 'deflate', 'zstd'])
+def test_a_plain_page_that_claims_to_be_compressed(tmp_path, coding):
+    """Common Crawl unpacks pages and keeps the field; a page need not begin with a tag."""
+    head = f'Content-Encoding: {coding}\r\n'.encode()
+    for page in (b'\xef\xbb\xbf<p>x', b'\n\n<p>x', b'Only text.', 'Grüße'.encode(), 'Grüße'.encode('cp1252'),
+                 '<p>x'.encode('utf-16'), b'\x1b$B%F%9%H\x1b(B', b'Text ' * 1000 + b'\0'):
+        assert pages(tmp_path, record(page, head=head), 'x.warc') == ([page], {})
+    packed = [gzip.compress(b'<p>page' * 99), zlib.compress(b'<p>page' * 99), random.Random(0).randbytes(200)]
+    for page in packed:
+        assert pages(tmp_path, record(page, head=head), 'x.warc') == ([], {'compressed page': 1})
