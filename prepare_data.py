@@ -9,8 +9,8 @@ By default this runs on Toytown, a miniature internet with known faults (truth.j
 no step reads that list, but each step is scored with it at the end.
 
 Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
-         Kinds: .warc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files named
-         *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
+         Kinds: .warc .arc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
+         named *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
 Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
          chat_{train,val}.jsonl  preferences_{train,val}.jsonl  prompts_{train,val}.jsonl
          benchmarks/*.jsonl  funnel.json (what each step dropped)  dropped.jsonl (examples of it)
@@ -142,7 +142,7 @@ OLD = f'{PARTIAL}/old'                  # the corpus that it replaces
 MARKER = f'{PARTIAL}/finished.json'     # exists when NEW is whole: only the exchange is left to do
 OURS = ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json',
         *[f'{task}_train.jsonl' for task in TASKS], *[f'{task}_val.jsonl' for task in TASKS]]
-KNOWN = re.compile(r'\.(txt|md|html?|jsonl?|w?arc|wet|parquet|bin|(txt|html?|jsonl?|w?arc|wet)\.gz)$')
+KNOWN = re.compile(r'\.((txt|html?|jsonl?|w?arc|wet)(\.gz)?|md|parquet|bin)$')
 
 def put_in_place():
     """
@@ -404,7 +404,7 @@ def warc_records(data, skipped):
     """
     Yield (fields, content) of records: a line WARC/1.0, fields, an empty line, the content.
 
-    A wrong length and a cut cost one record, not those that follow: each ends where the next begins.
+    A wrong length or a cut costs one record: each ends at the latest where the next one begins.
     """
     line = ARC_LINE if ARC_LINE.match(data) else WARC_LINE
     end = 0 # of the last record
@@ -661,14 +661,18 @@ def convert_row(row, forms):
 
 MARK = '<|endoftext|>' # separates the documents of a text file
 DAMAGED = (EOFError, OSError, ValueError, RecursionError, zlib.error) # what damaged files raise
+BETWEEN_ITEMS = re.compile(r'[\s,]*') # of a JSON list
 MISFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError) # what unexpected rows raise
 
 def read_text(f):
     """Yield what stands between the marks; without marks, pieces of about 4,000 characters."""
-    charset, start = decode(f.peek(1 << 20))
-    has_marks = MARK in start
+    start = f.peek(1 << 20)
+    charset = BYTE_ORDER_MARKS.get(start[:2], 'utf-8')
+    has_marks = MARK in start.decode(charset, 'replace')
+    # bytes that are not UTF-8 are kept as surrogates, which read_content takes back
+    file = io.TextIOWrapper(f, charset, 'surrogateescape' if charset == 'utf-8' else 'replace')
     lines, size = [], 0
-    for line in io.TextIOWrapper(f, charset, 'replace'):
+    for line in iter(lambda: file.readline(LIMIT), ''):
         if MARK in line:
             before, *documents, line = line.split(MARK)
             yield ''.join(lines) + before
@@ -677,14 +681,49 @@ def read_text(f):
         elif not has_marks and size >= 4000 and not line.strip(): # at an empty line
             yield ''.join(lines)
             lines, size = [], 0
-        lines.append(line)
-        size += len(line)
+        if size <= LIMIT: # what is longer is left out, so its end need not be kept
+            lines.append(line)
+            size += len(line)
     yield ''.join(lines)
+
+def read_lines(f, skipped):
+    """Yield the lines of a file. One over the limit becomes empty, and is never held in memory."""
+    line = f.readline(LIMIT)
+    while line:
+        if len(line) == LIMIT:
+            skipped['row over 50 MB'] += 1
+            while len(line) == LIMIT:
+                line = f.readline(LIMIT)
+            line = b'\n'
+        yield line
+        line = f.readline(LIMIT)
+
+def read_list(f):
+    """Yield the items of a JSON list one by one: together they may take 24 times their bytes."""
+    decoder = json.JSONDecoder()
+    file = io.TextIOWrapper(f, 'utf-8-sig')
+    buffer = file.read(1 << 16)
+    start = buffer.index('[') + 1
+    while True:
+        start = BETWEEN_ITEMS.match(buffer, start).end()
+        if buffer.startswith(']', start):
+            return
+        try:
+            item, start = decoder.raw_decode(buffer, start)
+        except ValueError: # perhaps the item goes on; twice as much each time is linear in all
+            buffer = buffer[start:]
+            start = 0
+            more = file.read(max(1 << 16, len(buffer)))
+            if not more or len(buffer) > LIMIT:
+                raise
+            buffer += more
+        else:
+            yield item
 
 def read_json(f, path, is_own, skipped):
     """Yield (line number, row) of JSON lines or a list. A bad line in your own file is fatal."""
     is_list = path.endswith('.json') and f.peek(64).lstrip().startswith(b'[')
-    for number, line in enumerate(json.load(f) if is_list else f, 1):
+    for number, line in enumerate(read_list(f) if is_list else read_lines(f, skipped), 1):
         if not is_list and not line.strip():
             continue
         try:
@@ -744,6 +783,7 @@ def read_content(f, path, benchmark, is_own, skipped):
         yield dict(kind='text', url=path, type='text/html', html=f.read(LIMIT))
     else:
         for i, text in enumerate(read_text(f)):
+            _, text = decode(text.encode('utf-8', 'surrogateescape')) # each text has its charset
             if len(text) > LIMIT:
                 skipped['document over 50 MB'] += 1
             elif text.strip():
@@ -783,6 +823,9 @@ def read_file(path, source_name, skipped):
             for item in read_content(f, path, benchmark, is_own, skipped):
                 yield {**item, **extra}
     except DAMAGED as e:
+        # an error of the operating system has a number; a damaged .gz has none
+        is_unreadable = isinstance(e, OSError) and e.errno
+        assert not is_unreadable, f'{path} cannot be read ({e.strerror}): mend that, run this again'
         assert not is_own, f'{path}: the file is damaged ({e})'
         print0(f'{path}: damaged, the rest is left out ({e})')
         skipped['damaged file'] += 1
@@ -795,11 +838,17 @@ def read_file(path, source_name, skipped):
 def read_block_list(names):
     """'spam.example,lists/adult.txt' -> set of hosts. In a list, each line ends with a host."""
     hosts = set()
-    for name in filter(None, names.split(',')):
-        lines = open(name, encoding='utf-8') if os.path.isfile(name) else [name]
+    for name in names.split(','):
+        name = os.path.expanduser(name.strip())
+        is_file = os.path.isfile(name)
+        is_host = not re.search(r'[/\\]|\.(txt|csv|list|hosts)$', name)
+        assert is_file or is_host, \
+            f"blocked_hosts: no file '{name}': give a host, or a file of hosts"
+        lines = open(name, encoding='utf-8', errors='replace') if is_file else [name]
         for line in lines:
-            if line.strip() and not line.startswith('#'):
-                hosts.add(line.split()[-1].lower())
+            words = line.partition('#')[0].split() # without the comment
+            if words:
+                hosts.add(words[-1].lower())
     return hosts
 
 BLOCKED_HOSTS = read_block_list(blocked_hosts)
@@ -812,7 +861,7 @@ def url_step(doc):
         return None
     if re.fullmatch(r'[\d.]+|\[.*', host[1]):
         return 'IP address'
-    parts = host[1].split('.')
+    parts = host[1][-253:].split('.') # no name is longer (RFC 1035)
     for i in range(len(parts)): # a.b.example, b.example, example: subdomains are blocked too
         if '.'.join(parts[i:]) in BLOCKED_HOSTS:
             return 'blocked host'
@@ -1036,26 +1085,37 @@ def html_to_text(page):
     return ''.join(parts)
 
 # Labels that browsers read as a larger charset (whatwg.org, Encoding). Only those in CHARSET count:
-# no page may ask for rot13 or UTF-7.
+# no page may ask for rot13 or UTF-7, and whoever could read a label UTF-16 reads no UTF-16.
 ALIAS = {'latin1': 'cp1252', 'iso-8859-1': 'cp1252', 'ascii': 'cp1252', 'us-ascii': 'cp1252',
-         'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030', 'big5': 'big5hkscs',
-         'shift_jis': 'cp932', 'shift-jis': 'cp932', 'sjis': 'cp932', 'euc-kr': 'cp949'}
-CHARSET = re.compile(r'utf-?(8|16-?[lb]e)|(windows-|cp)\d+|iso-?8859-\d+|koi8-[ru]|gb18030|'
-                     r'big5hkscs|euc-jp|iso-2022-jp')
+         'iso8859-1': 'cp1252', 'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030',
+         'big5': 'big5hkscs', 'shift_jis': 'cp932', 'shift-jis': 'cp932', 'sjis': 'cp932',
+         'euc-kr': 'cp949'}
+CHARSET = re.compile(r'utf-?8|(windows-|cp)\d{3,4}|iso-?8859-\d\d?|koi8-[ru]|gb18030|big5hkscs|'
+                     r'euc-jp|iso-2022-jp')
+LABEL = re.compile(r'charset\s{0,9}=\s{0,9}["\']?\s{0,9}([\w-]+)') # limits, or the time is squared
 BYTE_ORDER_MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
 
 def decode(raw, content_type=''):
-    """Bytes -> (charset, text) by byte order mark, HTTP header, <meta> tag, or UTF-8, or cp1252."""
-    names = [name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)]
+    """
+    Bytes -> (charset, text). UTF-8 comes before all labels, because no other text of some length is
+    valid UTF-8; then the labels in the HTTP header and in <meta>; then cp1252. A charset fits if at
+    most one in five characters beyond ASCII is broken, however much ASCII stands around them.
+    """
+    name = BYTE_ORDER_MARKS.get(raw[:2])
+    if name:
+        return name, raw.decode(name, 'replace').replace('\ufeff', '')
+    names = [] if raw.isascii() else ['utf-8'] # in ASCII may be ISO-2022-JP
     for text in (content_type, raw[:4096].decode('latin-1')):
-        names += re.findall(r'charset\s*=\s*["\']?\s*([\w-]+)', text.lower())[:3]
+        names += LABEL.findall(text.lower())[:3]
     for name in [*names, 'utf-8']:
         name = ALIAS.get(name, name)
         try:
             text = raw.decode(name, 'replace') if CHARSET.fullmatch(name) else '\ufffd'
         except LookupError: # no such charset
             continue
-        if text.count('\ufffd') <= len(text) / 200: # a few broken bytes do not matter
+        n_broken = text.count('\ufffd') - raw.count(b'\xef\xbf\xbd') # a page may say U+FFFD itself
+        n_other = len(text) - len(text.encode('ascii', 'ignore'))
+        if 5 * n_broken <= n_other:
             return name, text.replace('\ufeff', '')
     return 'cp1252', raw.decode('cp1252', 'replace')
 

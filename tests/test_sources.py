@@ -2,6 +2,7 @@
 import collections
 import gzip
 import http.server
+import itertools
 import json
 import os
 import random
@@ -9,6 +10,8 @@ import re
 import socket
 import struct
 import threading
+import time
+import tracemalloc
 import zlib
 
 import pytest
@@ -456,6 +459,7 @@ def pages(tmp_path, data, name='x.warc.gz'):
 
 ONE, TWO, THREE = (record(b'<p>%d' % i * 3000 + b'%d' % i, url=f'http://x/{i}') for i in (1, 2, 3))
 GZ = [gzip.compress(r) for r in (ONE, TWO, THREE)]
+GZIP = GZ[0][:3]
 PAGES = [b'<p>%d' % i * 3000 + b'%d' % i for i in (1, 2, 3)]
 
 
@@ -623,3 +627,127 @@ def test_a_plain_page_that_claims_to_be_compressed(tmp_path, coding):
     packed = [gzip.compress(b'<p>page' * 99), zlib.compress(b'<p>page' * 99), random.Random(0).randbytes(200)]
     for page in packed:
         assert pages(tmp_path, record(page, head=head), 'x.warc') == ([], {'compressed page': 1})
+
+
+# -----------------------------------------------------------------------------
+# hostile sizes
+
+
+@pytest.mark.parametrize('name, text', [
+    ('x.json.gz', '[' + ('{"text": "", "x": [' + '[],' * 999 + '[]]},') * 500 + '{"text": "end"}]'),
+    ('x.json.gz', '[{"text": "' + 'x' * 10_000_000 + '"}]'),
+    ('x.jsonl.gz', '{"text": "' + 'x' * 10_000_000 + '"}\n{"text": "end"}'),
+    ('x.txt.gz', 'x' * 10_000_000),
+    ('x.txt.gz', 'x ' * 5_000_000 + '<|endoftext|>end'),
+    ('x.txt.gz', ('many words ' * 100 + '\n') * 9000),
+], ids=lambda text: text[:12])
+def test_a_small_packed_file_takes_little_memory(tmp_path, monkeypatch, name, text):
+    """1.4 MB once took 3.2 GB: all rows, or one row of 1.4 GB."""
+    monkeypatch.setitem(LIB.space, 'LIMIT', 100_000)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode(), 1))
+    tracemalloc.start()
+    last = None
+    for last in LIB.read_file(str(tmp_path / name), 'c4', collections.Counter()):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7_000_000 # two buffers of 1 MB are among them
+    assert last is None or last['text'] == 'end'
+
+
+def test_an_item_of_a_json_list_may_lie_across_blocks(tmp_path):
+    rows = [dict(text='é"]},[ ' * (i % 700) + str(i)) for i in range(2000)] + [dict(text='x' * 400_000)]
+    path = tmp_path / 'x.json'
+    for indent in (None, 1):
+        data = json.dumps(rows, ensure_ascii=indent is None, indent=indent)
+        path.write_text(data, encoding='utf-8')
+        assert [item['text'] for item in read(path)[0]] == [row['text'] for row in rows]
+    path.write_text(data[:-100], encoding='utf-8') # what was whole is kept
+    items, skipped = read(path, 'c4')
+    assert len(items) == 2000 and skipped == {'damaged file': 1}
+    with fails('x.json: the file is damaged'):
+        read(path)
+
+
+RESPONSE = b'WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 900000\r\n\r\nHTTP/1.1 200 OK\r\n'
+HOSTILE = { # what stands before the repeated string, and the strings
+    'x.warc': [(b'', b'WARC/1.0\r\n', RESPONSE[:50], RESPONSE, RESPONSE + b'Content-Type: text/html; charset='),
+               (b'WARC/1', b'WARC/1.0\r\n', b'WARC/1.0\nContent-Length: 1\n\n', b' ', b'\r\n', b'\na: ', b'9', b'<',
+                b'\0', b'http:', b'\nhttp://a 1 1 ', b'\nhttp://a 1 1 1\n', b';charset=', b'= ', b'"', b'200 ')],
+    'x.warc.gz': [(b'',), (GZIP + b'\x08', gzip.compress(b'WARC/1.0\n\n'))],
+    'x.txt': [(b'',), (b'<|endoftext|>', b'<|', b'\n', b'\r', b'\n ', b'\x93', b'\xe2\x80', b'\xff\xfe', b'\0')],
+    'x.json': [(b'[', b'[{"text": "'), (b'[', b']', b'{', b',', b' ', b'\n', b'1', b'\\', b'"a":', b'\\u')],
+    'x.html': [(b'',), (b'charset', b'charset=', b'charset= ', b'charset =\n', b'\x93', b'\xe2\x80')],
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_a_megabyte_of_any_short_string_is_read_in_seconds(tmp_path, name):
+    for before, short in itertools.product(*HOSTILE[name]):
+        (tmp_path / name).write_bytes(before + short * (1_000_000 // len(short)))
+        start = time.process_time()
+        for item in read(tmp_path / name, 'commoncrawl')[0][:1]:
+            LIB.url_step(item)
+            if 'html' in item:
+                LIB.decode(item['html'], item['type'])
+        assert time.process_time() - start < 15, (before, short) # in quadratic time it would take hours
+
+
+def test_a_megabyte_of_any_short_string_in_a_url_or_label():
+    for short in ('.', '@', ':', '/', '://', '[', ']', '#', 'a.', '1.', 'a', ' ', 'charset=', 'charset', '"', '= '):
+        text = short * (1_000_000 // len(short))
+        start = time.process_time()
+        for before in ('', 'http://', 'http://[', 'http://a@'):
+            LIB.url_step(dict(url=before + text))
+        for before in ('', 'charset=', 'charset = "'):
+            LIB.decode(b'\x93', before + text)
+        assert time.process_time() - start < 15, short
+
+
+# -----------------------------------------------------------------------------
+# block lists, files that cannot be read
+
+
+def test_a_block_list_that_is_missing_is_an_error(tmp_path):
+    path = tmp_path / 'bad.lst'
+    path.write_bytes('# caf\u00e9\n0.0.0.0 bad.example # a comment\n\nWorse.Example\n'.encode('cp1252'))
+    read_block_list = LIB.read_block_list
+    assert read_block_list(f'x.example, {path}') == {'x.example', 'bad.example', 'worse.example'}
+    assert read_block_list('') == set()
+    for name in (f'{tmp_path}/none.lst', 'lists/none', 'none.txt', str(tmp_path)):
+        with fails(f"blocked_hosts: no file '{re.escape(name)}': give a host, or a file of hosts"):
+            read_block_list(f'x.example,{name}')
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = lines(tmp_path / 'x.jsonl', dict(text='A'))
+    def denied(*args, **more):
+        raise PermissionError(13, 'Permission denied', args[0])
+    monkeypatch.setitem(LIB.space, 'open', denied)
+    for source in ('files', 'c4'): # a public file too: without it the corpus would be another one
+        with fails(r'x\.jsonl cannot be read \(Permission denied\)'):
+            read(path, source)
+    monkeypatch.undo()
+    (tmp_path / 'x.jsonl.gz').write_bytes(b'no gzip')
+    with fails(r'x\.jsonl\.gz: the file is damaged'):
+        read(tmp_path / 'x.jsonl.gz')
+
+
+# -----------------------------------------------------------------------------
+# charsets of text files
+
+
+def test_a_text_file_in_windows_1252_wherever_its_quotes_stand(tmp_path):
+    """The first curly quote may come after megabytes of ASCII."""
+    plain = 'Plain ASCII in many lines.\n' * 60_000
+    for text in ('“Hello” — café’s\n', plain + '“Hello” — café’s\n', '“Hello”\n\n' + plain):
+        for codec in ('cp1252', 'utf-8', 'utf-8-sig', 'utf-16'):
+            (tmp_path / 'x.txt').write_bytes(text.encode(codec))
+            assert ''.join(item['text'] for item in read(tmp_path / 'x.txt')[0]) == text, codec
+
+
+def test_each_text_of_a_file_has_its_charset(tmp_path):
+    texts = ['“One” ' * 9, '“Two” ' * 9, 'Three ' * 9]
+    raw = texts[0].encode('cp1252') + b'<|endoftext|>' + texts[1].encode() + b'<|endoftext|>' + texts[2].encode()
+    (tmp_path / 'x.txt').write_bytes(raw)
+    assert [item['text'] for item in read(tmp_path / 'x.txt')[0]] == texts
