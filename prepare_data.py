@@ -327,29 +327,39 @@ GZIP_MAGIC = b'\x1f\x8b\x08' # every gzip member begins with it
 # The first line of a record of WARC, and of ARC, its forerunner: URL, IP address, date ... length
 WARC_LINE = re.compile(rb'WARC/\d\.\d+[ \t]*\r?\n')
 ARC_LINE = re.compile(rb'^(?:https?|dns|filedesc):\S* [\d.]+ \d+ [^\r\n]*\d\r?\n', re.M)
-JUNK = re.compile(rb'[^\s\0]')
+JUNK = re.compile(rb'[^\s\0]') # between two records stand only empty lines, or a padding
 # The beginning of a page that is not compressed: a tag, a byte order mark, no control characters
 PLAIN = re.compile(rb'\s*<|\xef\xbb\xbf|\xff\xfe|\xfe\xff|[^\0-\x08\x0e-\x1a\x1c-\x1f]*\Z')
 
 def read_member(data, start):
-    """Unpack the gzip member that begins at start. -> (its content, where it ends)"""
+    """
+    Yield the content of the gzip member that begins at start: all at once, or if it holds a whole
+    file, in parts of about LIMIT bytes that begin with a record. -> where the member ends
+    """
     member = zlib.decompressobj(31) # 31: with gzip's header and check sum; zlib.error if damaged
     pieces, size = [], 0
     while not member.eof:
         block = data[start:start + BLOCK]
-        if not block or size > LIMIT:
-            raise zlib.error('cut short, or too large')
+        if not block:
+            raise zlib.error('cut short')
         pieces.append(member.decompress(block, LIMIT))
-        if not pieces[0]: # a file name without end would be searched again and again
+        if pieces == [b'']: # a file name without end would be searched again and again
             raise zlib.error('a header of 4 KB')
         size += len(pieces[-1])
         start += len(block) - len(member.unconsumed_tail) - len(member.unused_data)
-    return b''.join(pieces), start
+        if size > LIMIT:
+            content = b''.join(pieces)
+            last = content.rfind(b'WARC/') # the last record goes on in the next part
+            last = last if last > 0 else size
+            yield content[:last]
+            pieces, size = [content[last:]], size - last
+    yield b''.join(pieces)
+    return start
 
 def warc_parts(f, skipped):
     """
     Yield the parts of a WARC file that can be read alone, as bytes: its gzip members, or all of a
-    plain file. Each record is a member, so a damaged one costs one record.
+    plain file. If each record is a member, a damaged one costs one record.
     """
     data = b''
     if f.peek(1): # mmap refuses an empty file
@@ -367,13 +377,11 @@ def warc_parts(f, skipped):
         if JUNK.search(data, end, start):
             skipped['bytes that belong to no record'] += 1
         try:
-            content, end = read_member(data, start)
+            end = yield from read_member(data, start)
         except zlib.error:
-            skipped['damaged or too large record'] += 1
-            content = b''
+            skipped['damaged record'] += 1
             end = data.find(GZIP_MAGIC, start + 1) # the damaged one reaches to the next
             end = len(data) if end < 0 else end
-        yield content
         start = data.find(GZIP_MAGIC, end)
     if JUNK.search(data, end):
         skipped['bytes that belong to no record'] += 1
@@ -1090,8 +1098,8 @@ ALIAS = {'latin1': 'cp1252', 'iso-8859-1': 'cp1252', 'ascii': 'cp1252', 'us-asci
          'iso8859-1': 'cp1252', 'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030',
          'big5': 'big5hkscs', 'shift_jis': 'cp932', 'shift-jis': 'cp932', 'sjis': 'cp932',
          'euc-kr': 'cp949'}
-CHARSET = re.compile(r'utf-?8|(windows-|cp)\d{3,4}|iso-?8859-\d\d?|koi8-[ru]|gb18030|big5hkscs|'
-                     r'euc-jp|iso-2022-jp')
+CHARSET = re.compile(r'utf-?8|(windows-|cp)125\d|cp(866|874|932|949)|iso-?8859-\d\d?|koi8-[ru]|'
+                     r'gb18030|big5hkscs|euc-jp|iso-2022-jp')
 LABEL = re.compile(r'charset\s{0,9}=\s{0,9}["\']?\s{0,9}([\w-]+)') # limits, or the time is squared
 BYTE_ORDER_MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
 
@@ -1102,15 +1110,17 @@ def decode(raw, content_type=''):
     most one in five characters beyond ASCII is broken, however much ASCII stands around them.
     """
     name = BYTE_ORDER_MARKS.get(raw[:2])
-    if name:
+    if name: # UTF-16
         return name, raw.decode(name, 'replace').replace('\ufeff', '')
-    names = [] if raw.isascii() else ['utf-8'] # in ASCII may be ISO-2022-JP
+    names = [] if raw.isascii() else ['utf-8'] # ISO-2022-JP is in ASCII
     for text in (content_type, raw[:4096].decode('latin-1')):
         names += LABEL.findall(text.lower())[:3]
     for name in [*names, 'utf-8']:
         name = ALIAS.get(name, name)
+        if not CHARSET.fullmatch(name):
+            continue
         try:
-            text = raw.decode(name, 'replace') if CHARSET.fullmatch(name) else '\ufffd'
+            text = raw.decode(name, 'replace')
         except LookupError: # no such charset
             continue
         n_broken = text.count('\ufffd') - raw.count(b'\xef\xbf\xbd') # a page may say U+FFFD itself

@@ -174,4 +174,6 @@ def test_text_under_its_right_label():
             header = '' if 'meta' in page else f'text/html;charset = "{label.upper()}"'
             assert decode(page.encode(label), header) == page, label
     assert decode('<meta charset=utf-16le>plain'.encode()).endswith('plain')
+    assert decode('<meta charset=cp037>plain'.encode()).endswith('plain') # EBCDIC
+    assert decode('“x” \ufffd'.encode('cp1252', 'replace') + '\ufffd'.encode(), 'charset=rot13') == '“x” ?ï¿½'
     assert decode('“odd”'.encode('utf-16') + b'x').startswith('“odd”') # a mark decides

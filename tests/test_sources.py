@@ -483,7 +483,7 @@ def test_a_broken_member_costs_one_record(tmp_path):
         assert len(got) == 3 or sum(skipped.values()) >= 1 or at < 10
     assert pages(tmp_path, GZ[0] + GZ[1][:len(GZ[1]) // 2] + GZ[2])[0] == [PAGES[0], PAGES[2]]
     assert pages(tmp_path, GZ[0] + b'junk' * 50_000 + GZ[2])[0] == [PAGES[0], PAGES[2]]
-    assert pages(tmp_path, GZ[0] + GZ[1][:-30]) == ([PAGES[0]], {'damaged or too large record': 1})
+    assert pages(tmp_path, GZ[0] + GZ[1][:-30]) == ([PAGES[0]], {'damaged record': 1})
     assert pages(tmp_path, b'no gzip') == ([], {'file without any record': 1})
 
 
@@ -520,7 +520,7 @@ def test_pages_and_members_over_the_limit(tmp_path, monkeypatch):
     bomb = b''.join(z.compress(bytes(1 << 20)) for _ in range(30)) + z.flush() # 30 MB of zeros
     data = [GZ[0], gzip.compress(big), bomb, GZ[2]]
     got, skipped = pages(tmp_path, b''.join(data))
-    assert got == [PAGES[0], PAGES[2]] and skipped['damaged or too large record'] >= 2
+    assert got == [PAGES[0], PAGES[2]] and skipped['record cut short'] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -550,6 +550,17 @@ def test_a_wrong_length_or_a_cut_costs_one_record_of_a_warc(tmp_path, packing, f
         got, skipped = pages(tmp_path, members(packing, records), 'x.warc')
         assert got == good[:at] + good[at + 1:], (trial, at)
         assert sum(skipped.values()) == 1, (trial, at, skipped)
+
+
+def test_a_whole_warc_in_one_gzip_member_may_be_larger_than_the_limit(tmp_path, monkeypatch):
+    """ClueWeb's files are packed as a whole: a gigabyte in one member."""
+    monkeypatch.setitem(LIB.space, 'LIMIT', 30_000)
+    small = [record(b'<p>%d' % i * 500) for i in range(300)]
+    good = [b'<p>%d' % i * 500 for i in range(300)]
+    assert pages(tmp_path, gzip.compress(b''.join(small))) == (good, {})
+    big = record(random.Random(0).randbytes(100_000))
+    got, skipped = pages(tmp_path, gzip.compress(b''.join([*small[:150], big, *small[150:]])))
+    assert got == good and skipped['record cut short'] == 1
 
 
 def test_damage_to_the_first_line_of_a_warc_costs_one_record(tmp_path):
