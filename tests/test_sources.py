@@ -540,7 +540,7 @@ def test_a_wrong_length_or_a_cut_costs_one_record_of_a_warc(tmp_path, packing, f
     """All other pages are found, and what is lost is counted, once."""
     rng = random.Random(12)
     good = [f'<p>{i} '.encode() * rng.randrange(1, 60) for i in range(12)]
-    for trial in range(100):
+    for trial in range(60):
         at = rng.randrange(12)
         records = [record(page, url=f'http://x/{i}') for i, page in enumerate(good)]
         if fault == 'length':
@@ -683,7 +683,7 @@ def test_an_item_of_a_json_list_may_lie_across_blocks(tmp_path):
 RESPONSE = b'WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 900000\r\n\r\nHTTP/1.1 200 OK\r\n'
 HOSTILE = { # what stands before the repeated string, and the strings
     'x.warc': [(b'', b'WARC/1.0\r\n', RESPONSE[:50], RESPONSE, RESPONSE + b'Content-Type: text/html; charset='),
-               (b'WARC/1', b'WARC/1.0\r\n', b'WARC/1.0\nContent-Length: 1\n\n', b' ', b'\r\n', b'\na: ', b'9', b'<',
+               (b'WARC/1\n', b'WARC/1.0\r\n', b'WARC/1.0\nContent-Length: 1\n\n', b' ', b'\r\n', b'\na: ', b'9', b'<',
                 b'\0', b'http:', b'\nhttp://a 1 1 ', b'\nhttp://a 1 1 1\n', b';charset=', b'= ', b'"', b'200 ')],
     'x.warc.gz': [(b'',), (GZIP + b'\x08', gzip.compress(b'WARC/1.0\n\n'))],
     'x.txt': [(b'',), (b'<|endoftext|>', b'<|', b'\n', b'\r', b'\n ', b'\x93', b'\xe2\x80', b'\xff\xfe', b'\0')],
