@@ -387,10 +387,7 @@ def warc_parts(f, skipped):
         skipped['bytes that belong to no record'] += 1
 
 def read_fields(f):
-    """
-    Read lines 'Content-Type: text/html' up to an empty one. -> {name in lower case: value}, or None
-    if there is no empty line.
-    """
+    """Read lines 'Name: value' up to an empty one. -> {name in lower case: value}; cut: None"""
     fields = {}
     line = f.readline()
     while line.strip():
