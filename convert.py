@@ -394,9 +394,9 @@ else:
         texts['tokenizer_config.json'] = json.dumps(settings, indent=1)
         texts['tokenizer.tiktoken'] = ''.join(lines)
 
+    write_safetensors(f'{target}/model.safetensors', tensors) # first: it may not fit on the disk
     for name, text in texts.items():
         write_text(f'{target}/{name}', text)
-    write_safetensors(f'{target}/model.safetensors', tensors)
     if args['key_shift']:
         shutil.copy(f'{FORMS}/modeling_toytown.py', target)
     print0(f'wrote {target}')

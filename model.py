@@ -863,6 +863,8 @@ def set_state(model, optimizers, state):
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     with report_damage('the resume file', 'use --resume=false'):
         shapes = {name: p.shape for name, p in model.named_parameters()}
+        missing = shapes.keys() - state['weights'].keys() # which dcp would not tell
+        assert not missing, f'no {min(missing)}'
         for name, values in state['optimizers']['state'].items():
             for tensor in values.values(): # a number of steps, or a moment of each weight
                 assert tensor.shape in ((), shapes[name]), f'{name}: shape {tuple(tensor.shape)}'
