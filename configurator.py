@@ -8,7 +8,9 @@ Settings are plain globals at the top of a script. Profiles (Python files) chang
 A setting is a line `name = literal  # comment` above `config = configure(globals())`. In a profile,
 `n_layer = 4` is for every stage that has n_layer; `sft = dict(epochs=1)` is for sft.py only.
 """
-import os, signal, sys
+import os
+import signal
+import sys
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 RANK = int(os.environ.get('RANK', 0)) # set by torchrun
@@ -17,14 +19,22 @@ STOPPED = 'stopped; the same command continues'
 def leave_at_once(number, frame):
     """Ctrl-C while a script imports torch. An exception would be lost: numpy hides it in others."""
     if RANK == 0:
-        os.write(2, f'{STOPPED}\n'.encode())
+        print(STOPPED, file=sys.stderr)
     os._exit(130)
 
-is_script = os.path.dirname(os.path.realpath(sys.argv[0])) == HERE # not a test, for example
-if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+script_folder = os.path.dirname(os.path.realpath(sys.argv[0])) # another one if this is a test
+old_handler = signal.getsignal(signal.SIGINT) # after nohup Ctrl-C is ignored
+if script_folder == HERE and old_handler is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave_at_once) # until configure() is called
 
-import ast, difflib, errno, itertools, json, re, time, traceback
+import ast
+import difflib
+import errno
+import itertools
+import json
+import re
+import time
+import traceback
 from pathlib import Path
 
 TEXTS = ('prompt', 'system', 'show', 'pattern') # settings in which ~ is a letter, not a folder
@@ -117,7 +127,8 @@ def cast(value, default, source, name):
     if kind is int and type(value) is float and value.is_integer(): # 1e4, but not 0.5
         value = int(value)
     if type(value) is str and name not in TEXTS: # the shell expands ~ only where a word begins
-        value = re.sub('(^|, *)(~[^,]*)', lambda m: m[1] + os.path.expanduser(m[2]), value)
+        parts = re.split('(, *)', value) # of a list, with the commas
+        value = ''.join(map(os.path.expanduser, parts))
     wrong = f'{name} = {value!r} is not {kind.__name__} (the default is {default!r})'
     assert default is None or type(value) is kind, f'{source}: {wrong}'
     return value
@@ -161,9 +172,10 @@ def configure(space, quiet=False):
 # errors: what a user can correct is one line without a traceback
 def print_error(kind, error, trace):
     """sys.excepthook of every script. After it, Python exits with code 1."""
-    raised_in = os.path.dirname(os.path.realpath(traceback.extract_tb(trace)[-1].filename))
+    raised_in = os.path.realpath(traceback.extract_tb(trace)[-1].filename)
+    is_ours = os.path.dirname(raised_in) == HERE
     text = str(error)
-    if isinstance(error, AssertionError) and text and raised_in == HERE:
+    if isinstance(error, AssertionError) and text and is_ours:
         # Ctrl-C between two steps is no error: the stage has saved and says so
         line = text if text.startswith('stopped at') else f'error: {text}'
     elif isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):

@@ -89,11 +89,13 @@ def test_bytes_that_are_no_text(out, scripts):
     stdin = 'import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO(b"ca\\xc3\\nSay\\n"), encoding="utf-8")'
     r = scripts.ok('chat.py', out / 'rlhf.pt', '--temperature=0', before=stdin)
     assert r.out.count('\n') == 2
-    scripts.ok('chat.py', out / 'rlhf.pt', '--temperature=0', before='import sys; sys.argv.append("--prompt=ca\\udcc3")')
+    half = 'import sys; sys.argv.append("--prompt=ca\\udcc3")'
+    scripts.ok('chat.py', out / 'rlhf.pt', '--temperature=0', before=half)
     odd = """import sys, model
 sys.stdout.reconfigure(encoding='latin-1', errors='strict')
 model.Tokenizer.token_bytes = lambda self, i: '’'.encode()"""
-    assert scripts.ok('chat.py', out / 'rlhf.pt', '--prompt=Say', '--max_new_tokens=2', before=odd).out.startswith('\\u2019')
+    r = scripts.ok('chat.py', out / 'rlhf.pt', '--prompt=Say', '--max_new_tokens=2', before=odd)
+    assert r.out.startswith('\\u2019')
 
 def test_a_message_of_a_million_blanks(out, scripts):
     r = scripts.ok('chat.py', out / 'rlhf.pt', '--temperature=0', stdin='Say' + ' ' * 10**6 + 'it.\nSay\n')

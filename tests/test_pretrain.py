@@ -140,7 +140,7 @@ def test_a_finished_run_is_not_replaced_by_another_one(world, scripts, tmp_path)
     assert 'base.pt is finished: the same run starts again at step 0' in scripts.ok(*run).out
     assert 'is finished' not in scripts.ok(*run, '--max_iters=2', '--resume=false').out
     assert load(tmp_path / 'base.pt')['step'] == 2
-    scripts.fails('stopped at step 2', *run, '--resume=false', before=kill_at(1, signal.SIGTERM)) # base.pt is still there
+    scripts.fails('stopped at step 2', *run, '--resume=false', before=kill_at(1, signal.SIGTERM))
     scripts.fails(r'base\.resume\.pt is at step 2 of a run with max_iters = 4, not 9: finish that one, or', *run,
                   '--max_iters=9')
     scripts.ok(*run)
