@@ -696,8 +696,9 @@ def atomic_write(path):
     try:
         yield tmp
         os.replace(tmp, path)
-    except OSError as e: # of a full disk: it does not say where
-        e.filename = e.filename or str(path)
+    except OSError as e:
+        if e.errno and not e.filename: # a full disk does not say where
+            e.filename = str(path)
         raise
     finally:
         if os.path.exists(tmp):
@@ -802,7 +803,7 @@ def report_damage(what, remedy):
     """A cut or foreign file fails in many ways inside zip and pickle: one line for all of them."""
     try:
         yield
-    except PermissionError: # the file may be whole
+    except (PermissionError, MemoryError, torch.OutOfMemoryError): # the file may be whole
         raise
     except Exception as e:
         why = ' '.join(f'{type(e).__name__}: {e}'.split())[:150]

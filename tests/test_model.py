@@ -791,6 +791,17 @@ def test_a_misshapen_checkpoint_is_one_line(name, change, what, arch, tmp_path, 
         load_checkpoint(path, ['base'], 'python pretrain.py')
     assert time.process_time() - started < 10
 
+@pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied', 'base.pt'), MemoryError(),
+                                   torch.OutOfMemoryError('CUDA out of memory')], ids=repr)
+def test_what_cannot_be_read_now_is_not_called_damaged(error, tmp_path, tok, monkeypatch):
+    net, path = wild(), str(tmp_path / 'base.pt')
+    save_checkpoint(path, 'base', net.state_dict(), asdict(net.config), tok, {}, 1, {})
+    def load(*args, **more):
+        raise error
+    monkeypatch.setattr(model.torch, 'load', load)
+    with pytest.raises(type(error)):
+        load_checkpoint(path, ['base'], 'python pretrain.py')
+
 def test_flipped_bits_are_found(tmp_path, tok):
     """A file with one wrong bit is refused, or what it says is the same all the same (a bit that nobody reads)."""
     path, resume_path = str(tmp_path / 'base.pt'), str(tmp_path / 'sft.resume.pt')
