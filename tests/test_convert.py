@@ -496,3 +496,13 @@ def test_chat_template_is_render(exported):
     assert tok.apply_chat_template(messages, return_dict=False) == TOK.render(messages)[0]
     masked = tok.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert (masked['input_ids'], masked['assistant_masks']) == TOK.render(messages)
+
+def test_an_export_that_does_not_fit_leaves_the_old_one(exported, scripts, tmp_path):
+    """A full disk (here: no file may be as large as the weights): one line, and no half of a file."""
+    folder = copy(exported('llama')[1], tmp_path / 'hf')
+    old = {path.name: path.read_bytes() for path in folder.iterdir()}
+    save(make_model('qwen3'), tmp_path / 'sft.pt', 'sft')
+    full = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 10**9))'
+    assert len(old['model.safetensors']) > 60_000
+    scripts.fails('error: .*model.safetensors: File too large', 'convert.py', tmp_path / 'sft.pt', folder, before=full)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == old

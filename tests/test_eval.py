@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from conftest import definitions, fails, user, write_rows
-from model import GPT, GPTConfig, Tokenizer, load_checkpoint, load_model, read_shard, save_checkpoint
+from model import GPT, GPTConfig, ScalarModel, Tokenizer, load_checkpoint, load_model, read_shard, save_checkpoint
 
 T = 48 # block_size
 
@@ -43,7 +43,7 @@ def trained(world, tmp_path_factory):
         optimizer.zero_grad()
     weights = {'base': model.state_dict()}
     weights['sft'] = {name: w + 0.02 * torch.randn(w.shape) for name, w in weights['base'].items()}
-    weights['reward'] = weights['base']
+    weights['reward'] = ScalarModel(config).state_dict()
     metrics = dict(seconds=2.0, flops=1e9, tokens=5000)
     agreement = dict(val_accuracy=0.8, val_gold_accuracy=0.9, self_agreement=0.85)
     for stage, state in weights.items():
