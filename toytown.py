@@ -22,7 +22,7 @@ import collections, gzip, hashlib, html, itertools, json, os, random, re, shutil
 import numpy as np
 
 from configurator import configure
-from model import grade, print0, simulated_ranking, write_jsonl, write_text
+from model import atomic_write, grade, print0, simulated_ranking, write_jsonl, write_text
 
 # -----------------------------------------------------------------------------
 # settings
@@ -169,7 +169,9 @@ def five_grams(text):
 def near_copy(text):
     """Change a word or two and add a sentence, until 80% or more of the five-grams are shared."""
     old = five_grams(text)
-    while True:
+    parts = text.split(' ')
+    n_tries = 1000 if len(parts) > 7 else 0
+    for _ in range(n_tries):
         parts = text.split(' ')
         for _ in range(random.choice([1, 2])):
             adjective = random.choice(words['adj'])
@@ -178,6 +180,7 @@ def near_copy(text):
         new = five_grams(copy)
         if 0.8 <= len(old & new) / len(old | new) < 1:
             return copy.strip()
+    raise AssertionError(f"{world}: no near copy of the page '{text:.60}': write longer pages")
 
 def add_page(text, url='{good_url}', **planted):
     """Give a text (title, blank line, paragraphs) a layout, charset and URL; record its faults."""
@@ -202,7 +205,7 @@ def add_page(text, url='{good_url}', **planted):
 def write_warc(path, records):
     """Write a WARC file (ISO 28500), each record in its own gzip member, as crawlers do."""
     info = ('WARC-Type: warcinfo', b'format: WARC File Format 1.1')
-    with open(path, 'wb') as f:
+    with atomic_write(path) as partial, open(partial, 'wb') as f:
         for headers, block in [info, *records]:
             name = hashlib.sha1(block).hexdigest()
             head = (f'WARC/1.0\r\n{headers}\r\nWARC-Record-ID: <urn:sha1:{name}>\r\n'
@@ -276,6 +279,7 @@ for name, n_rows in sizes.items():
     noise = np.random.default_rng(seed)
     asked = collections.Counter()
     rows = []
+    n_draws = 0
     while len(rows) < n_rows:
         # draw a task, and a new prompt for it that belongs to this side
         task = random.choices(town['tasks'], weights)[0]
@@ -283,6 +287,10 @@ for name, n_rows in sizes.items():
             slots = new_page(side, **task)
             prompt = expand('{next_asked}{next_asked_sum}{prompt}', slots)
             asked[prompt] += 1
+            n_draws += 1
+            assert n_draws < 20_000 + 30 * n_rows, (
+                f"{world}: {len(rows)} of {n_rows:,.0f} rows for {name} are found: '{prompt:.60}' "
+                'and the like are all on the other side, or their answers are all equal: add more')
             digest = hashlib.sha256(prompt.encode()).hexdigest()
             is_val = int(digest[:12], 16) < 0.15 * 16**12 # 15% of the prompts
             # a fact or sum decides the side of a task about it; for other tasks the prompt decides
