@@ -14,11 +14,11 @@ In a conversation: /new begins another one, /retry asks for another answer, /qui
 Ctrl-C stops an answer.
 Left out: a web page and an HTTP API.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import codecs, sys
 
 import torch
 
-from configurator import configure
 from model import Tokenizer, generate, load_checkpoint, load_model, setup
 
 # `python chat.py path.pt` is short for --checkpoint=path.pt
@@ -153,6 +153,7 @@ if prompt:
     sys.exit()
 
 messages = list(opening)
+sys.stdin.reconfigure(errors='replace') # half a character is no reason to end
 while True:
     try:
         text = input('\n> ' if sys.stdin.isatty() else '').strip()

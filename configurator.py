@@ -8,18 +8,26 @@ Settings are plain globals at the top of a script. Profiles (Python files) chang
 A setting is a line `name = literal  # comment` above `config = configure(globals())`. In a profile,
 `n_layer = 4` is for every stage that has n_layer; `sft = dict(epochs=1)` is for sft.py only.
 """
-import ast
-import difflib
-import itertools
-import json
-import os
-import signal
-import sys
-import time
-import traceback
+import os, signal, sys
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+RANK = int(os.environ.get('RANK', 0)) # set by torchrun
+STOPPED = 'stopped; the same command continues'
+
+def leave_at_once(number, frame):
+    """Ctrl-C while a script imports torch. An exception would be lost: numpy hides it in others."""
+    if RANK == 0:
+        os.write(2, f'{STOPPED}\n'.encode())
+    os._exit(130)
+
+is_script = os.path.dirname(os.path.realpath(sys.argv[0])) == HERE # not a test, for example
+if is_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, leave_at_once) # until configure() is called
+
+import ast, difflib, errno, itertools, json, re, time, traceback
 from pathlib import Path
 
-RANK = int(os.environ.get('RANK', 0)) # set by torchrun
+TEXTS = ('prompt', 'system', 'show', 'pattern') # settings in which ~ is a letter, not a folder
 BOOLS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
 
 # -----------------------------------------------------------------------------
@@ -97,6 +105,8 @@ def find_owners(source, stage, name, stages):
 def cast(value, default, source, name):
     """The value in the type of the default: '1e4' becomes 10000 where the default is 600."""
     kind = type(default)
+    is_bare = value is True and source == 'command line' # --batch_size, and nothing behind it
+    assert kind is bool or not is_bare, f'{source}: --{name} needs a value: --{name}=VALUE'
     if source == 'command line' and isinstance(value, str) and kind is not str:
         try: # text is never run as code: this understands literals only
             value = BOOLS[value.lower()] if kind is bool else ast.literal_eval(value)
@@ -106,13 +116,16 @@ def cast(value, default, source, name):
         value = float(value)
     if kind is int and type(value) is float and value.is_integer(): # 1e4, but not 0.5
         value = int(value)
+    if type(value) is str and name not in TEXTS: # the shell expands ~ only where a word begins
+        value = re.sub('(^|, *)(~[^,]*)', lambda m: m[1] + os.path.expanduser(m[2]), value)
     wrong = f'{name} = {value!r} is not {kind.__name__} (the default is {default!r})'
     assert default is None or type(value) is kind, f'{source}: {wrong}'
     return value
 
 def configure(space, quiet=False):
     """Change the settings in a script's globals() and return all of them as {name: value}."""
-    sys.excepthook = print_error
+    if signal.getsignal(signal.SIGINT) is leave_at_once: # all has been imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     script = Path(space['__file__'])
     # All scripts are read, so that names and values for the other stages are checked too.
     stages = {path.stem: read_settings(path) for path in sorted(script.parent.glob('*.py'))}
@@ -148,16 +161,17 @@ def configure(space, quiet=False):
 # errors: what a user can correct is one line without a traceback
 def print_error(kind, error, trace):
     """sys.excepthook of every script. After it, Python exits with code 1."""
-    folder = Path(traceback.extract_tb(trace)[-1].filename).resolve().parent # where it was raised
+    raised_in = os.path.dirname(os.path.realpath(traceback.extract_tb(trace)[-1].filename))
     text = str(error)
-    if isinstance(error, AssertionError) and text and folder == Path(__file__).resolve().parent:
-        line = f'error: {text}'
-    elif isinstance(error, OSError) and error.filename:
-        line = f'error: {error.filename}: {error.strerror}'
+    if isinstance(error, AssertionError) and text and raised_in == HERE:
+        # Ctrl-C between two steps is no error: the stage has saved and says so
+        line = text if text.startswith('stopped at') else f'error: {text}'
+    elif isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        line = f'error: {error.filename or "output"}: {error.strerror}'
     elif isinstance(error, MemoryError) or 'out of memory' in text or 'allocate memory' in text:
         line = 'error: out of memory: lower --batch_size, --micro_batch_size or --block_size'
     elif isinstance(error, KeyboardInterrupt):
-        line = 'stopped; the same command continues'
+        line = STOPPED
     elif isinstance(error, BrokenPipeError): # `python chat.py | head`: the reader has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # Python flushes stdout once more at its end
         return
@@ -167,6 +181,10 @@ def print_error(kind, error, trace):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
     print(line, file=sys.stderr)
+
+sys.excepthook = print_error
+if hasattr(sys.stdout, 'reconfigure'): # a terminal may lack characters: print escapes them
+    sys.stdout.reconfigure(errors='backslashreplace')
 
 if __name__ == '__main__':
     print(json.dumps(configure({'__file__': sys.argv.pop(1)}, quiet=True), indent=1))

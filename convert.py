@@ -19,6 +19,7 @@ These classes compute the same as our GPT. config/huggingface/ translates the na
 Left out: Hub models in several files (download the folder yourself), tokenizers of characters,
 rope scaling, and retries: if a download was interrupted, the same command continues it.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import base64, glob, json, math, os, shutil, sys
 from dataclasses import asdict
 
@@ -27,7 +28,6 @@ import requests
 import tiktoken
 import torch
 
-from configurator import configure
 from model import (
     GPT, GPTConfig, SPECIAL_TOKENS, Tokenizer, atomic_write, load_checkpoint, print0,
     save_checkpoint, write_text,
@@ -394,9 +394,9 @@ else:
         texts['tokenizer_config.json'] = json.dumps(settings, indent=1)
         texts['tokenizer.tiktoken'] = ''.join(lines)
 
+    write_safetensors(f'{target}/model.safetensors', tensors) # first: it may not fit on the disk
     for name, text in texts.items():
         write_text(f'{target}/{name}', text)
-    write_safetensors(f'{target}/model.safetensors', tensors)
     if args['key_shift']:
         shutil.copy(f'{FORMS}/modeling_toytown.py', target)
     print0(f'wrote {target}')

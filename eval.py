@@ -21,6 +21,7 @@ A base model knows no chat template. It gets the words of the prompt as the star
 
 Left out: few-shot examples; benchmarks with sampled answers (GSM8K, HumanEval); human judges.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import glob
 import itertools
 import json
@@ -33,7 +34,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from configurator import configure
 from model import (
     Tokenizer,
     all_gather_list,
@@ -614,7 +614,7 @@ def read_curve(stage, key):
     steps = []
     values = []
     if os.path.exists(path):
-        for line, row in read_jsonl(path):
+        for line, row in read_jsonl(path, is_log=True):
             if row.get(key) is not None:
                 steps.append(row['step'])
                 values.append(row[key])

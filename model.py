@@ -10,7 +10,7 @@ What the stages share. The model comes first, the plumbing last:
 Letters in shape comments: B batch, T tokens, S keys (cached tokens + T), C n_embd, H n_head,
 H_kv n_kv_head, D head_dim = C / H, V vocab_size, P tokens of the longest prompt.
 """
-import base64, contextlib, functools, gzip, hashlib, json, math, os, re, signal, zlib
+import base64, contextlib, functools, glob, gzip, hashlib, json, math, os, re, signal, zipfile, zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -56,6 +56,7 @@ class GPTConfig:
         head_dim = self.n_embd // self.n_head
         assert self.arch == 'gpt2' or head_dim % 2 == 0, \
             f'rotary positions need an even n_embd / n_head, not {head_dim}'
+        assert self.block_size <= 2**20, f'block_size {self.block_size:,} is more than 1,048,576'
 
 def make_norm(config):
     norm = nn.LayerNorm if config.arch == 'gpt2' else nn.RMSNorm
@@ -457,6 +458,16 @@ def make_optimizers(model, learning_rate, weight_decay, betas, eps=1e-8, kind='a
 
 SPECIAL_TOKENS = ['<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>', '<|end|>', '<|pad|>']
 
+def clean(text):
+    """Repair what tiktoken cannot encode."""
+    # JSON can hold half of a surrogate pair, UTF-8 cannot: it becomes U+FFFD.
+    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+    # A million blanks overflow tiktoken's stack: cut runs of white space to 10,000. Such a run
+    # fills at least one block of 5,000. To look for such a block first is fast.
+    if any(text[i:i + 5000].isspace() for i in range(0, len(text), 5000)):
+        text = re.sub(r'(?<!\s)(\s{10000})\s+', r'\1', text)
+    return text
+
 class Tokenizer:
     """A tiktoken encoding built from tokenizer.json, and the chat template."""
     def __init__(self, spec):
@@ -469,12 +480,11 @@ class Tokenizer:
         specials = {name: n + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.eot, self.system, self.user, self.assistant, self.end, self.pad = specials.values()
         self.n_vocab = spec.get('n_vocab', n + len(specials)) # padded to a round number for GPT-2
-        assert self.n_vocab >= n + len(specials), f'n_vocab {self.n_vocab} is less than {n} tokens'
+        assert 0 <= self.n_vocab - n - len(specials) < 1000, \
+            f'n_vocab {self.n_vocab} does not suit {n} tokens'
         ranks = {token: i for i, token in enumerate(self.tokens)}
         self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], mergeable_ranks=ranks,
                                      special_tokens=specials)
-        # text that spells a special token gives ordinary tokens: a user cannot inject a turn
-        self.encode = self.enc.encode_ordinary
         self.decode = self.enc.decode # bytes that are not valid UTF-8 become U+FFFD
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).digest()
         self.hash = int.from_bytes(digest[:4], 'big') & 0x7fffffff # stored in each token shard
@@ -488,6 +498,10 @@ class Tokenizer:
                 return cls(json.load(f))
         except (AssertionError, KeyError, TypeError, ValueError) as e: # or bad JSON, bad base64
             raise AssertionError(f'{path} is damaged ({type(e).__name__}: {e}): {remedy}') from None
+
+    def encode(self, text):
+        # text that spells a special token gives ordinary tokens: a user cannot inject a turn
+        return self.enc.encode_ordinary(clean(text))
 
     def token_bytes(self, i):
         return self.tokens[i] if i < len(self.tokens) else b'' # special tokens have no text
@@ -676,9 +690,15 @@ def atomic_write(path):
     # with atomic_write('x') as tmp: write to tmp, which becomes x when it is whole
     tmp = f'{path}.{os.getpid()}.partial'
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    for left in glob.glob(f'{glob.escape(str(path))}.[0-9]*.partial'): # by a run that was killed
+        with contextlib.suppress(OSError):
+            os.remove(left)
     try:
         yield tmp
         os.replace(tmp, path)
+    except OSError as e: # of a full disk: it does not say where
+        e.filename = e.filename or str(path)
+        raise
     finally:
         if os.path.exists(tmp):
             os.remove(tmp)
@@ -687,10 +707,12 @@ def write_text(path, text):
     with atomic_write(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
         f.write(text)
 
-def read_jsonl(path):
-    """Yield (line number, object) of a .jsonl or .jsonl.gz. Errors name the path and the line."""
+def read_jsonl(path, is_log=False):
+    """Yield (line number, object) of a .jsonl or .jsonl.gz. Errors name the path and the line. The
+    last line of a log is left out if it was cut: its run was killed, or the disk was full."""
     open_text = gzip.open if str(path).endswith('.gz') else open
     line = 0
+    text = ''
     try:
         with open_text(path, 'rt', encoding='utf-8-sig') as f:
             for line, text in enumerate(f, 1):
@@ -699,6 +721,8 @@ def read_jsonl(path):
                     assert isinstance(row, dict), f'{path}:{line}: not a JSON object'
                     yield line, row
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        if is_log and not text.endswith('\n'):
+            return
         raise AssertionError(f'{path}:{line}: not a JSON line, or damaged after it: {e}') from None
 
 def write_jsonl(path, rows):
@@ -739,41 +763,79 @@ def write_shard(path, ids, tok_hash):
         f.write(ids.tobytes())
 
 def open_log(path, first_step):
-    """Returns log(step=.., loss=..), which adds a line to the .jsonl file of a stage."""
-    old = read_jsonl(path) if first_step > 0 and os.path.exists(path) else []
+    """Returns log(step=.., loss=..), which adds a line to the .jsonl file of a stage. If two runs
+    write to one folder, only the one that started last goes on: its mark replaces the other's."""
+    stem = str(path).removesuffix('.jsonl')
+    mark = f'{stem}.resume.run-{os.urandom(4).hex()}' # unlike a lock, no kill -9 makes it wrong
+    old = read_jsonl(path, is_log=True) if first_step > 0 and os.path.exists(path) else []
     if RANK == 0: # a resumed run drops the lines of the steps that it repeats
         write_jsonl(path, [row for _, row in old if row['step'] < first_step])
+        for other in glob.glob(f'{glob.escape(stem)}.resume.run-*'):
+            os.remove(other)
+        write_text(mark, 'the last run that started here\n')
 
     def log(**numbers):
         if RANK == 0:
+            assert os.path.exists(mark), f'another run has started to write {path}: this one ends'
             with open(path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(numbers) + '\n')
     return log
 
 # plumbing: checkpoints
 
+def save_tensors(path, values):
+    with atomic_write(path) as tmp:
+        try:
+            torch.save(values, tmp)
+        except RuntimeError: # which says neither where nor why
+            raise AssertionError(f'{path} cannot be written: is the disk full?') from None
+
+def load_tensors(path):
+    """What save_tensors wrote: a zip file with checksums, which torch.load does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    assert broken is None, f'wrong checksum of {broken}'
+    return torch.load(path, map_location='cpu', weights_only=True)
+
+@contextlib.contextmanager
+def report_damage(what, remedy):
+    """A cut or foreign file fails in many ways inside zip and pickle: one line for all of them."""
+    try:
+        yield
+    except PermissionError: # the file may be whole
+        raise
+    except Exception as e:
+        why = ' '.join(f'{type(e).__name__}: {e}'.split())[:150]
+        raise AssertionError(f'{what} is damaged or of another version ({why}): {remedy}') from None
+
 def save_checkpoint(path, stage, weights, model_args, tok, config, step, metrics):
     """STAGE.pt: fp32 weights (a state dict) and plain values, enough to chat. Called on rank 0."""
     finite = all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
     assert finite, f'this run has diverged: {metrics}: lower --learning_rate; {path} is unchanged'
     weights = {name: tensor.float().cpu() for name, tensor in weights.items()}
-    with atomic_write(path) as tmp:
-        torch.save(dict(stage=stage, weights=weights, model_args=model_args, tokenizer=tok.spec,
-                        config=config, step=step, metrics=metrics), tmp)
-    with contextlib.suppress(FileNotFoundError): # the run is over, nothing is left to resume
-        os.remove(path.removesuffix('.pt') + '.resume.pt')
+    save_tensors(path, dict(stage=stage, weights=weights, model_args=model_args,
+                            tokenizer=tok.spec, config=config, step=step, metrics=metrics))
+    for left in glob.glob(glob.escape(path.removesuffix('.pt')) + '.resume.*'):
+        os.remove(left) # the run is over, nothing is left to resume
 
 def load_checkpoint(path, stages, command):
     """Read a checkpoint of one of these stages. command: what makes it, for the error message."""
     assert os.path.exists(path), f'no checkpoint {path}: make it with `{command}`'
-    try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
-        stage = ckpt['stage']
-        Tokenizer(ckpt['tokenizer'])
-        GPTConfig(**ckpt['model_args'])
-    except Exception as e: # a cut or foreign file fails in many ways inside zip and pickle
-        raise AssertionError(f'{path} is damaged or not a checkpoint of this version '
-                             f'({type(e).__name__}): make it again with `{command}`') from None
+    with report_damage(path, f'make it again with `{command}`'):
+        ckpt = load_tensors(path)
+        stage, weights = ckpt['stage'], ckpt['weights']
+        assert {'config', 'step', 'metrics'} <= ckpt.keys(), f'it has only {list(ckpt)}'
+        # a file can claim any size: check them all before one of them takes memory
+        config = GPTConfig(**ckpt['model_args'])
+        n_tokens = Tokenizer(ckpt['tokenizer']).n_vocab
+        assert n_tokens <= config.vocab_size, f'{n_tokens} tokens, vocab_size {config.vocab_size}'
+        assert config.n_layer <= len(weights), f'n_layer {config.n_layer}, {len(weights)} weights'
+        # 4 bytes a number; tied embeddings are stored once and counted twice
+        n_numbers = sum(tensor.numel() for tensor in weights.values())
+        assert 2 * n_numbers <= os.path.getsize(path), f'it claims to hold {n_numbers:,} numbers'
+        with torch.device('meta'): # tensors without memory
+            model = ScalarModel(config) if stage == 'reward' else GPT(config)
+        model.load_state_dict(weights, assign=True) # checks names and shapes
     assert stage in stages, f'{path} is of stage {stage}, not {" or ".join(stages)}: `{command}`'
     return ckpt
 
@@ -798,31 +860,46 @@ def get_state(model, optimizers):
 def set_state(model, optimizers, state):
     """Put back what get_state returned, on any number of processes."""
     import torch.distributed.checkpoint.state_dict as dcp
-    dcp.set_state_dict(model, optimizers, model_state_dict=state['weights'],
-                       optim_state_dict=state['optimizers'],
-                       options=dcp.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    with report_damage('the resume file', 'use --resume=false'):
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        missing = shapes.keys() - state['weights'].keys() # which dcp would not tell
+        assert not missing, f'no {min(missing)}'
+        for name, values in state['optimizers']['state'].items():
+            for tensor in values.values(): # a number of steps, or a moment of each weight
+                assert tensor.shape in ((), shapes[name]), f'{name}: shape {tuple(tensor.shape)}'
+        dcp.set_state_dict(model, optimizers, model_state_dict=state['weights'],
+                           optim_state_dict=state['optimizers'], options=options)
 
 def save_resume(path, step, state, config, **progress):
     """STAGE.resume.pt: what a killed run needs to continue with the same numbers."""
     if RANK == 0:
-        with atomic_write(path) as tmp:
-            torch.save(dict(step=step, state=state, config=config, progress=progress), tmp)
+        save_tensors(path, dict(step=step, state=state, config=config, progress=progress))
 
 MAY_CHANGE = ['device', 'dtype', 'compile', 'resume', 'out_dir', 'log_interval', 'eval_interval',
               'save_interval'] # settings that do not decide what a run learns
 
 def load_resume(path, config, resume=True, may_change=()):
-    """What save_resume wrote, or None for a fresh start. A run with other settings is refused."""
-    if not resume or not os.path.exists(path):
+    """What save_resume wrote, or None for a fresh start. A run with other settings is refused, also
+    if it would replace a finished checkpoint."""
+    done = path.removesuffix('.resume.pt') + '.pt'
+    found = path if os.path.exists(path) else done
+    if not resume or not os.path.exists(found):
         return None
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+    with report_damage(found, 'use --resume=false'):
+        saved = load_tensors(found)
         old_config = saved['config']
-    except Exception as e: # as in load_checkpoint
-        raise AssertionError(f'{path} is damaged ({e!r:.50}): use --resume=false') from None
+        where = f'{path} is at step {int(saved["step"])} of a run'
+    remedy = 'finish that one, or discard it with --resume=false and start at step 0'
+    if found == done:
+        where = f'{done} is finished, a run'
+        remedy = '--resume=false starts at step 0 and replaces it, another --out_dir keeps it'
     for name, value in config.items():
         old = old_config.get(name)
         assert old == value or name in MAY_CHANGE or name in may_change, \
-            f'{path} is of a run with {name} = {old!r}, not {value!r}: use --resume=false'
+            f'{where} with {name} = {old!r}, not {value!r}: {remedy}'
+    if found == done:
+        print0(f'{done} is finished: the same run starts again at step 0 and replaces it at its end')
+        return None
     print0(f'resuming from {path} at step {saved["step"]}')
     return saved

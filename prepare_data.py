@@ -31,6 +31,7 @@ ranks writes the same corpus, byte for byte.
 Left out: models that judge quality (FineWeb-Edu, DCLM); quality rules for other languages than
 English (use --filters=url,language,pii,dedup for them); archives (unpack .zip and .tar yourself).
 """
+from configurator import configure, read_settings # first: makes Ctrl-C one line
 import collections, datetime, functools, glob, gzip, hashlib, html, io, ipaddress, itertools, json
 import mmap, os, pathlib, re, shutil, time, typing, zlib
 
@@ -38,7 +39,6 @@ import numpy as np
 import requests
 import torch.distributed as dist
 
-from configurator import configure, read_settings
 from model import RANK, atomic_write, grade, print0, read_jsonl, read_shard, write_jsonl, write_text
 
 # -----------------------------------------------------------------------------

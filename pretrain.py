@@ -18,6 +18,7 @@ many for a CPU or a small corpus. The length is printed before the first step, t
 Left out: a curriculum (easy text first); a mask between documents. Windows are cut from one long
 stream, so attention crosses from one document into the next; <|endoftext|> tells where they meet.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import functools
 import glob
 import math
@@ -31,7 +32,6 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure
 from model import (
     GPT,
     GPTConfig,

@@ -18,6 +18,7 @@ normalised, so that a KL coefficient of the next stage means the same for every 
 
 Left out: a margin that says how much better an answer is (Llama 2), several labellers who disagree.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import functools
 import itertools
 import math
@@ -30,7 +31,6 @@ import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure
 from model import (
     ScalarModel,
     Tokenizer,
@@ -124,6 +124,8 @@ block_size = raw_model.config.block_size
 max_length = min(max_length or block_size, block_size)
 resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
 out_path = os.path.join(out_dir, f'{stage}.pt')
+config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
+saved = load_resume(resume_path, config, resume) # before answers are sampled
 
 # -----------------------------------------------------------------------------
 # answers of the SFT model, ranked by the simulated labeller
@@ -183,7 +185,7 @@ def sample_rankings(split):
 
 t0 = time.time()
 sampled = {} # stays empty if nothing is sampled, or if it was before an interruption
-if sample_prompts and not (resume and os.path.exists(resume_path)):
+if sample_prompts and not saved:
     _, n_train = sample_rankings('train')
     agreement, n_val = sample_rankings('val')
     sampled = dict(self_agreement=agreement, n_sampled=n_train + n_val, seconds=time.time() - t0)
@@ -273,11 +275,9 @@ def get_batches(step):
 # optimizer, and the state of an interrupted run
 optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
                              kind=optimizer, momentum=momentum)
-config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 first_step = 0
 progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0)
 progress.update(sampled)
-saved = load_resume(resume_path, config, resume)
 if saved:
     set_state(raw_model, optimizers, saved['state'])
     first_step = saved['step']

@@ -42,6 +42,7 @@ missing. `grep 'PPO detail' rlhf.py` lists the details that decide whether PPO w
 Left out: an entropy bonus (the KL penalty already keeps the answers diverse), pretraining gradients
 (PPO-ptx), a replay buffer (an answer is used in one update only).
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import functools
 import math
 import os
@@ -55,7 +56,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure
 from model import (
     ScalarModel, Tokenizer, all_sum, catch_signals, cleanup, generate, get_state, grade, last_token,
     load_checkpoint, load_model, load_resume, make_optimizers, open_log, pad_right, print0,

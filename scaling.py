@@ -15,6 +15,7 @@ Writes  out_dir/scaling.svg, scaling.json, a folder for each run (a finished one
 N leaves embeddings out (Kaplan et al. 2020): they are most of such a small model. Each run has its
 own schedule: half-way, a long run has a higher loss than a run of half the length at its end.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import itertools
 import json
 import math
@@ -27,7 +28,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from configurator import configure
 from model import GPT, GPTConfig, load_checkpoint, print0, write_text
 
 # -----------------------------------------------------------------------------

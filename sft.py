@@ -13,6 +13,7 @@ on two nodes    with the flags that pretrain.py shows
 Left out: packing several conversations into one row (attention would have to be blocked between
 them). Instead, conversations of similar length share a batch.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import functools
 import math
 import os
@@ -24,7 +25,6 @@ import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import configure
 from model import (
     GPT,
     Tokenizer,

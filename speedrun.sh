@@ -63,7 +63,7 @@ stage() {
     newer() { (IFS=,; find "${inputs[@]}" $files -newer "$1" 2>&1); } # also prints what is missing
     printf '\n$ %s\n' "$*"
     if [ -n "$(newer "$mark")" ] || [ ! -e "$output" ] || [ "$output" -nt "$mark" ]; then
-        if [ -n "$(newer "$resume")" ]; then rm -f "$resume"; fi # of a run with other inputs
+        if [ -n "$(newer "$resume")" ]; then rm -f "$resume"; set -- "$@" resume=false; fi # anew
         "$@"
         seconds=$((SECONDS - seconds))
         printf '%-16s%4d:%02d\n' "$script" $((seconds / 60)) $((seconds % 60)) > "$mark"

@@ -17,6 +17,7 @@ Writes  data_dir/tokenizer.json, train_000000.bin .., val_000000.bin .. (token s
 It uses all cores of one machine and never holds the whole corpus in memory.
 Left out: other ways to choose tokens (WordPiece, Unigram), BPE dropout, several machines.
 """
+from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import atexit, base64, collections, concurrent.futures, gc, glob, heapq, itertools, json
 import multiprocessing, operator, os, shutil, signal, sys, threading, time
 
@@ -24,8 +25,7 @@ import numpy as np
 import regex # comes with tiktoken; unlike re it knows \p{L}, "any letter"
 import tiktoken
 
-from configurator import configure
-from model import (SHARD_FORMATS, SPECIAL_TOKENS, Tokenizer, print0, read_jsonl, write_shard,
+from model import (SHARD_FORMATS, SPECIAL_TOKENS, Tokenizer, clean, print0, read_jsonl, write_shard,
                    write_text)
 
 # -----------------------------------------------------------------------------
@@ -187,16 +187,6 @@ def show_merges(chunk, ranks, color):
 # documents: read, count and encode them in parallel
 EOT = SPECIAL_TOKENS[0] # <|endoftext|>
 
-def clean(text):
-    """Repair what tiktoken cannot encode."""
-    # JSON can hold half of a surrogate pair, UTF-8 cannot: it becomes U+FFFD.
-    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    # A million blanks overflow tiktoken's stack: cut runs of white space to 10,000. Such a run
-    # fills at least one block of 5,000. To look for such a block first is fast.
-    if any(text[i:i + 5000].isspace() for i in range(0, len(text), 5000)):
-        text = regex.sub(r'(?<!\s)(\s{10000})\s++', r'\1', text)
-    return text
-
 def read_batches(what, files, stats, max_chars=0):
     """
     Yield the documents of the files as lists of texts, about a million characters each.
@@ -235,6 +225,8 @@ def read_batches(what, files, stats, max_chars=0):
             rate = done / (now - start)
             left = (total - done) / rate
             print0(f'{what} | {done / total:4.0%} | {rate / 1e6:.1f} MB/s | {left:.0f} s left')
+    folder = os.path.dirname(files[0])
+    assert stats['chars'], f'all documents in {folder} are empty: look at `{prepare_command}`'
     if batch:
         yield batch
 
@@ -329,7 +321,6 @@ documents = {split: find(f'{split}/*.jsonl.gz') for split in ('train', 'val')}
 samples_json = os.path.join(os.path.dirname(__file__), 'config', 'samples.json')
 with open(samples_json, encoding='utf-8') as f:
     samples = json.load(f) # kind of text -> a short text
-sys.stdout.reconfigure(errors='backslashreplace') # escape what this terminal cannot show
 
 # -----------------------------------------------------------------------------
 # --show, --compare: look at the tokenizer in data_dir
@@ -489,7 +480,6 @@ for split in documents:
             n_bytes += size
             n_lost += size - token_sizes[ids].sum()
             n_tokens += len(ids)
-    assert starts, f'all documents in {data_dir}/{split} are empty: look at `{prepare_command}`'
 
     # Lost are characters that are not in the vocabulary of char, or that the pattern skips.
     assert kind == 'char' or n_lost == 0, \

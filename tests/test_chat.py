@@ -84,6 +84,21 @@ def test_seed(out, scripts):
     answers = [scripts.ok('chat.py', *flags, f'--seed={seed}').out for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
+def test_bytes_that_are_no_text(out, scripts):
+    """Half a character on stdin, and in an argument; a terminal that lacks characters."""
+    stdin = 'import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO(b"ca\\xc3\\nSay\\n"), encoding="utf-8")'
+    r = scripts.ok('chat.py', out / 'rlhf.pt', '--temperature=0', before=stdin)
+    assert r.out.count('\n') == 2
+    scripts.ok('chat.py', out / 'rlhf.pt', '--temperature=0', before='import sys; sys.argv.append("--prompt=ca\\udcc3")')
+    odd = """import sys, model
+sys.stdout.reconfigure(encoding='latin-1', errors='strict')
+model.Tokenizer.token_bytes = lambda self, i: '’'.encode()"""
+    assert scripts.ok('chat.py', out / 'rlhf.pt', '--prompt=Say', '--max_new_tokens=2', before=odd).out.startswith('\\u2019')
+
+def test_a_message_of_a_million_blanks(out, scripts):
+    r = scripts.ok('chat.py', out / 'rlhf.pt', '--temperature=0', stdin='Say' + ' ' * 10**6 + 'it.\nSay\n')
+    assert r.out.count('\n') == 2 and 'only its last' in r.err
+
 def test_bad_settings(out, scripts, tmp_path):
     bad = {'--temperature=-1': 'temperature must not be negative', '--top_p=0': 'top_p must lie in',
            '--min_p=2': 'min_p must lie in', f'--out_dir={tmp_path}': 'no checkpoint .*rlhf.pt.*speedrun.sh'}

@@ -127,9 +127,10 @@ def test_values(folder, flag, name, value):
     (['--max_iters=inf'], 'is not int'),
     (['--max_iters=ten'], "command line: max_iters = 'ten' is not int (the default is 600)"),
     (['--max_iters='], 'is not int'),
-    (['--max_iters'], 'is not int'),
+    (['--max_iters'], 'command line: --max_iters needs a value: --max_iters=VALUE'),
     (['--max_iters=True'], 'is not int'),
-    (['--start'], 'is not str'),
+    (['--start'], '--start needs a value'),
+    (['--betas', '0.8,0.9'], "no config file '0.8,0.9' (settings are written --name=value)"),
     (['--compile=maybe'], "compile = 'maybe' is not bool"),
     (['--betas=3'], 'is not tuple'),
     (['--betas=os.getcwd()'], 'is not tuple'),
@@ -232,6 +233,24 @@ def test_a_stage_with_a_syntax_error_is_named(folder):
     (folder / 'sft.py').write_text(SFT + 'x = = 1\n', encoding='utf-8') # below the settings: only sft.py stops
     assert run(folder)[0] == 0
 
+@pytest.mark.parametrize('typed, path', [
+    ('~/corpus', '{}/corpus'), ('~', '{}'), ('~/a.txt,~/b.txt', '{}/a.txt,{}/b.txt'), ('x.txt, ~/b c', 'x.txt, {}/b c'),
+    ('a~/b', 'a~/b'), ('/x/~/y', '/x/~/y'), ('x~', 'x~'), ('~nobody-of-this-name/x', '~nobody-of-this-name/x')])
+def test_every_path_may_begin_with_the_home_folder(folder, monkeypatch, typed, path):
+    """The shell does not expand ~ behind = and in quotes. In a profile nobody does."""
+    monkeypatch.setenv('HOME', '/home/me')
+    monkeypatch.setenv('USERPROFILE', '/home/me')
+    in_profile = profile(folder, f'data_dir = {typed!r}\n')
+    for word in (f'--data_dir={typed}', f'data_dir={typed}', in_profile):
+        assert settings(folder, word)['data_dir'] == path.format('/home/me', '/home/me')
+
+def test_a_text_for_the_model_keeps_its_tilde(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    for script, name in (('chat.py', 'prompt'), ('chat.py', 'system'), ('tokenizer.py', 'show'),
+                         ('tokenizer.py', 'pattern')):
+        monkeypatch.setattr(sys, 'argv', [script, f'--{name}=~/x'])
+        assert configurator.configure({'__file__': str(ROOT / script)}, quiet=True)[name] == '~/x'
+
 # -----------------------------------------------------------------------------
 # errors
 STOPS = """from configurator import configure
@@ -257,6 +276,9 @@ def stop(folder, code, **env):
     ('import ours; ours.fail("of a shared file")', 'error: of a shared file'),
     ('raise AssertionError("x.jsonl:3: bad row") from ValueError()', 'error: x.jsonl:3: bad row'),
     ('open("none.bin")', 'error: none.bin: No such file or directory'),
+    ('raise OSError(28, "No space left on device")', 'error: output: No space left on device'),
+    ('raise OSError(28, "No space left on device", "out/base.jsonl")', 'error: out/base.jsonl: No space left on device'),
+    ('assert False, "stopped at step 3 and saved"', 'stopped at step 3 and saved'), # the user's wish is no error
     ('raise MemoryError', OUT_OF_MEMORY),
     ('raise RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried to ...")', OUT_OF_MEMORY),
     ('raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")', OUT_OF_MEMORY),
@@ -278,6 +300,38 @@ def test_ctrl_c_and_a_closed_pipe(folder):
     code, out, err = stop(folder, 'raise KeyboardInterrupt')
     assert code != 0 and err == 'stopped; the same command continues\n'
     assert stop(folder, 'print("x")\nraise BrokenPipeError(32, "Broken pipe")')[::2] == (1, '')
+
+CTRL_C = """
+import os, signal
+class Torch: # numpy makes an ImportError of an exception that happens while it is imported
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(10**6)) # time for the signal
+    except BaseException:
+        raise ImportError('numpy is not installed well: please read 40 lines')
+"""
+
+def test_ctrl_c_while_torch_is_imported(folder):
+    (folder / 'stops.py').write_text(STOPS.replace('steps', CTRL_C + 'steps', 1), encoding='utf-8')
+    assert run(folder, script='stops.py') == (130, '', 'stopped; the same command continues\n')
+    assert run(folder, script='stops.py', RANK='1') == (130, '', '')
+    # later it is an exception as always
+    code, out, err = stop(folder, 'try:' + CTRL_C.replace('\n', '\n    ') + '\nexcept ImportError as e:\n    print(e)')
+    assert (code, err) == (0, '') and '40 lines' in out
+
+def test_configurator_is_imported_before_torch():
+    """It makes Ctrl-C one line, so all scripts import it first."""
+    for path in ROOT.glob('*.py'):
+        text = path.read_text(encoding='utf-8')
+        if 'configure(globals())' in text and path.name != 'configurator.py':
+            first = [line for line in text.split('\n') if line.startswith(('import ', 'from '))][0]
+            assert first.startswith('from configurator import configure'), path.name
+
+def test_a_terminal_that_lacks_characters(folder):
+    """print never fails, wherever the text comes from: an answer, a name, half of a character in an argument."""
+    for encoding, shown in (('latin-1', '\\u2019'), ('ascii', '\\u2019'), ('utf-8', '’')):
+        code, out, err = stop(folder, 'print("x’y", flush=True)\nprint("\\udcc3")', PYTHONIOENCODING=encoding)
+        assert (code, out, err) == (0, f'x{shown}y\n\\udcc3\n', '')
 
 def test_rank_0_prints_for_all(folder):
     """Other ranks wait until torchrun ends them. What one rank alone meets is printed after three seconds."""

@@ -1,4 +1,5 @@
 """model.py: the network, generation, optimizers, the tokenizer, the gold reward, files and checkpoints."""
+import contextlib
 import gc
 import gzip
 import importlib.util
@@ -7,7 +8,9 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import model
-from conftest import ROOT, fails, make_spec, user, write_rows
+from conftest import ROOT, definitions, fails, make_spec, user, write_rows
 from model import (
     GPT,
     Attention,
@@ -57,7 +60,7 @@ from model import (
     write_text,
 )
 
-V, T = 278, 24
+V, T = 283, 24
 KINDS = [dict(arch='gpt2'), dict(arch='llama'), dict(arch='llama', n_kv_head=2, qk_norm=True, tie_embeddings=False),
          dict(arch='gpt2', n_kv_head=1), dict(arch='gpt2', key_shift=True),
          dict(arch='llama', qk_norm=True, key_shift=True), dict(arch='llama', n_kv_head=2, key_shift=True)]
@@ -428,6 +431,23 @@ def test_users_cannot_inject_specials(tok):
     assert [i for i in got if i in specials] == [tok.eot, tok.user, tok.end, tok.assistant, tok.end]
     assert tok.decode(tok.encode(evil)) == evil
 
+@pytest.mark.parametrize('char', [' ', '\t', '\n', '\u3000', '\xa0', '\r', '\x1c', 'a', '!', '日'],
+                         ids=ascii)
+@pytest.mark.parametrize('pattern', ['gpt2', 'gpt4'])
+def test_a_million_equal_characters(char, pattern):
+    """tiktoken alone overflows its stack on blanks and ends the process. Runs of blanks are cut to 10,000."""
+    spec = {**make_spec(), 'pattern': definitions('tokenizer.py').PATTERNS[pattern]}
+    tok = Tokenizer(spec)
+    text = 'x' + char * 10**6 + 'y'
+    kept = 'x' + char * 10_000 + 'y' if char.isspace() else text
+    assert tok.decode(tok.encode(text)) == kept
+    got, _ = tok.render(user(text), prompt=True)
+    assert tok.decode(got[2:-2]) == ' ' + kept
+
+def test_shorter_runs_of_blanks_stay(tok):
+    for text in ('a' + ' ' * 10_000 + 'b', ' ' * 9_000, ' \n' * 4_999 + 'x' + ' \n' * 4_999, '', '\ud800x'):
+        assert tok.decode(tok.encode(text)) == text.replace('\ud800', '\ufffd')
+
 def test_special_tokens_in_an_answer_are_dropped(tok):
     """A model may produce one; what is graded, ranked and scored must be what a reader sees."""
     cat = tok.encode(' cat')
@@ -540,6 +560,47 @@ def test_atomic_write(tmp_path):
     write_text(path, 'naïve\r\n')
     assert path.read_bytes() == 'naïve\r\n'.encode() # every byte as it is, on every system
 
+def test_what_a_killed_run_was_writing_goes_with_the_next_write(tmp_path):
+    for name in ('a.pt.1234.partial', 'b.pt.1234.partial', 'a.pt.partial'):
+        (tmp_path / name).write_text('half')
+    write_text(tmp_path / 'a.pt', 'whole')
+    assert sorted(os.listdir(tmp_path)) == ['a.pt', 'a.pt.partial', 'b.pt.1234.partial'] # another name is not ours
+
+@contextlib.contextmanager
+def room_for(n_bytes):
+    """No file may grow larger: the system's error is of the same kind as that of a full disk."""
+    resource = pytest.importorskip('resource')
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, tok):
+    """One line that names the file, the old file whole, and no half of a new one. For every writer."""
+    net = wild()
+    writers = {
+        'base.pt': lambda path: save_checkpoint(path, 'base', net.state_dict(), asdict(net.config), tok, {}, 1, {}),
+        'base.resume.pt': lambda path: save_resume(path, 3, get_state(net, []), {}),
+        'base.jsonl': lambda path: write_jsonl(path, [dict(step=i) for i in range(10_000)]),
+        'a.bin': lambda path: write_shard(path, np.zeros(100_000, np.uint16), 7),
+        'report.md': lambda path: write_text(path, 'x' * 100_000)}
+    for name, write in writers.items():
+        path = str(tmp_path / name)
+        write(path)
+        old = Path(path).read_bytes()
+        with room_for(20_000):
+            if name.endswith('.pt'):
+                with fails(f'{name} cannot be written: is the disk full'):
+                    write(path)
+            else:
+                with pytest.raises(OSError) as e:
+                    write(path)
+                assert e.value.filename == path # configurator prints it and the system's words
+        assert Path(path).read_bytes() == old
+    assert not list(tmp_path.glob('*.partial'))
+
 def test_jsonl_round_trip(tmp_path):
     rows = [dict(text='naïve 🙂\u2028\n'), dict(n=1)]
     for name in ('a.jsonl', 'a.jsonl.gz'):
@@ -612,6 +673,45 @@ def test_log_drops_what_came_after_the_step(tmp_path):
     open_log(path, 0)
     assert path.read_text() == ''
 
+@pytest.mark.parametrize('torn', [b'{"step": 2, "lo', b'{"step": 2, "loss": 1.0', b'\0\0\0\0', b'{"step": 2, "loss": 1.0}'])
+def test_a_torn_last_line_of_a_log_is_dropped(torn, tmp_path):
+    """Of a run that was killed while it wrote, or of a full disk. The next run and the report go on."""
+    path, steps = tmp_path / 'base.jsonl', [dict(step=0, loss=3.0), dict(step=1, loss=2.0)]
+    write_rows(path, steps)
+    path.write_bytes(path.read_bytes() + torn)
+    found = [0, 1, 2] if torn.endswith(b'}') else [0, 1]
+    read_curve = definitions('eval.py', out_dir=str(tmp_path)).read_curve
+    assert read_curve('base', 'loss') == (found, [3.0, 2.0, 1.0][:len(found)])
+    open_log(path, 2)(step=2, loss=1.5)
+    assert [row for _, row in read_jsonl(path)] == [*steps, dict(step=2, loss=1.5)]
+    for middle in (torn + b'x\n', torn + b'x\n{"step": 3}\n'): # a whole line that is damaged, or one in the middle
+        path.write_bytes(json.dumps(steps[0]).encode() + b'\n' + middle)
+        with fails(r'base\.jsonl:2: '):
+            open_log(path, 9)
+    with fails(r'base\.jsonl:2: '):
+        path.write_bytes(json.dumps(steps[0]).encode() + b'\n{"te')
+        list(read_jsonl(path)) # but data of others must be whole
+
+def test_of_two_runs_in_one_folder_the_last_goes_on(tmp_path, tok):
+    path = tmp_path / 'base.jsonl'
+    first = open_log(path, 0)
+    for step in range(3):
+        first(step=step)
+    second = open_log(path, 2) # it continues from a save at step 2
+    second(step=2)
+    with fails(r'another run has started to write .*base\.jsonl: this one ends'):
+        first(step=3)
+    third = open_log(path, 3) # the second one was killed with -9: nothing is in its way
+    third(step=3)
+    assert [row for _, row in read_jsonl(path)] == [dict(step=i) for i in range(4)]
+    open_log(tmp_path / 'sft.jsonl', 0)(step=0) # another stage
+    third(step=4)
+    net = wild()
+    save_checkpoint(str(tmp_path / 'base.pt'), 'base', net.state_dict(), asdict(net.config), tok, {}, 1, {})
+    assert [name for name in os.listdir(tmp_path) if name.startswith('base.resume')] == []
+    with fails('another run'):
+        second(step=3) # also when the other one has finished
+
 # -----------------------------------------------------------------------------
 # plumbing: checkpoints
 
@@ -632,8 +732,10 @@ def test_checkpoint_round_trip(tmp_path, tok):
 def test_a_checkpoint_ends_a_run(tmp_path, tok):
     net, resume_path = wild(), tmp_path / 'base.resume.pt'
     resume_path.write_text('x')
+    (tmp_path / 'base.resume.pt.1234.partial').write_text('x') # of a run that was killed while it saved
+    (tmp_path / 'sft.resume.pt').write_text('x')
     save_checkpoint(str(tmp_path / 'base.pt'), 'base', net.state_dict(), asdict(net.config), tok, {}, 1, {})
-    assert not resume_path.exists()
+    assert sorted(os.listdir(tmp_path)) == ['base.pt', 'sft.resume.pt']
 
 def test_bad_checkpoints(tmp_path, tok):
     path, load = tmp_path / 'sft.pt', lambda p: load_checkpoint(str(p), ['sft'], 'python sft.py')
@@ -652,8 +754,85 @@ def test_bad_checkpoints(tmp_path, tok):
     for name, data in (('cut', whole[:len(whole) // 2]), ('cut2', whole[:-10]), ('empty', b''), ('text', b'hello')):
         (tmp_path / f'{name}.pt').write_bytes(data)
     for name in ('foreign', 'list', 'args', 'tokenizer', 'cut', 'cut2', 'empty', 'text'):
-        with fails('damaged or not a checkpoint.*python sft.py'):
+        with fails('damaged or of another version.*python sft.py'):
             load(tmp_path / f'{name}.pt')
+
+HUGE = 10**9
+MISSHAPEN = [
+    ('a weight is missing', lambda ckpt: ckpt['weights'].pop('blocks.1.norm1.weight'), 'Missing key.*blocks.1.norm1'),
+    ('a weight too many', lambda ckpt: ckpt['weights'].update(x=torch.zeros(2)), 'Unexpected key.*"x"'),
+    ('another shape', lambda ckpt: ckpt['weights'].update({'norm.weight': torch.zeros(33)}), 'size mismatch.*norm'),
+    ('no tensor', lambda ckpt: ckpt['weights'].update({'norm.weight': 3}), ''),
+    ('no weights', lambda ckpt: ckpt.update(weights=[]), ''),
+    ('no metrics', lambda ckpt: ckpt.pop('metrics'), ''),
+    ('a smaller vocabulary', lambda ckpt: ckpt['model_args'].update(vocab_size=200), '283 tokens, vocab_size 200'),
+    *((f'{name} = 1e9', lambda ckpt, name=name: ckpt['model_args'].update({name: HUGE}), '')
+      for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'vocab_size', 'block_size')),
+    *((f'{name} = x', lambda ckpt, name=name: ckpt['model_args'].update({name: 'x'}), '')
+      for name in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')),
+    ('n_layer = -1', lambda ckpt: ckpt['model_args'].update(n_layer=-1), ''),
+    ('n_vocab = 1e9', lambda ckpt: ckpt['tokenizer'].update(n_vocab=HUGE), 'n_vocab 1000000000 does not suit 277'),
+    ('one number, repeated', lambda ckpt: (ckpt['weights'].update({'wte.weight': torch.zeros(1).expand(HUGE, 32)}),
+                                           ckpt['model_args'].update(vocab_size=HUGE)), 'claims to hold 32,0')]
+
+@pytest.mark.parametrize('arch', ['gpt2', 'llama'])
+@pytest.mark.parametrize('name,change,what', MISSHAPEN, ids=[row[0] for row in MISSHAPEN])
+def test_a_misshapen_checkpoint_is_one_line(name, change, what, arch, tmp_path, tok):
+    """Sizes are compared before they take memory: of 1e9 layers or words none is made."""
+    net, path = wild(arch=arch), str(tmp_path / 'base.pt')
+    save_checkpoint(path, 'base', net.state_dict(), asdict(net.config), tok, {}, 1, {})
+    ckpt = load_checkpoint(path, ['base'], 'python pretrain.py')
+    ckpt['tokenizer'] = dict(ckpt['tokenizer'])
+    change(ckpt)
+    torch.save(ckpt, path)
+    started = time.process_time()
+    with fails(f'base.pt is damaged.*{what}.*python pretrain.py'):
+        load_checkpoint(path, ['base'], 'python pretrain.py')
+    assert time.process_time() - started < 10
+
+def test_flipped_bits_are_found(tmp_path, tok):
+    """A file with one wrong bit is refused, or what it says is the same all the same (a bit that nobody reads)."""
+    path, resume_path = str(tmp_path / 'base.pt'), str(tmp_path / 'sft.resume.pt')
+    net = wild(n_layer=1)
+    save_checkpoint(path, 'base', net.state_dict(), asdict(net.config), tok, {}, 1, {})
+    save_resume(resume_path, 3, get_state(net, []), {})
+    want = load_checkpoint(path, ['base'], 'x')['weights']
+    rng, refused = np.random.default_rng(5), 0
+    for kind, load in (('base.pt', lambda: load_checkpoint(path, ['base'], 'x')['weights']),
+                       ('sft.resume.pt', lambda: load_resume(resume_path, {})['state']['weights'])):
+        whole = (tmp_path / kind).read_bytes()
+        for bit in rng.integers(8 * len(whole), size=60):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            (tmp_path / kind).write_bytes(flipped)
+            try:
+                got = load()
+            except AssertionError as e:
+                assert 'damaged' in str(e) and '\n' not in str(e)
+                refused += 1
+            else:
+                assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    assert refused > 100 # of 120: most of the bits belong to weights
+
+def test_a_misshapen_resume_file_is_one_line(tmp_path):
+    def fresh():
+        net = GPT(config())
+        return net, make_optimizers(net, 1e-2, 0.1, (0.9, 0.95))
+    net, optimizers = fresh()
+    train_steps(net, optimizers, range(2))
+    name = 'blocks.0.norm1.weight'
+    changes = [lambda state: state['weights'].pop(name), lambda state: state['weights'].update({name: torch.zeros(7)}),
+               lambda state: state['optimizers']['state'][name].update(exp_avg=torch.zeros(7)),
+               lambda state: state['optimizers']['state'][name].update(exp_avg=torch.zeros(1).expand(HUGE)),
+               lambda state: state['optimizers']['state'].update(x=dict(exp_avg=torch.zeros(7))),
+               lambda state: state['optimizers']['state'].pop(name), lambda state: state['optimizers'].pop('state'),
+               lambda state: state.pop('weights'), lambda state: state.update(optimizers=3)]
+    for change in changes:
+        state = get_state(net, optimizers)
+        change(state)
+        with fails('the resume file is damaged.*--resume=false'):
+            set_state(*fresh(), state)
+    set_state(*fresh(), get_state(net, optimizers))
 
 def train_steps(net, optimizers, steps):
     for step in steps:
@@ -696,6 +875,22 @@ def test_which_runs_are_resumed(tmp_path, capsys):
     (tmp_path / 'base.resume.pt').write_bytes(b'x')
     with fails('damaged.*--resume=false'):
         load_resume(path, settings)
+
+def test_a_finished_checkpoint_is_not_replaced_by_another_run(tmp_path, tok, capsys):
+    net, path, resume_path = wild(), str(tmp_path / 'base.pt'), str(tmp_path / 'base.resume.pt')
+    settings = dict(max_iters=200, starts_from=1.5, out_dir='a')
+    save_checkpoint(path, 'base', net.state_dict(), asdict(net.config), tok, settings, 200, {})
+    for max_iters in (100, 400):
+        with fails(rf'base\.pt is finished, a run with max_iters = 200, not {max_iters}: --resume=false .*replaces it'):
+            load_resume(resume_path, dict(settings, max_iters=max_iters))
+        assert load_resume(resume_path, dict(settings, max_iters=max_iters), resume=False) is None # it was told to
+    assert not capsys.readouterr().out
+    for same in (settings, dict(settings, out_dir='b')): # the same run gives the same checkpoint: it says what it does
+        assert load_resume(resume_path, same) is None
+        assert 'starts again at step 0 and replaces it' in capsys.readouterr().out
+    save_resume(resume_path, 150, {}, settings)
+    with fails(r'base\.resume\.pt is at step 150 of a run with max_iters = 200, not 400: finish that one, or .*resume=false'):
+        load_resume(resume_path, dict(settings, max_iters=400))
 
 # -----------------------------------------------------------------------------
 # plumbing: processes

@@ -128,6 +128,57 @@ def test_a_run_with_other_settings_is_not_resumed(world, scripts, tmp_path):
     scripts.ok(*run, '--resume=false') # starts over
     assert read_log(tmp_path / 'base.jsonl')[0]['step'] == 0
 
+def test_a_finished_run_is_not_replaced_by_another_one(world, scripts, tmp_path):
+    """Asked for more or fewer steps, it says what would happen; told --resume=false, it does that."""
+    run = command(world, tmp_path, '--max_iters=4', '--eval_interval=4')
+    scripts.ok(*run)
+    old = folder_bytes(tmp_path)
+    for steps in (2, 8):
+        scripts.fails(f'base.pt is finished, a run with max_iters = 4, not {steps}: --resume=false .* replaces it',
+                      *run, f'--max_iters={steps}')
+    assert folder_bytes(tmp_path) == old
+    assert 'base.pt is finished: the same run starts again at step 0' in scripts.ok(*run).out
+    assert 'is finished' not in scripts.ok(*run, '--max_iters=2', '--resume=false').out
+    assert load(tmp_path / 'base.pt')['step'] == 2
+    scripts.fails('stopped at step 2', *run, '--resume=false', before=kill_at(1, signal.SIGTERM)) # base.pt is still there
+    scripts.fails(r'base\.resume\.pt is at step 2 of a run with max_iters = 4, not 9: finish that one, or', *run,
+                  '--max_iters=9')
+    scripts.ok(*run)
+    assert load(tmp_path / 'base.pt')['step'] == 4
+
+def test_a_stop_is_no_error(world, scripts, tmp_path):
+    r = scripts.fails('stopped at step 2', *command(world, tmp_path), before=kill_at(1, signal.SIGINT))
+    assert r.err.startswith('stopped at step 2 and saved: the same command continues')
+
+def test_a_full_disk(world, scripts, tmp_path, uninterrupted):
+    """The save fails in one line; with room again, the same command goes on and ends as if nothing had been."""
+    run = command(world, tmp_path, '--dropout=0.2')
+    scripts.fails('stopped at step 3', *run, before=kill_at(2, signal.SIGTERM))
+    full = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 10**9))'
+    scripts.fails(r'error: .*base\.resume\.pt cannot be written: is the disk full\?', *run, before=full)
+    assert not list(tmp_path.glob('*.partial'))
+    with open(tmp_path / 'base.jsonl', 'a', encoding='utf-8') as f:
+        f.write('{"step": 5, "los') # half a line, as far as it went
+    assert 'at step 3' in scripts.ok(*run).out
+    assert distance(tmp_path / 'base.pt', uninterrupted / 'base.pt') == 0
+    assert read_log(tmp_path / 'base.jsonl') == read_log(uninterrupted / 'base.jsonl')
+
+def test_two_runs_in_one_folder(world, scripts, tmp_path):
+    """The second one goes on, the first one ends when it wants to write; each line stands once."""
+    run = command(world, tmp_path)
+    inner = f'''
+import subprocess, sys, model
+old = model.seed_step
+def seed_step(seed, step, rank):
+    if step == 3: # a second run, from here to its end
+        subprocess.run([sys.executable, {str(ROOT / run[0])!r}, *{[str(word) for word in run[1:]]!r}], check=True)
+    return old(seed, step, rank)
+model.seed_step = seed_step
+'''
+    scripts.fails(r'another run has started to write .*base\.jsonl: this one ends', *run, before=inner)
+    assert [row['step'] for row in read_log(tmp_path / 'base.jsonl') if 'loss' in row] == list(range(10))
+    assert load(tmp_path / 'base.pt')['step'] == 10 and not list(tmp_path.glob('base.resume*'))
+
 # -----------------------------------------------------------------------------
 # sanity, precision, divergence
 
@@ -168,7 +219,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_at_once(dtype, chain, script
     """One line with what to do, and no checkpoint of ruined weights. In fp16 the scaler tries smaller scales first."""
     out = stocked(tmp_path, chain, 'base')
     old = folder_bytes(out)
-    r = scripts.fails('gradient norm nan.*--learning_rate', *command(chain, out, f'--dtype={dtype}', '--max_iters=50'),
+    r = scripts.fails('gradient norm nan.*--learning_rate',
+                      *command(chain, out, f'--dtype={dtype}', '--max_iters=50', '--resume=false'),
                       before=NAN)
     assert r.out.count('step skipped') == (16 if dtype == 'float16' else 0) # 2**16 -> 1
     new = folder_bytes(out)
@@ -178,7 +230,7 @@ def test_a_run_that_diverges_in_its_last_step_leaves_the_old_checkpoint(chain, s
     out = stocked(tmp_path, chain, 'base')
     old = (out / 'base.pt').read_bytes()
     scripts.fails('--learning_rate', *command(chain, out, '--learning_rate=1e30', '--arch=gpt2', '--n_kv_head=0',
-                                              '--max_iters=3'))
+                                              '--max_iters=3', '--resume=false'))
     assert (out / 'base.pt').read_bytes() == old
 
 # -----------------------------------------------------------------------------

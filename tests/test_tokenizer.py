@@ -406,6 +406,20 @@ def test_char(run, tmp_path):
     tok = load(tmp_path)
     assert tok.decode(tok.encode('^-]\\[a.*Z_')) == '^-]\\[a.*'
 
+@pytest.mark.parametrize('flags', [['--kind=char'], ['--kind=bpe'], ['--kind=char', '--conversations=1']], ids=str)
+def test_documents_of_nothing_but_blanks(flags, run, tmp_path):
+    """One line, and what was there stays: there is nothing to learn from."""
+    write_documents(tmp_path)
+    assert not run('--kind=char')[1]
+    old = outputs(tmp_path)
+    (tmp_path / 'chat_train.jsonl').write_text(json.dumps(dict(messages=[
+        dict(role='user', content='a'), dict(role='assistant', content='b')])) + '\n', encoding='utf-8')
+    for train, val, split in (([' ', '\n\t', '\u3000', ''], STORIES, 'train'), (STORIES, [' \n'], 'val')):
+        write_documents(tmp_path, train, val)
+        out, error = run(*flags)
+        assert f'all documents in {tmp_path}/{split} are empty: look at `python prepare_data.py' in error
+    assert {name: data for name, data in outputs(tmp_path).items() if name in old} == old and work_folders(tmp_path) == []
+
 class FakeGPT2:
     """50,256 tokens as GPT-2 has them: bytes, then what is made of two earlier ones."""
     _pat_str = PATTERNS['gpt2']
