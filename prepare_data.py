@@ -9,8 +9,8 @@ By default this runs on Toytown, a miniature internet with known faults (truth.j
 no step reads that list, but each step is scored with it at the end.
 
 Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
-         Kinds: .warc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files named
-         *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
+         Kinds: .warc .arc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
+         named *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
 Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
          chat_{train,val}.jsonl  preferences_{train,val}.jsonl  prompts_{train,val}.jsonl
          benchmarks/*.jsonl  funnel.json (what each step dropped)  dropped.jsonl (examples of it)
@@ -153,9 +153,8 @@ OLD = f'{PARTIAL}/old'                  # the corpus that it replaces
 MARKER = f'{PARTIAL}/finished.json'     # exists when NEW is whole: only the exchange is left to do
 OURS = ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json',
         *[f'{task}_train.jsonl' for task in TASKS], *[f'{task}_val.jsonl' for task in TASKS]]
-KNOWN = re.compile(r'\.(txt|md|html?|jsonl?|warc|wet|parquet|bin|(txt|html?|jsonl?|warc|wet)\.gz)$',
-                   re.I)
-ENDING = re.compile(r'(\.(txt|md|jsonl?|html?|warc|wet|parquet|bin|gz))+$', re.I)
+KNOWN = re.compile(r'\.((txt|html?|jsonl?|w?arc|wet)(\.gz)?|md|parquet|bin)$', re.I)
+ENDING = re.compile(r'(\.(txt|md|jsonl?|html?|w?arc|wet|parquet|bin|gz))+$', re.I)
 
 def put_in_place():
     """
@@ -368,8 +367,15 @@ def fetch(name):
 # read WARC files: web pages as a crawler received them (ISO 28500)
 
 LIMIT = 50_000_000 # bytes; longer pages and documents are left out
-BLOCK = 1 << 16
+HEADER_LIMIT = 1 << 16 # bytes of the fields before a record or a page
+BLOCK = 1 << 12
 GZIP_MAGIC = b'\x1f\x8b\x08' # every gzip member begins with it
+# The first line of a record of WARC, and of ARC, its forerunner: URL, IP address, date ... length
+WARC_LINE = re.compile(rb'WARC/\d\.\d+[ \t]*\r?\n')
+ARC_LINE = re.compile(rb'^(?:https?|dns|filedesc):\S* [\d.]+ \d+ [^\r\n]*\d\r?\n', re.M)
+JUNK = re.compile(rb'[^\s\0]')
+# The beginning of a page that is not compressed: a tag, a byte order mark, no control characters
+PLAIN = re.compile(rb'\s*<|\xef\xbb\xbf|\xff\xfe|\xfe\xff|[^\0-\x08\x0e-\x1a\x1c-\x1f]*\Z')
 
 def read_member(data, start):
     """Unpack the gzip member that begins at start. -> (its content, where it ends)"""
@@ -380,84 +386,145 @@ def read_member(data, start):
         if not block or size > LIMIT:
             raise zlib.error('cut short, or too large')
         pieces.append(member.decompress(block, LIMIT))
+        if not pieces[0]: # a file name without end would be searched again and again
+            raise zlib.error('a header of 4 KB')
         size += len(pieces[-1])
         start += len(block) - len(member.unconsumed_tail) - len(member.unused_data)
     return b''.join(pieces), start
 
 def warc_parts(f, skipped):
     """
-    Yield the parts of a WARC file that can be read alone, as open files: its gzip members, or all
-    of a plain file. Each record is a member, so a damaged one costs one record.
+    Yield the parts of a WARC file that can be read alone, as bytes: its gzip members, or all of a
+    plain file. Each record is a member, so a damaged one costs one record.
     """
-    if f.peek(5)[:5] == b'WARC/':
-        yield f
+    data = b''
+    if f.peek(1): # mmap refuses an empty file
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    is_gzip = data[:3] == GZIP_MAGIC
+    if not is_gzip and (ARC_LINE.match(data) or WARC_LINE.search(data)):
+        yield data
         return
-    data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    end = 0 # of the last member
     start = data.find(GZIP_MAGIC)
     if start < 0:
         skipped['file without any record'] += 1
+        return
     while start >= 0:
+        if JUNK.search(data, end, start):
+            skipped['bytes that belong to no record'] += 1
         try:
             content, end = read_member(data, start)
-            yield io.BytesIO(content)
         except zlib.error:
             skipped['damaged or too large record'] += 1
-            end = start + 1
+            content = b''
+            end = data.find(GZIP_MAGIC, start + 1) # the damaged one reaches to the next
+            end = len(data) if end < 0 else end
+        yield content
         start = data.find(GZIP_MAGIC, end)
+    if JUNK.search(data, end):
+        skipped['bytes that belong to no record'] += 1
 
 def read_fields(f):
-    """Read lines 'Content-Type: text/html' up to an empty one. -> {name in lower case: value}"""
+    """
+    Read lines 'Content-Type: text/html' up to an empty one. -> {name in lower case: value}, or None
+    if there is no empty line.
+    """
     fields = {}
     line = f.readline()
     while line.strip():
         name, _, value = line.decode('utf-8', 'replace').partition(':')
         fields[name.strip().lower()] = value.strip()
         line = f.readline()
-    return fields
+    return fields if line else None
 
-def warc_records(f, skipped):
-    """Yield (fields, content) of records: a line WARC/1.x, fields, an empty line, the content."""
+def record_fields(f):
+    """The fields of a record, under WARC's names."""
     line = f.readline()
-    while line:
-        if line.startswith(b'WARC/1'): # else one of the empty lines between two records, or junk
-            fields = read_fields(f)
-            length = fields.get('content-length', '')
-            if not length.isdecimal():
-                skipped['record with a broken header'] += 1
-            elif int(length) > LIMIT:
-                skipped['page over 50 MB'] += 1
-                f.seek(int(length), os.SEEK_CUR)
-            else:
-                content = f.read(int(length))
-                if len(content) == int(length):
-                    yield fields, content
-                else:
-                    skipped['record cut short'] += 1
-        line = f.readline()
+    if line.startswith(b'WARC/'):
+        return read_fields(f) or {}
+    url, *_, length = line.decode('latin-1').split()
+    kind = 'response' if url.startswith('http') else 'warcinfo'
+    return {'warc-type': kind, 'warc-target-uri': url, 'content-length': length}
+
+def warc_records(data, skipped):
+    """
+    Yield (fields, content) of records: a line WARC/1.0, fields, an empty line, the content.
+
+    A wrong length or a cut costs one record: each ends at the latest where the next one begins.
+    """
+    line = ARC_LINE if ARC_LINE.match(data) else WARC_LINE
+    end = 0 # of the last record
+    match = line.search(data)
+    while match:
+        start = match.start()
+        if JUNK.search(data, end, start):
+            skipped['bytes that belong to no record'] += 1
+        following = line.search(data, match.end())
+        limit = following.start() if following else len(data)
+        header = io.BytesIO(data[start:min(limit, start + HEADER_LIMIT)])
+        fields = record_fields(header)
+        start += header.tell() # now of the content
+        length = fields.get('content-length', '')
+        is_number = re.fullmatch('[0-9]{1,15}', length)
+        end = start + int(length) if is_number else limit
+        fills_part = match.start() == 0 and end <= len(data) and not JUNK.search(data, end)
+        if fills_part: # as in a gzip member of its own; then another first line is text of the page
+            following = None
+            limit = len(data)
+        if not is_number:
+            skipped['record with a broken header'] += 1
+        elif end > limit:
+            skipped['record cut short'] += 1
+            end = limit
+        elif end - start > LIMIT:
+            skipped['page over 50 MB'] += 1
+        else:
+            yield fields, data[start:end]
+        match = following
+    if JUNK.search(data, end):
+        skipped['bytes that belong to no record'] += 1
+
+def read_page(fields, content, skipped):
+    """A record of WARC or WET -> document {url, html, type}, {url, text}, or None."""
+    url = fields.get('warc-target-uri', '').strip('<>')
+    kind = fields.get('warc-type')
+    if kind == 'conversion': # extracted text
+        return dict(url=url, text=decode(content)[1])
+    if kind in ('warcinfo', 'request', 'metadata'): # about a page
+        return None
+    if kind != 'response':
+        skipped['record of another type (revisit, resource)'] += 1
+        return None
+    response = io.BytesIO(content[:HEADER_LIMIT]) # a status line, fields, an empty line, the page
+    status = response.readline().split()
+    fields = read_fields(response)
+    if fields is None:
+        skipped['page with a broken header'] += 1
+        return None
+    media_type = fields.get('content-type', 'text/html').lower()
+    is_page = re.match('text/html|application/xhtml', media_type)
+    if not is_page or status[1:2] != [b'200']:
+        skipped['not a page (status or type)'] += 1
+        return None
+    page = content[response.tell():]
+    coding = fields.get('content-encoding', '').lower()
+    # Common Crawl has unpacked all pages, and kept the field
+    if coding not in ('', 'identity') and not PLAIN.match(page[:1000]):
+        skipped['compressed page'] += 1
+        return None
+    return dict(url=url, html=page, type=media_type) if page else None
 
 def read_warc(f, skipped):
     """Yield documents {url, html, type} of a WARC file, {url, text} of a WET file."""
+    n_documents = 0
     for part in warc_parts(f, skipped):
         for fields, content in warc_records(part, skipped):
-            url = fields.get('warc-target-uri', '').strip('<>')
-            if fields.get('warc-type') == 'conversion': # extracted text
-                yield dict(url=url, text=content.decode('utf-8', 'replace'))
-            if fields.get('warc-type') != 'response':
-                continue
-            response = io.BytesIO(content) # a status line, fields, an empty line, the page
-            status = response.readline()
-            fields = read_fields(response)
-            media_type = fields.get('content-type', 'text/html').lower()
-            page = response.read()
-            coding = fields.get('content-encoding', '').lower()
-            is_coded = coding not in ('', 'identity') and not page.lstrip().startswith(b'<')
-            is_page = re.match('text/html|application/xhtml', media_type)
-            if not is_page or not re.match(rb'\S+ 200', status):
-                skipped['not a page (status or type)'] += 1
-            elif is_coded: # never in Common Crawl, which has unpacked all pages
-                skipped['compressed page'] += 1
-            elif page:
-                yield dict(url=url, html=page, type=media_type)
+            document = read_page(fields, content, skipped)
+            if document:
+                n_documents += 1
+                yield document
+    if not n_documents:
+        print0(f'{f.name}: no page was found in it')
 
 # -----------------------------------------------------------------------------
 # convert the rows of public data sets
@@ -700,6 +767,7 @@ def convert_row(row, forms):
 MARK = '<|endoftext|>' # separates the documents of a text file
 N_LOOK = 10 # rows of each file are checked for their form before the work begins
 DAMAGED = (EOFError, OSError, ValueError, RecursionError, zlib.error) # what damaged files raise
+BETWEEN_ITEMS = re.compile(r'[\s,]*') # of a JSON list
 # what rows raise that are not what was expected
 MISFIT = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
@@ -708,10 +776,13 @@ def read_text(f):
     Yield what stands between the marks. Without marks, a piece ends at the first empty line after
     4,000 characters, or at any line after 16,000.
     """
-    charset, start = decode(f.peek(1 << 20))
-    has_marks = MARK in start
+    start = f.peek(1 << 20)
+    charset = BYTE_ORDER_MARKS.get(start[:2], 'utf-8')
+    has_marks = MARK in start.decode(charset, 'replace')
+    # bytes that are not UTF-8 are kept as surrogates, which read_content takes back
+    file = io.TextIOWrapper(f, charset, 'surrogateescape' if charset == 'utf-8' else 'replace')
     lines, size = [], 0
-    for line in io.TextIOWrapper(f, charset, 'replace'):
+    for line in iter(lambda: file.readline(LIMIT), ''):
         if MARK in line:
             before, *documents, line = line.split(MARK)
             yield ''.join(lines) + before
@@ -720,14 +791,49 @@ def read_text(f):
         elif not has_marks and (size >= 16_000 or size >= 4000 and not line.strip()):
             yield ''.join(lines)
             lines, size = [], 0
-        lines.append(line)
-        size += len(line)
+        if size <= LIMIT: # what is longer is left out, so its end need not be kept
+            lines.append(line)
+            size += len(line)
     yield ''.join(lines)
+
+def read_lines(f, skipped):
+    """Yield the lines of a file. One over the limit becomes empty, and is never held in memory."""
+    line = f.readline(LIMIT)
+    while line:
+        if len(line) == LIMIT:
+            skipped['row over 50 MB'] += 1
+            while len(line) == LIMIT:
+                line = f.readline(LIMIT)
+            line = b'\n'
+        yield line
+        line = f.readline(LIMIT)
+
+def read_list(f):
+    """Yield the items of a JSON list one by one: together they may take 24 times their bytes."""
+    decoder = json.JSONDecoder()
+    file = io.TextIOWrapper(f, 'utf-8-sig')
+    buffer = file.read(1 << 16)
+    start = buffer.index('[') + 1
+    while True:
+        start = BETWEEN_ITEMS.match(buffer, start).end()
+        if buffer.startswith(']', start):
+            return
+        try:
+            item, start = decoder.raw_decode(buffer, start)
+        except ValueError: # perhaps the item goes on; twice as much each time is linear in all
+            buffer = buffer[start:]
+            start = 0
+            more = file.read(max(1 << 16, len(buffer)))
+            if not more or len(buffer) > LIMIT:
+                raise
+            buffer += more
+        else:
+            yield item
 
 def read_json(f, path, is_own, skipped):
     """Yield (line number, row) of JSON lines or a list; for a bad line of yours, a ValueError."""
     is_list = path.endswith('.json') and f.peek(64).lstrip().startswith(b'[')
-    for number, line in enumerate(json.load(f) if is_list else f, 1):
+    for number, line in enumerate(read_list(f) if is_list else read_lines(f, skipped), 1):
         if not is_list and not line.strip():
             continue
         try:
@@ -781,7 +887,7 @@ def read_rows(rows, path, benchmark, is_own, skipped):
 
 def read_content(f, path, benchmark, is_own, skipped):
     """Yield the items of an open file."""
-    if re.search(r'\.(warc|wet)(\.gz)?$', path, re.I):
+    if re.search(r'\.(w?arc|wet)(\.gz)?$', path, re.I):
         for document in read_warc(f, skipped):
             yield dict(document, kind='text')
         return
@@ -799,6 +905,7 @@ def read_content(f, path, benchmark, is_own, skipped):
         yield dict(kind='text', url=path, type='text/html', html=f.read(LIMIT))
     else:
         for i, text in enumerate(read_text(f)):
+            _, text = decode(text.encode('utf-8', 'surrogateescape')) # each text has its charset
             if len(text) > LIMIT:
                 skipped['document over 50 MB'] += 1
             elif text.strip():
@@ -836,6 +943,9 @@ def read_file(path, source_name, skipped):
             for item in read_content(f, path, benchmark, is_own, skipped):
                 yield {**item, **extra}
     except DAMAGED as e:
+        # an error of the operating system has a number; a damaged .gz has none
+        is_unreadable = isinstance(e, OSError) and e.errno
+        assert not is_unreadable, f'{path} cannot be read ({e.strerror}): mend that, run this again'
         reason = f'damaged, the rest is left out ({e})'
         if is_own:
             yield dict(kind='bad row', place=path, reason=reason)
@@ -851,11 +961,17 @@ def read_file(path, source_name, skipped):
 def read_block_list(names):
     """'spam.example,lists/adult.txt' -> set of hosts. In a list, each line ends with a host."""
     hosts = set()
-    for name in filter(None, names.split(',')):
-        lines = open(name, encoding='utf-8') if os.path.isfile(name) else [name]
+    for name in names.split(','):
+        name = os.path.expanduser(name.strip())
+        is_file = os.path.isfile(name)
+        is_host = not re.search(r'[/\\]|\.(txt|csv|list|hosts)$', name)
+        assert is_file or is_host, \
+            f"blocked_hosts: no file '{name}': give a host, or a file of hosts"
+        lines = open(name, encoding='utf-8', errors='replace') if is_file else [name]
         for line in lines:
-            if line.strip() and not line.startswith('#'):
-                hosts.add(line.split()[-1].lower())
+            words = line.partition('#')[0].split() # without the comment
+            if words:
+                hosts.add(words[-1].lower())
     return hosts
 
 BLOCKED_HOSTS = read_block_list(blocked_hosts)
@@ -868,7 +984,7 @@ def url_step(doc):
         return None
     if re.fullmatch(r'[\d.]+|\[.*', host[1]):
         return 'IP address'
-    parts = host[1].split('.')
+    parts = host[1][-253:].split('.') # no name is longer (RFC 1035)
     for i in range(len(parts)): # a.b.example, b.example, example: subdomains are blocked too
         if '.'.join(parts[i:]) in BLOCKED_HOSTS:
             return 'blocked host'
@@ -1092,26 +1208,37 @@ def html_to_text(page):
     return ''.join(parts)
 
 # Labels that browsers read as a larger charset (whatwg.org, Encoding). Only those in CHARSET count:
-# no page may ask for rot13 or UTF-7.
+# no page may ask for rot13 or UTF-7, and whoever could read a label UTF-16 reads no UTF-16.
 ALIAS = {'latin1': 'cp1252', 'iso-8859-1': 'cp1252', 'ascii': 'cp1252', 'us-ascii': 'cp1252',
-         'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030', 'big5': 'big5hkscs',
-         'shift_jis': 'cp932', 'shift-jis': 'cp932', 'sjis': 'cp932', 'euc-kr': 'cp949'}
-CHARSET = re.compile(r'utf-?(8|16-?[lb]e)|(windows-|cp)\d+|iso-?8859-\d+|koi8-[ru]|gb18030|'
-                     r'big5hkscs|euc-jp|iso-2022-jp')
+         'iso8859-1': 'cp1252', 'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030',
+         'big5': 'big5hkscs', 'shift_jis': 'cp932', 'shift-jis': 'cp932', 'sjis': 'cp932',
+         'euc-kr': 'cp949'}
+CHARSET = re.compile(r'utf-?8|(windows-|cp)\d{3,4}|iso-?8859-\d\d?|koi8-[ru]|gb18030|big5hkscs|'
+                     r'euc-jp|iso-2022-jp')
+LABEL = re.compile(r'charset\s{0,9}=\s{0,9}["\']?\s{0,9}([\w-]+)') # limits, or the time is squared
 BYTE_ORDER_MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
 
 def decode(raw, content_type=''):
-    """Bytes -> (charset, text) by byte order mark, HTTP header, <meta> tag, or UTF-8, or cp1252."""
-    names = [name for mark, name in BYTE_ORDER_MARKS.items() if raw.startswith(mark)]
+    """
+    Bytes -> (charset, text). UTF-8 comes before all labels, because no other text of some length is
+    valid UTF-8; then the labels in the HTTP header and in <meta>; then cp1252. A charset fits if at
+    most one in five characters beyond ASCII is broken, however much ASCII stands around them.
+    """
+    name = BYTE_ORDER_MARKS.get(raw[:2])
+    if name:
+        return name, raw.decode(name, 'replace').replace('\ufeff', '')
+    names = [] if raw.isascii() else ['utf-8'] # in ASCII may be ISO-2022-JP
     for text in (content_type, raw[:4096].decode('latin-1')):
-        names += re.findall(r'charset\s*=\s*["\']?\s*([\w-]+)', text.lower())[:3]
+        names += LABEL.findall(text.lower())[:3]
     for name in [*names, 'utf-8']:
         name = ALIAS.get(name, name)
         try:
             text = raw.decode(name, 'replace') if CHARSET.fullmatch(name) else '\ufffd'
         except LookupError: # no such charset
             continue
-        if text.count('\ufffd') <= len(text) / 200: # a few broken bytes do not matter
+        n_broken = text.count('\ufffd') - raw.count(b'\xef\xbf\xbd') # a page may say U+FFFD itself
+        n_other = len(text) - len(text.encode('ascii', 'ignore'))
+        if 5 * n_broken <= n_other:
             return name, text.replace('\ufeff', '')
     return 'cp1252', raw.decode('cp1252', 'replace')
 

@@ -135,3 +135,43 @@ def test_charsets():
         ('Café'.encode(), 'charset="rot13"'),
     ):
         assert decode(raw, header) == 'Café', (raw, header)
+
+
+MENU = '<ul>' + '<li><a href="/">Home</a></li>' * 3000 + '</ul>' # plain tags
+
+
+@pytest.mark.parametrize('around', ['', MENU])
+def test_a_page_without_a_charset_is_utf_8_or_windows_1252_whatever_stands_around(around):
+    for text in ('“Hello” — café’s', '“', 'naïve', '…', '€ 5'):
+        for page in (text, around + text, text + around):
+            assert decode(page.encode('cp1252')) == page
+            assert decode(page.encode()) == page
+            assert decode(page.encode(), 'text/html; charset=utf-8') == page
+            assert decode(page.encode('cp1252'), 'text/html; charset=utf-8') == page # the label is wrong
+    page = around + 'Der Müller sagt: „Grüß Gott, schöne Gäste.“ \ufffd' # the page itself says U+FFFD
+    assert decode(page.encode()) == page
+    cut = ('é' * 20 + around).encode() + 'é'.encode()[:1] # crawlers cut long pages anywhere
+    assert decode(cut).startswith('é' * 20)
+
+
+@pytest.mark.parametrize('label', ['ISO-8859-1', 'iso8859-1', 'latin1', 'us-ascii', 'windows-1252', 'ISO-8859-15',
+                                   'windows-1251', 'gbk', 'shift_jis', 'big5', 'euc-kr'])
+def test_utf_8_under_a_wrong_label(label):
+    for text in ('café isn’t', 'Grüße', '東京の天気', 'Привет'):
+        page = f'<meta charset="{label}">{text}'
+        assert decode(page.encode()) == page
+        assert decode(text.encode(), f'text/html; charset={label}') == text
+        assert decode((MENU + text).encode(), f'text/html; charset={label}').endswith(text)
+
+
+def test_text_under_its_right_label():
+    texts = {'iso-8859-2': 'Žluťoučký kůň', 'windows-1251': 'Съешь ещё этих мягких булок', 'koi8-r': 'Съешь ещё',
+             'gb18030': '天地玄黄宇宙洪荒', 'big5': '天地玄黃宇宙洪荒', 'shift_jis': 'いろはにほへと東京',
+             'euc-jp': 'いろはにほへと東京', 'iso-2022-jp': 'いろはにほへと', 'euc-kr': '다람쥐 헌 쳇바퀴에',
+             'windows-1253': 'Ξεσκεπάζω την ψυχοφθόρα', 'windows-1256': 'نص حكيم له سر قاطع'}
+    for label, text in texts.items():
+        for page in (text, MENU + text, f'<meta http-equiv=content-type content="text/html; charset={label}">{text}'):
+            header = '' if 'meta' in page else f'text/html;charset = "{label.upper()}"'
+            assert decode(page.encode(label), header) == page, label
+    assert decode('<meta charset=utf-16le>plain'.encode()).endswith('plain')
+    assert decode('“odd”'.encode('utf-16') + b'x').startswith('“odd”') # a mark decides

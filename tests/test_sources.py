@@ -3,6 +3,7 @@ import collections
 import contextlib
 import gzip
 import http.server
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 
 import pytest
@@ -565,6 +567,7 @@ def pages(tmp_path, data, name='x.warc.gz'):
 
 ONE, TWO, THREE = (record(b'<p>%d' % i * 3000 + b'%d' % i, url=f'http://x/{i}') for i in (1, 2, 3))
 GZ = [gzip.compress(r) for r in (ONE, TWO, THREE)]
+GZIP = GZ[0][:3]
 PAGES = [b'<p>%d' % i * 3000 + b'%d' % i for i in (1, 2, 3)]
 
 
@@ -626,3 +629,232 @@ def test_pages_and_members_over_the_limit(tmp_path, monkeypatch):
     data = [GZ[0], gzip.compress(big), bomb, GZ[2]]
     got, skipped = pages(tmp_path, b''.join(data))
     assert got == [PAGES[0], PAGES[2]] and skipped['damaged or too large record'] >= 2
+
+
+# -----------------------------------------------------------------------------
+# WARC: lies, cuts, old versions
+
+
+def members(packing, records):
+    """The records as one plain file, one gzip member, or a member each."""
+    if packing == 'plain':
+        return b''.join(records)
+    return gzip.compress(b''.join(records)) if packing == 'one member' else b''.join(map(gzip.compress, records))
+
+
+@pytest.mark.parametrize('packing', ['plain', 'one member', 'a member each'])
+@pytest.mark.parametrize('fault', ['length', 'cut'])
+def test_a_wrong_length_or_a_cut_costs_one_record_of_a_warc(tmp_path, packing, fault):
+    """All other pages are found, and what is lost is counted, once."""
+    rng = random.Random(12)
+    good = [f'<p>{i} '.encode() * rng.randrange(1, 60) for i in range(12)]
+    for trial in range(100):
+        at = rng.randrange(12)
+        records = [record(page, url=f'http://x/{i}') for i, page in enumerate(good)]
+        if fault == 'length':
+            records[at] = record(good[at], length=lambda n: n + rng.choice([5, rng.randrange(5, 4000), 10**8, 10**20]))
+        else:
+            records[at] = records[at][:rng.randrange(1, len(records[at]) - 4)] # the last four bytes are an empty line
+        got, skipped = pages(tmp_path, members(packing, records), 'x.warc')
+        assert got == good[:at] + good[at + 1:], (trial, at)
+        assert sum(skipped.values()) == 1, (trial, at, skipped)
+
+
+def test_damage_to_the_first_line_of_a_warc_costs_one_record(tmp_path):
+    for at in range(3):
+        records = [ONE, TWO, THREE]
+        records[at] = b'XARC' + records[at][4:]
+        assert pages(tmp_path, b''.join(records), 'x.warc') == (
+            PAGES[:at] + PAGES[at + 1:], {'bytes that belong to no record': 1})
+        packed = [*GZ]
+        packed[at] = b'\x1f\x8c' + GZ[at][2:]
+        got, skipped = pages(tmp_path, b''.join(packed))
+        assert got == PAGES[:at] + PAGES[at + 1:] and sum(skipped.values()) == 1
+
+
+def test_a_page_may_hold_a_warc_file(tmp_path):
+    """In a gzip member of its own it is whole; else it ends at the first line of its record."""
+    inner = b'<pre>' + ONE + b'\n' + TWO
+    each = members('a member each', [record(inner), THREE, record(inner)])
+    assert pages(tmp_path, each) == ([inner, PAGES[2], inner], {})
+    got, skipped = pages(tmp_path, ONE + record(inner) + THREE, 'x.warc')
+    assert (got[0], got[-1]) == (PAGES[0], PAGES[2]) and skipped == {'record cut short': 1}
+
+
+@pytest.mark.parametrize('version', ['0.17', '0.18', '1.0', '1.1'])
+@pytest.mark.parametrize('end', ['\n', '\r\n'])
+def test_every_version_of_warc(tmp_path, version, end):
+    """ClueWeb09 is WARC/0.18, with \\n at the ends of lines."""
+    def old(body, kind='response', http=f'HTTP/1.1 200 OK{end}Content-Type: text/html{end}{end}'):
+        content = (http if kind == 'response' else '') + body
+        fields = [f'WARC/{version}', f'WARC-Type: {kind}', 'WARC-Target-URI: http://x/',
+                  f'Content-Length: {len(content)}', '', content, '', '']
+        return end.join(fields).encode()
+    data = [old('software: x', 'warcinfo'), old('<p>one'), old('', 'revisit'), old('<p>two')]
+    for packing in ('plain', 'one member', 'a member each'):
+        assert pages(tmp_path, members(packing, data), 'x.warc') == (
+            [b'<p>one', b'<p>two'], {'record of another type (revisit, resource)': 1})
+
+
+def test_arc_files(tmp_path):
+    def old(url, content):
+        return f'{url} 10.2.3.4 20060102030405 text/html {len(content)}\n'.encode() + content + b'\n'
+    head = old('filedesc://x.arc', b'1 0 InternetArchive\nURL IP-address Archive-date Content-type Archive-length\n')
+    data = [head, old('dns:x', b'20060102030405\nx. 10 IN A 10.2.3.4')]
+    data += [old(f'http://x/{i}', b'HTTP/1.0 200 OK\nContent-Type: text/html\n\n' + page)
+             for i, page in enumerate(PAGES)]
+    for packing in ('plain', 'one member', 'a member each'):
+        assert pages(tmp_path, members(packing, data), 'x.arc') == (PAGES, {}), packing
+    items, _ = read(tmp_path / 'x.arc', 'commoncrawl')
+    assert [item['url'] for item in items] == ['http://x/0', 'http://x/1', 'http://x/2']
+    cut = [*data[:2], data[2][:900] + b'\n', *data[3:]]
+    assert pages(tmp_path, members('plain', cut), 'x.arc') == (PAGES[1:], {'record cut short': 1})
+
+
+def test_the_status_of_a_page_is_the_second_word(tmp_path):
+    for status in (b'404 Error 200', b'2000', b'304 200', b'', b'x'):
+        assert pages(tmp_path, record(status=status), 'x.warc') == ([], {'not a page (status or type)': 1})
+    for status in (b'200 OK', b'200', b' 200  404'):
+        assert pages(tmp_path, record(status=status), 'x.warc') == ([b'<p>page'], {})
+
+
+def test_a_warc_that_gives_nothing_says_so(tmp_path, capfd):
+    for data in (b'', b'what is this', record(kind='revisit'), gzip.compress(b'no record')):
+        got, skipped = pages(tmp_path, data, 'x.warc.gz')
+        assert got == [] and sum(skipped.values()) == 1, (data, skipped)
+        assert 'x.warc.gz: no page was found in it' in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('coding', ['gzip', 'br', 'deflate', 'zstd'])
+def test_a_plain_page_that_claims_to_be_compressed(tmp_path, coding):
+    """Common Crawl unpacks pages and keeps the field; a page need not begin with a tag."""
+    head = f'Content-Encoding: {coding}\r\n'.encode()
+    for page in (b'\xef\xbb\xbf<p>x', b'\n\n<p>x', b'Only text.', 'Grüße'.encode(), 'Grüße'.encode('cp1252'),
+                 '<p>x'.encode('utf-16'), b'\x1b$B%F%9%H\x1b(B', b'Text ' * 1000 + b'\0'):
+        assert pages(tmp_path, record(page, head=head), 'x.warc') == ([page], {})
+    packed = [gzip.compress(b'<p>page' * 99), zlib.compress(b'<p>page' * 99), random.Random(0).randbytes(200)]
+    for page in packed:
+        assert pages(tmp_path, record(page, head=head), 'x.warc') == ([], {'compressed page': 1})
+
+
+# -----------------------------------------------------------------------------
+# hostile sizes
+
+
+@pytest.mark.parametrize('name, text', [
+    ('x.json.gz', '[' + ('{"text": "", "x": [' + '[],' * 999 + '[]]},') * 500 + '{"text": "end"}]'),
+    ('x.json.gz', '[{"text": "' + 'x' * 10_000_000 + '"}]'),
+    ('x.jsonl.gz', '{"text": "' + 'x' * 10_000_000 + '"}\n{"text": "end"}'),
+    ('x.txt.gz', 'x' * 10_000_000),
+    ('x.txt.gz', 'x ' * 5_000_000 + '<|endoftext|>end'),
+    ('x.txt.gz', ('many words ' * 100 + '\n') * 9000),
+], ids=lambda text: text[:12])
+def test_a_small_packed_file_takes_little_memory(tmp_path, monkeypatch, name, text):
+    """1.4 MB once took 3.2 GB: all rows, or one row of 1.4 GB."""
+    monkeypatch.setitem(LIB.space, 'LIMIT', 100_000)
+    (tmp_path / name).write_bytes(gzip.compress(text.encode(), 1))
+    tracemalloc.start()
+    last = None
+    for last in LIB.read_file(str(tmp_path / name), 'c4', collections.Counter()):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7_000_000 # two buffers of 1 MB are among them
+    is_cut = name == 'x.txt.gz' and '<|' not in text # a text without marks is read in pieces
+    assert last is None or last['text'] == 'end' or is_cut and len(last['text']) <= 100_000
+
+
+def test_an_item_of_a_json_list_may_lie_across_blocks(tmp_path):
+    rows = [dict(text='é"]},[ ' * (i % 700) + str(i)) for i in range(2000)] + [dict(text='x' * 400_000)]
+    path = tmp_path / 'x.json'
+    for indent in (None, 1):
+        data = json.dumps(rows, ensure_ascii=indent is None, indent=indent)
+        path.write_text(data, encoding='utf-8')
+        assert [item['text'] for item in read(path)[0]] == [row['text'] for row in rows]
+    path.write_text(data[:-100], encoding='utf-8') # what was whole is kept
+    items, skipped = read(path, 'c4')
+    assert len(items) == 2000 and skipped == {'damaged file': 1}
+    assert re.match('damaged', read(path)[0][-1]['reason'])
+
+
+RESPONSE = b'WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 900000\r\n\r\nHTTP/1.1 200 OK\r\n'
+HOSTILE = { # what stands before the repeated string, and the strings
+    'x.warc': [(b'', b'WARC/1.0\r\n', RESPONSE[:50], RESPONSE, RESPONSE + b'Content-Type: text/html; charset='),
+               (b'WARC/1', b'WARC/1.0\r\n', b'WARC/1.0\nContent-Length: 1\n\n', b' ', b'\r\n', b'\na: ', b'9', b'<',
+                b'\0', b'http:', b'\nhttp://a 1 1 ', b'\nhttp://a 1 1 1\n', b';charset=', b'= ', b'"', b'200 ')],
+    'x.warc.gz': [(b'',), (GZIP + b'\x08', gzip.compress(b'WARC/1.0\n\n'))],
+    'x.txt': [(b'',), (b'<|endoftext|>', b'<|', b'\n', b'\r', b'\n ', b'\x93', b'\xe2\x80', b'\xff\xfe', b'\0')],
+    'x.json': [(b'[', b'[{"text": "'), (b'[', b']', b'{', b',', b' ', b'\n', b'1', b'\\', b'"a":', b'\\u')],
+    'x.html': [(b'',), (b'charset', b'charset=', b'charset= ', b'charset =\n', b'\x93', b'\xe2\x80')],
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_a_megabyte_of_any_short_string_is_read_in_seconds(tmp_path, name):
+    for before, short in itertools.product(*HOSTILE[name]):
+        (tmp_path / name).write_bytes(before + short * (1_000_000 // len(short)))
+        start = time.process_time()
+        for item in read(tmp_path / name, 'commoncrawl')[0][:1]:
+            LIB.url_step(item)
+            if 'html' in item:
+                LIB.decode(item['html'], item['type'])
+        assert time.process_time() - start < 15, (before, short) # in quadratic time it would take hours
+
+
+def test_a_megabyte_of_any_short_string_in_a_url_or_label():
+    for short in ('.', '@', ':', '/', '://', '[', ']', '#', 'a.', '1.', 'a', ' ', 'charset=', 'charset', '"', '= '):
+        text = short * (1_000_000 // len(short))
+        start = time.process_time()
+        for before in ('', 'http://', 'http://[', 'http://a@'):
+            LIB.url_step(dict(url=before + text))
+        for before in ('', 'charset=', 'charset = "'):
+            LIB.decode(b'\x93', before + text)
+        assert time.process_time() - start < 15, short
+
+
+# -----------------------------------------------------------------------------
+# block lists, files that cannot be read
+
+
+def test_a_block_list_that_is_missing_is_an_error(tmp_path):
+    path = tmp_path / 'bad.lst'
+    path.write_bytes('# caf\u00e9\n0.0.0.0 bad.example # a comment\n\nWorse.Example\n'.encode('cp1252'))
+    read_block_list = LIB.read_block_list
+    assert read_block_list(f'x.example, {path}') == {'x.example', 'bad.example', 'worse.example'}
+    assert read_block_list('') == set()
+    for name in (f'{tmp_path}/none.lst', 'lists/none', 'none.txt', str(tmp_path)):
+        with fails(f"blocked_hosts: no file '{re.escape(name)}': give a host, or a file of hosts"):
+            read_block_list(f'x.example,{name}')
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = lines(tmp_path / 'x.jsonl', dict(text='A'))
+    def denied(*args, **more):
+        raise PermissionError(13, 'Permission denied', args[0])
+    monkeypatch.setitem(LIB.space, 'open', denied)
+    for source in ('files', 'c4'): # a public file too: without it the corpus would be another one
+        with fails(r'x\.jsonl cannot be read \(Permission denied\)'):
+            read(path, source)
+    monkeypatch.undo()
+    (tmp_path / 'x.jsonl.gz').write_bytes(b'no gzip')
+    assert re.match('damaged', read(tmp_path / 'x.jsonl.gz')[0][0]['reason'])
+
+
+# -----------------------------------------------------------------------------
+# charsets of text files
+
+
+def test_a_text_file_in_windows_1252_wherever_its_quotes_stand(tmp_path):
+    """The first curly quote may come after megabytes of ASCII."""
+    plain = 'Plain ASCII in many lines.\n' * 60_000
+    for text in ('“Hello” — café’s\n', plain + '“Hello” — café’s\n', '“Hello”\n\n' + plain):
+        for codec in ('cp1252', 'utf-8', 'utf-8-sig', 'utf-16'):
+            (tmp_path / 'x.txt').write_bytes(text.encode(codec))
+            assert ''.join(item['text'] for item in read(tmp_path / 'x.txt')[0]) == text, codec
+
+
+def test_each_text_of_a_file_has_its_charset(tmp_path):
+    texts = ['“One” ' * 9, '“Two” ' * 9, 'Three ' * 9]
+    raw = texts[0].encode('cp1252') + b'<|endoftext|>' + texts[1].encode() + b'<|endoftext|>' + texts[2].encode()
+    (tmp_path / 'x.txt').write_bytes(raw)
+    assert [item['text'] for item in read(tmp_path / 'x.txt')[0]] == texts
