@@ -232,7 +232,7 @@ def edited(**changes):
     return json.dumps(world)
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(tasks=lambda tasks: [dict(tasks[0], prompt=['Hello.'], by_prompt=True)]), "rows for chat_... are found: 'Hello.'"),
+    (dict(tasks=lambda tasks: [dict(tasks[0], prompt=['Hello.'], by_prompt=True)]), "rows for chat_... are found in .*'Hello.'"),
     (dict(rankings=lambda rules: ['{good}']), 'for preferences_train'),
     (dict(words=lambda words: dict(words, page=['A title\n\nToo short.'])), "near copy of the page 'A title.n.nToo short"),
     (dict(words=lambda words: dict(words, page=['Eight words\n\n' + 'a b c d e f.'])), "near copy of the page 'Eight words"),
