@@ -11,6 +11,7 @@ no step reads that list, but each step is scored with it at the end.
 Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
          Kinds: .warc .arc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
          named *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
+         All files of one folder or pattern are one source, but for those that a setting names.
 Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
          chat_{train,val}.jsonl  preferences_{train,val}.jsonl  prompts_{train,val}.jsonl
          benchmarks/*.jsonl  funnel.json (what each step dropped)  dropped.jsonl (examples of it)
