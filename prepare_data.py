@@ -11,6 +11,7 @@ no step reads that list, but each step is scored with it at the end.
 Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
          Kinds: .warc .arc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
          named *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
+         All files of one folder or pattern are one source, but for those that a setting names.
 Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
          chat_{train,val}.jsonl  preferences_{train,val}.jsonl  prompts_{train,val}.jsonl
          benchmarks/*.jsonl  funnel.json (what each step dropped)  dropped.jsonl (examples of it)
@@ -31,9 +32,9 @@ ranks writes the same corpus, byte for byte.
 Left out: models that judge quality (FineWeb-Edu, DCLM); quality rules for other languages than
 English (use --filters=url,language,pii,dedup for them); archives (unpack .zip and .tar yourself).
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
-import collections, datetime, functools, glob, gzip, hashlib, html, io, ipaddress, json, mmap, os
-import re, shutil, time, typing, zlib
+from configurator import configure, read_settings # first: makes Ctrl-C one line
+import collections, datetime, functools, glob, gzip, hashlib, html, io, ipaddress, itertools, json
+import mmap, os, pathlib, re, shutil, time, typing, zlib
 
 import numpy as np
 import requests
@@ -83,6 +84,7 @@ drop_private = ''           # drop documents with these kinds of personal data, 
 mixture = ''                # shares of bytes, as in web:0.7,books:0.3; '' = all there is
 max_epochs = 1              # how often a small source may be repeated (Muennighoff et al. 2023: 4)
 val_fraction = 0.05         # share of documents and prompts for validation
+max_bad_rows = 0.01         # share of bad rows that may be left out of your files
 shard_bytes = 50_000_000    # bytes of text in one file of documents
 config = configure(globals())
 
@@ -102,6 +104,8 @@ ALL_STEPS = ['url', 'text', 'language', 'repetition', 'quality', 'c4', 'fineweb'
              'dedup', 'decontaminate'] # pass two: these need other documents
 NOT_FOR_CURATED = ['language', 'repetition', 'quality', 'c4', 'fineweb']
 TASKS = ['chat', 'preferences', 'prompts'] # rows that are not documents
+NEEDED = dict(files='files', crawl='commoncrawl', wet='commoncrawl', blocked_hosts='url',
+              blocked_words='url', languages='language', drop_private='pii') # by these settings
 
 for name in source.split(','):
     assert name == 'files' or name in SOURCES, \
@@ -112,6 +116,14 @@ for name in ('n_files', 'max_epochs', 'shard_bytes'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
 for name in ('val_fraction', 'near_duplicate', 'min_language'):
     assert 0 < config[name] <= 1, f'{name} must be above 0 and at most 1, not {config[name]}'
+assert 0 <= max_bad_rows <= 1, f'max_bad_rows is a share between 0 and 1, not {max_bad_rows}'
+defaults = read_settings(pathlib.Path(__file__))
+for name, needed in NEEDED.items():
+    is_used = needed in [*source.split(','), *filters.split(',')]
+    is_default = config[name] == defaults[name][0]
+    setting = 'filters' if needed in ALL_STEPS else 'source'
+    assert is_used or is_default, (f'{name} = {config[name]!r} would be ignored: add {needed} to '
+                                   f'--{setting}={config[setting]}')
 assert seed >= 0, f'seed must be at least 0, not {seed}'
 weights = {} # source -> share of the bytes
 for part in filter(None, mixture.split(',')):
@@ -142,7 +154,8 @@ OLD = f'{PARTIAL}/old'                  # the corpus that it replaces
 MARKER = f'{PARTIAL}/finished.json'     # exists when NEW is whole: only the exchange is left to do
 OURS = ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json',
         *[f'{task}_train.jsonl' for task in TASKS], *[f'{task}_val.jsonl' for task in TASKS]]
-KNOWN = re.compile(r'\.((txt|html?|jsonl?|w?arc|wet)(\.gz)?|md|parquet|bin)$')
+KNOWN = re.compile(r'\.((txt|html?|jsonl?|w?arc|wet)(\.gz)?|md|parquet|bin)$', re.I)
+ENDING = re.compile(r'(\.(txt|md|jsonl?|html?|w?arc|wet|parquet|bin|gz))+$', re.I)
 
 def put_in_place():
     """
@@ -161,17 +174,36 @@ def put_in_place():
             if os.path.lexists(f'{data_dir}/{name}'):
                 os.replace(f'{data_dir}/{name}', f'{OLD}/{name}')
             os.replace(f'{NEW}/{name}', f'{data_dir}/{name}')
-    for folder in (WORK, NEW, OLD):
-        shutil.rmtree(folder, ignore_errors=True)
     if os.path.exists(f'{PARTIAL}/settings.json'):
-        os.remove(f'{PARTIAL}/settings.json')
+        os.remove(f'{PARTIAL}/settings.json') # or the next run would use a half-deleted folder
     os.remove(MARKER)
-    os.rmdir(PARTIAL)
+    shutil.rmtree(PARTIAL, ignore_errors=True)
+
+def name_of(path):
+    """The name of a file without endings, number and side. 'in/web_00001.warc.gz' -> ('web', '')"""
+    stem = ENDING.sub('', os.path.basename(path))
+    stem = re.sub(r'[-_]\d+$|\d{3,}$', '', stem) or stem
+    name, _, side = re.fullmatch('(.*?)([-_](train|val))?', stem, re.S).groups()
+    return name, side
+
+@functools.lru_cache
+def names_in(folder):
+    """{(name, side)} of all files in a folder"""
+    return {name_of(file_name) for file_name in os.listdir(folder)}
+
+def folder_name(pattern):
+    """The last folder without wildcards: 'data/crawl/*/*.html' -> 'crawl'"""
+    folder = os.path.abspath(pattern)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return os.path.basename(folder)
 
 own_files = [] # paths of your files, in a fixed order
+SOURCE_OF = {} # path -> its source, for files that were found in a folder or by a pattern
 truth_files, mixture_files = [], [] # what toytown.py says about its files
 names = files.split(',') if 'files' in source.split(',') else []
-for name in map(os.path.expanduser, names):
+for name in names:
+    name = os.path.expanduser(name.strip())
     found = [name] if os.path.isfile(name) else glob.glob(name, recursive=True)
     if os.path.isdir(name):
         found = glob.glob(f'{glob.escape(name)}/**', recursive=True)
@@ -182,14 +214,29 @@ for name in map(os.path.expanduser, names):
         remedy = 'run `python toytown.py` first'
     assert known, (f"no input file '{name}' of a known kind (.warc .wet .html .txt .md .jsonl "
                    f'.json .parquet .bin, also .gz): {remedy}')
+    endings = collections.Counter(os.path.splitext(path)[1] for path in set(found) - set(known))
+    if endings:
+        kinds = ', '.join(f'{n:,} {ending}' for ending, n in endings.most_common(5))
+        print0(f'{name}: {endings.total():,} files of other kinds are left out: {kinds}')
     special = {'truth.jsonl': truth_files, 'mixture.json': mixture_files}
-    for path in known: # every other file is input
-        special.get(os.path.basename(path), own_files).append(path)
+    for path in known:
+        folder, file_name = os.path.split(path)
+        if file_name in special and os.path.exists(os.path.join(folder, 'web_00000.warc.gz')):
+            special[file_name].append(path) # elsewhere, a file of this name is yours
+            continue
+        own_files.append(path)
+        if path != name:
+            SOURCE_OF[path] = folder_name(name)
 for path in own_files:
     top = os.path.relpath(path, data_dir).split(os.sep)[0]
     assert top not in OURS, f'{path} would be replaced by its result: move it out of {data_dir}'
 if mixture_files and not mixture:
     weights = load_json(mixture_files[0])
+# All files of a folder or pattern are one source, but for those that a setting calls by their name
+for path in own_files:
+    name, _ = name_of(path)
+    if name in weights or name in curated.split(','):
+        SOURCE_OF[path] = name
 
 # The results of a killed run are used only with the same settings, input files and code.
 stamps = {}
@@ -491,18 +538,30 @@ def read_warc(f, skipped):
 # A converter takes a row and returns [(kind, new row), ...]. The kind None stands for a row that is
 # left out; then the reason takes the place of the new row.
 
+ROLES = dict(human='user', gpt='assistant', prompter='user', Human='user', Assistant='assistant')
+
 def messages_of(question, answer):
     return [dict(role='user', content=question.strip()),
             dict(role='assistant', content=answer.strip())]
+
+def turns_of(value, role):
+    """A text by this role, or a list of messages, perhaps with ShareGPT's names -> messages"""
+    if isinstance(value, str):
+        return [dict(role=role, content=value.strip())]
+    messages = []
+    for turn in value:
+        name = turn.get('role', turn.get('from'))
+        content = turn.get('content', turn.get('value'))
+        messages.append(dict(role=ROLES.get(name, name), content=content))
+    return messages
 
 def split_dialog(text):
     """'\\n\\nHuman: Hi\\n\\nAssistant: Hello' -> messages"""
     first, *parts = re.split(r'(?:^|\n\n)(Human|Assistant): ?', text.lstrip())
     if first or not parts:
         raise ValueError('not a dialogue of the form "\\n\\nHuman: ... \\n\\nAssistant: ..."')
-    roles = dict(Human='user', Assistant='assistant')
     pairs = zip(parts[::2], parts[1::2])
-    return [dict(role=roles[name], content=content.strip()) for name, content in pairs]
+    return [dict(role=ROLES[name], content=content.strip()) for name, content in pairs]
 
 def make_ranking(messages, completions, scores):
     """Rank by score, best first. Of completions with equal scores only the first is listed."""
@@ -519,16 +578,18 @@ def from_instruction(row):
     """Alpaca and Dolly: an instruction, perhaps with an input, perhaps inside Alpaca's template."""
     parts = [row.get('instruction'), row.get('input') or row.get('context')]
     if 'prompt' in row:
-        template = r'### Instruction:\n(.*?)(?:\n+### Input:\n(.*?))?\n+### Response:'
-        filled = re.search(template, row['prompt'], re.S)
-        parts = filled.groups() if filled else [row['prompt']]
+        # not with a regular expression: it would try every beginning with every end
+        _, _, filled = row['prompt'].partition('### Instruction:\n')
+        filled, end, _ = filled.partition('\n### Response:')
+        instruction, _, given = filled.partition('\n### Input:\n')
+        parts = [instruction.strip(), given.strip()] if end else [row['prompt']]
     question = '\n\n'.join(part for part in parts if part)
     answer = row['response'] if 'response' in row else row['output']
     return [('chat', dict(messages=messages_of(question, answer)))]
 
 def from_gsm8k(row):
     """The answer ends with '#### 42', which a program can check. Calculator notes <<2+3=5>> go."""
-    messages = messages_of(row['question'], re.sub(r'<<.*?>>', '', row['answer']))
+    messages = messages_of(row['question'], re.sub('<<[^<>\n]*>>', '', row['answer']))
     rows = [('chat', dict(messages=messages))]
     number = re.search(r'#### *(-?[\d.]*\d)', row['answer'].replace(',', ''))
     if number:
@@ -545,8 +606,15 @@ def from_lambada(row):
     return [('benchmarks', dict(context=context, continuation=continuation))]
 
 def from_hh(row):
-    """Two dialogues that differ in the last answer."""
-    chosen, rejected = split_dialog(row['chosen']), split_dialog(row['rejected'])
+    """Two dialogues that differ in the last answer. What is common to both may stand apart."""
+    dialogs = []
+    for key in ('chosen', 'rejected'):
+        is_text = isinstance(row[key], str) and 'prompt' not in row
+        turns = split_dialog(row[key]) if is_text else turns_of(row[key], 'assistant')
+        if turns[0]['role'] == 'assistant':
+            turns = turns_of(row['prompt'], 'user') + turns
+        dialogs.append(turns)
+    chosen, rejected = dialogs
     n = 0 # turns in common
     shorter = min(len(chosen), len(rejected))
     while n < shorter and chosen[n] == rejected[n]:
@@ -577,7 +645,7 @@ def from_oasst(row):
     waiting = [([], row['prompt'])] # (the turns before a node, the node)
     while waiting:
         before, node = waiting.pop()
-        role = 'user' if node['role'] == 'prompter' else node['role']
+        role = ROLES.get(node['role'], node['role'])
         messages = before + [dict(role=role, content=node['text'].strip())]
         replies = sorted(node['replies'], key=rank_of)
         if best is None and not replies:
@@ -590,13 +658,23 @@ def from_oasst(row):
     best = best[:len(best) // 2 * 2] # up to the last answer
     return rows + [('chat', dict(messages=best)) if best else (None, 'question without an answer')]
 
+def from_sharegpt(row):
+    return [('chat', dict(messages=turns_of(row['conversations'], 'user')))]
+
+def from_completion(row):
+    """Texts, or lists of messages (TRL)."""
+    turns = turns_of(row['prompt'], 'user') + turns_of(row['completion'], 'assistant')
+    return [('chat', dict(messages=turns))]
+
 # The keys of a row tell its form; the first line that fits counts. A function converts the row; a
 # kind means that the row has our form already.
 FORMS = {
     'messages completions ranking': 'preferences',
     'messages checks': 'prompts',
     'messages': 'chat',
+    'conversations': from_sharegpt,
     'prompt response': from_instruction,
+    'prompt completion': from_completion,
     'instruction output': from_instruction,
     'instruction response': from_instruction,
     'question answer': from_gsm8k,
@@ -614,16 +692,39 @@ EXAM_FORMS = {**FORMS, 'question answer': from_gsm8k_exam, 'text': from_lambada,
 KEYS = dict(chat=['messages'], prompts=['messages', 'checks'], text=['text'], # drop other keys
             preferences=['messages', 'completions', 'ranking', 'checks'])
 
+def check_text(name, value, may_be_empty=True):
+    if not isinstance(value, str):
+        raise ValueError(f'{name} must be a string, not {type(value).__name__}')
+    if not may_be_empty and not value.strip():
+        raise ValueError(f'{name} is empty')
+
+def check_exam(row):
+    """ValueError if a question cannot be asked, or has no right answer."""
+    for key in ('query', 'context', 'prompt', 'test'):
+        check_text(key, row.get(key, ''))
+    check_text('continuation', row.get('continuation', '?'), may_be_empty=False)
+    for key in ('choices', 'context_options'):
+        options = row.get(key, ['?'])
+        if not isinstance(options, list):
+            raise ValueError(f'{key} must be a list, not {type(options).__name__}')
+        for option in options:
+            check_text(f'one of the {key}', option, may_be_empty=key == 'context_options')
+        gold = row['gold'] if key in row else 0
+        if type(gold) is not int or not 0 <= gold < len(options):
+            raise ValueError(f'gold {gold!r} is not one of {len(options)} {key}')
+
 def check_row(kind, row):
     """-> why a row is left out, or None. ValueError if it is not what its keys promise."""
-    if kind == 'text' and not isinstance(row['text'], str):
-        raise ValueError(f"text must be a string, not {type(row['text']).__name__}")
-    if 'choices' in row and not 0 <= int(row['gold']) < len(row['choices']):
-        raise ValueError(f"gold {row['gold']} is not one of {len(row['choices'])} choices")
-    if kind not in TASKS:
+    if kind == 'text':
+        check_text('text', row['text'])
+    if kind == 'benchmarks':
+        check_exam(row)
+    if 'messages' not in row:
         return None
     if 'checks' in row:
         grade(row['checks'], 'a 1') # an unusable check is found here, not hours later
+    for turn in row['messages']:
+        check_text('content', turn['content'])
     roles = [turn['role'] for turn in row['messages']]
     spoken = {turn['role'] for turn in row['messages'] if turn['content'].strip()}
     if not set(roles) <= {'system', 'user', 'assistant'} or 'user' not in spoken:
@@ -631,12 +732,17 @@ def check_row(kind, row):
     if kind == 'chat' and 'assistant' not in spoken:
         raise ValueError('a conversation has no assistant turn, or an empty one')
     if kind == 'preferences':
-        ranking, n = row['ranking'], len(row['completions'])
+        ranking, completions = row['ranking'], row['completions']
+        if not isinstance(completions, list):
+            raise ValueError(f'completions must be a list, not {type(completions).__name__}')
+        for text in completions:
+            check_text('a completion', text)
+        n = len(completions)
         is_valid = all(type(i) is int and 0 <= i < n for i in ranking)
         if not is_valid or len(ranking) < 2 or len(set(ranking)) < len(ranking):
             raise ValueError(f'ranking {ranking} must list two or more of {n} completions')
-        if not all(isinstance(text, str) for text in row['completions']):
-            raise ValueError('a ranking needs completions that are strings')
+        if len({completions[i].strip() for i in ranking}) < len(ranking):
+            return 'ranking of equal texts' # it would teach that a text is better than itself
     order = ''.join(role[0] for role in roles) # such as 'suaua'
     wanted = 's?(ua)+' if kind == 'chat' else 's?(ua)*u'
     return None if re.fullmatch(wanted, order) else 'turns in another order than user, assistant'
@@ -665,12 +771,17 @@ def convert_row(row, forms):
 # read files of every kind
 
 MARK = '<|endoftext|>' # separates the documents of a text file
+N_LOOK = 10 # rows of each file are checked for their form before the work begins
 DAMAGED = (EOFError, OSError, ValueError, RecursionError, zlib.error) # what damaged files raise
 BETWEEN_ITEMS = re.compile(r'[\s,]*') # of a JSON list
-MISFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError) # what unexpected rows raise
+# what rows raise that are not what was expected
+MISFIT = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 def read_text(f):
-    """Yield what stands between the marks; without marks, pieces of about 4,000 characters."""
+    """
+    Yield what stands between the marks. Without marks, a piece ends at the first empty line after
+    4,000 characters, or at any line after 16,000.
+    """
     start = f.peek(1 << 20)
     charset = BYTE_ORDER_MARKS.get(start[:2], 'utf-8')
     has_marks = MARK in start.decode(charset, 'replace')
@@ -683,7 +794,7 @@ def read_text(f):
             yield ''.join(lines) + before
             yield from documents
             lines, size = [], 0
-        elif not has_marks and size >= 4000 and not line.strip(): # at an empty line
+        elif not has_marks and (size >= 16_000 or size >= 4000 and not line.strip()):
             yield ''.join(lines)
             lines, size = [], 0
         if size <= LIMIT: # what is longer is left out, so its end need not be kept
@@ -726,7 +837,7 @@ def read_list(f):
             yield item
 
 def read_json(f, path, is_own, skipped):
-    """Yield (line number, row) of JSON lines or a list. A bad line in your own file is fatal."""
+    """Yield (line number, row) of JSON lines or a list; for a bad line of yours, a ValueError."""
     is_list = path.endswith('.json') and f.peek(64).lstrip().startswith(b'[')
     for number, line in enumerate(read_list(f) if is_list else read_lines(f, skipped), 1):
         if not is_list and not line.strip():
@@ -737,8 +848,10 @@ def read_json(f, path, is_own, skipped):
                 raise ValueError(f'a JSON object is expected, this is {type(row).__name__}')
             yield number, row
         except (ValueError, RecursionError) as e:
-            assert not is_own, f'{path}:{number}: not a JSON line: {e}'
-            skipped['row that is not a JSON object'] += 1
+            if is_own:
+                yield number, ValueError(f'not a JSON line: {e}')
+            else:
+                skipped['row that is not a JSON object'] += 1
 
 def read_parquet(f, path):
     try:
@@ -756,10 +869,16 @@ def read_rows(rows, path, benchmark, is_own, skipped):
     stem = os.path.basename(path).split('.')[0]
     for number, row in rows:
         try:
+            if isinstance(row, ValueError):
+                raise row
             converted = convert_row(row, EXAM_FORMS if benchmark else FORMS)
         except MISFIT as e:
-            reason = e if isinstance(e, ValueError) else f'not what its keys promise ({e!r})'
-            assert not is_own, f'{path}:{number}: {reason}'
+            reason = str(e)
+            if not isinstance(e, ValueError):
+                reason = f'a value is missing or of another type ({e!r})'
+            if is_own:
+                yield dict(kind='bad row', place=f'{path}:{number}', reason=reason)
+                continue
             converted = [(None, 'row that does not fit its form')]
         for kind, new in converted:
             if kind is None:
@@ -774,13 +893,17 @@ def read_rows(rows, path, benchmark, is_own, skipped):
 
 def read_content(f, path, benchmark, is_own, skipped):
     """Yield the items of an open file."""
-    if re.search(r'\.(w?arc|wet)(\.gz)?$', path):
+    if re.search(r'\.(w?arc|wet)(\.gz)?$', path, re.I):
         for document in read_warc(f, skipped):
             yield dict(document, kind='text')
         return
-    if path.endswith('.gz'):
+    name = path.lower()
+    if name.endswith('.gz'):
         f = io.BufferedReader(gzip.open(f), 1 << 20)
-    name = path.removesuffix('.gz')
+        name = name.removesuffix('.gz')
+    if name.endswith(('.jsonl', '.json')) and f.peek(2)[:2] in (b'\xff\xfe', b'\xfe\xff'):
+        text = f.read().decode('utf-16') # as some programs on Windows write
+        f = io.BufferedReader(io.BytesIO(text.encode()))
     if name.endswith(('.jsonl', '.json', '.parquet')):
         rows = read_parquet(f, path) if name.endswith('t') else read_json(f, name, is_own, skipped)
         yield from read_rows(rows, path, benchmark, is_own, skipped)
@@ -800,23 +923,21 @@ def read_file(path, source_name, skipped):
         {kind: 'text', source, url, text}, or with type and html in place of text
         {kind: 'chat' | 'preferences' | 'prompts' | 'benchmarks/NAME', source, row}
         {kind: 'tokens', source, path} for a token shard
+        {kind: 'bad row', place, reason} in your own files; in others bad rows are only counted
     and `side` for files named *_train and *_val, if both are there. source_name: 'files' for your
-    own files: their errors are fatal, their names become the source: web_00001.warc.gz -> 'web'.
-    skipped: a Counter of what is left out.
+    own files: their names or folders become the source. skipped: a Counter of what is left out.
     """
     is_own = source_name == 'files'
     folder, file_name = os.path.split(os.path.abspath(path))
-    stem = re.sub(r'(\.(txt|md|jsonl?|html?|w?arc|wet|parquet|bin|gz))+$', '', file_name)
+    stem = ENDING.sub('', file_name)
     extra = dict(source=source_name)
     if is_own:
-        name = re.sub(r'[-_]\d+$|\d{3,}$', '', stem) or stem
-        name, _, side = re.fullmatch('(.+?)([-_](train|val))?', name).groups()
-        extra = dict(source=name)
+        name, side = name_of(path)
+        extra = dict(source=SOURCE_OF.get(path, name))
         other = dict(train='val', val='train').get(side)
-        pattern = glob.escape(f'{folder}/{name}') + f'[-_]{other}[.-_]*'
-        if other and glob.glob(pattern):
+        if other and (name, other) in names_in(folder):
             extra.update(side=side) # a file without the other side is split as all others are
-    if path.endswith('.bin'):
+    if path.lower().endswith('.bin'):
         yield dict(extra, kind='tokens', path=path)
         return
     benchmark = stem if is_own and os.path.basename(folder) == 'benchmarks' else ''
@@ -831,9 +952,12 @@ def read_file(path, source_name, skipped):
         # an error of the operating system has a number; a damaged .gz has none
         is_unreadable = isinstance(e, OSError) and e.errno
         assert not is_unreadable, f'{path} cannot be read ({e.strerror}): mend that, run this again'
-        assert not is_own, f'{path}: the file is damaged ({e})'
-        print0(f'{path}: damaged, the rest is left out ({e})')
-        skipped['damaged file'] += 1
+        reason = f'damaged, the rest is left out ({e})'
+        if is_own:
+            yield dict(kind='bad row', place=path, reason=reason)
+        else:
+            print0(f'{path}: {reason}')
+            skipped['damaged file'] += 1
 
 # -----------------------------------------------------------------------------
 # step "url": adult and spam sites (FineWeb, Penedo et al. 2024)
@@ -1558,6 +1682,11 @@ def clean_group(group, report):
     """Yield what the steps keep of some input files. The report gets counts and signatures."""
     wanted = ['text', *filters.split(',')]
     for item in read_group(group, report['skipped']):
+        report['read']['rows'] += 1
+        if item['kind'] == 'bad row':
+            report['skipped']['bad row'] += 1
+            report['bad_rows'].append(f"{item['place']}: {item['reason']}")
+            continue
         if item['kind'] == 'tokens': # no step can read tokens: link the file later
             report['tokens'][item['source']] += len(read_shard(item['path']))
             report['token_files'].append(os.path.abspath(item['path']))
@@ -1590,7 +1719,7 @@ def clean_all(groups, sizes):
     began = time.time()
     for i in mine:
         report = collections.defaultdict(collections.Counter, examples=[], fates={}, signatures=[],
-                                         token_files=[])
+                                         token_files=[], bad_rows=[])
         write_jsonl(result_path(i, 'jsonl.gz'), clean_group(groups[i], report))
         signatures = np.array(report.pop('signatures'), np.uint32)
         with atomic_write(result_path(i, 'npy')) as partial, open(partial, 'wb') as f:
@@ -1604,9 +1733,20 @@ def clean_all(groups, sizes):
             print0(f'pass one: {n_done / 1e6:,.1f} of {n_all / 1e6:,.1f} MB, '
                    f'{rate / 1e6:.2f} MB/s, {minutes:.1f} minutes left')
 
+def check_form(paths):
+    """Look at the first rows of your own files. AssertionError if they are bad in too many files."""
+    bad = []
+    for path in paths:
+        items = [*itertools.islice(read_file(path, 'files', collections.Counter()), N_LOOK)]
+        if items and all(item['kind'] == 'bad row' for item in items):
+            bad.append(f"{items[0]['place']}: {items[0]['reason']}")
+    assert len(bad) <= max_bad_rows * len(paths), \
+        f'{bad[0]} ({len(bad)} of {len(paths)} files begin with bad rows)'
+
 inputs = [('files', path) for path in own_files] # (source, path)
 problem = ''
 try:
+    check_form(own_files[RANK::world_size])
     for name in source.split(','):
         if name != 'files':
             inputs += [(name, path) for path in fetch(name)]
@@ -1718,16 +1858,24 @@ def read_results(kinds):
 total = collections.defaultdict(collections.Counter, examples=[], fates={}) # all reports together
 kinds_of = []   # {kind: number of items} of each group
 token_files = []
+bad_rows = []
 signatures = [np.zeros((0, 112), np.uint32)]
 for i in range(len(groups)):
     report = load_json(result_path(i, 'json'))
     total['fates'].update(report.pop('fates'))
     total['examples'] += report.pop('examples')
     token_files += report.pop('token_files')
+    bad_rows += report.pop('bad_rows')
     kinds_of.append(report.get('kinds', {}))
     signatures.append(np.load(result_path(i, 'npy')))
     for name, counts in report.items():
         total[name].update(counts)
+for text in bad_rows[:keep_dropped]:
+    print0(f'left out: {text}')
+n_rows = total['read']['rows']
+assert len(bad_rows) <= max_bad_rows * n_rows, (
+    f'{bad_rows[0]}: {len(bad_rows):,} of {n_rows:,} rows are bad: repair them, or raise '
+    f'--max_bad_rows={max_bad_rows}')
 copy_of = near_duplicates(np.concatenate(signatures), near_duplicate)
 del signatures
 
@@ -1749,6 +1897,7 @@ kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> 
 n_items = sum(sum(kinds.values()) for kinds in kinds_of)
 sizes = np.zeros(n_items, np.int64)
 is_val = np.zeros(n_items, bool)
+keys = np.zeros(n_items, np.uint64) # they decide the side
 late_steps = [name for name in LAST_STEPS if name in filters.split(',')]
 n_texts = 0
 for number, item in read_results(('text', *TASKS)):
@@ -1765,6 +1914,7 @@ for number, item in read_results(('text', *TASKS)):
         kept[item['kind']][item['source']].append(number)
         sizes[number] = item['size']
         is_val[number] = item['side'] == 'val'
+        keys[number] = item['key']
 
 # -----------------------------------------------------------------------------
 # the mixture: how often each item is taken. Weights are of bytes, among the sources of one kind
@@ -1818,8 +1968,15 @@ for kind, numbers_of in kept.items():
     numbers = numbers[times[numbers] > 0]
     n = len(numbers)
     n_val = is_val[numbers].sum()
-    assert 0 < n_val < n, (f'{kind}: {n} items are too few, train has {n - n_val} and val {n_val}: '
-                           f'raise --val_fraction={val_fraction} or add data')
+    # an item is in val if its key, as a share of 2**64, is below val_fraction
+    lowest = keys[numbers].min() / 2**64
+    highest = keys[numbers].max() / 2**64
+    remedy = 'add data, or divide the text with lines of <|endoftext|>'
+    if lowest < highest:
+        value = lowest + min(0.01, (highest - lowest) / 2)
+        remedy = f'add data, or set --val_fraction={value:.4f}'
+    assert 0 < n_val < n, \
+        f'{kind}: {n} items are too few: {n - n_val} for training, {n_val} for validation: {remedy}'
 
 # -----------------------------------------------------------------------------
 # write the corpus
@@ -1945,9 +2102,13 @@ for name in step_names:
            f"{megabytes_out:>9.2f}{columns}  {', '.join(reasons)}")
 for kind, taken in mixed.items():
     wanted = {name: weights[name] for name in taken if name in weights} or taken
-    for name, size in taken.items():
-        share = size / sum(taken.values())
-        wanted_share = wanted[name] / sum(wanted.values())
+    n_taken = sum(taken.values())
+    n_wanted = sum(wanted.values())
+    if len(taken) > 20:
+        print0(f'{kind}: {len(taken):,} sources (funnel.json lists them), the largest are:')
+    for name, size in taken.most_common(20):
+        share = size / n_taken
+        wanted_share = wanted[name] / n_wanted
         print0(f'{kind}: {name} {size / 1e6:.2f} MB, {share:.1%} of bytes '
                f'(wanted {wanted_share:.1%})')
 most_common = total['private'].most_common()

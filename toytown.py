@@ -22,7 +22,7 @@ import collections, gzip, hashlib, html, itertools, json, os, random, re, shutil
 
 import numpy as np
 
-from model import grade, print0, simulated_ranking, write_jsonl, write_text
+from model import atomic_write, grade, print0, simulated_ranking, write_jsonl, write_text
 
 # -----------------------------------------------------------------------------
 # settings
@@ -169,8 +169,10 @@ def five_grams(text):
 def near_copy(text):
     """Change a word or two and add a sentence, until 80% or more of the five-grams are shared."""
     old = five_grams(text)
-    while True:
+    for _ in range(1000): # about 20 are needed
         parts = text.split(' ')
+        if len(parts) < 8:
+            break
         for _ in range(random.choice([1, 2])):
             adjective = random.choice(words['adj'])
             parts[random.randrange(6, len(parts) - 1)] = adjective
@@ -178,6 +180,7 @@ def near_copy(text):
         new = five_grams(copy)
         if 0.8 <= len(old & new) / len(old | new) < 1:
             return copy.strip()
+    raise AssertionError(f'{world}: no near copy of the page {text[:60]!r}: write longer pages')
 
 def add_page(text, url='{good_url}', **planted):
     """Give a text (title, blank line, paragraphs) a layout, charset and URL; record its faults."""
@@ -202,7 +205,7 @@ def add_page(text, url='{good_url}', **planted):
 def write_warc(path, records):
     """Write a WARC file (ISO 28500), each record in its own gzip member, as crawlers do."""
     info = ('WARC-Type: warcinfo', b'format: WARC File Format 1.1')
-    with open(path, 'wb') as f:
+    with atomic_write(path) as partial, open(partial, 'wb') as f:
         for headers, block in [info, *records]:
             name = hashlib.sha1(block).hexdigest()
             head = (f'WARC/1.0\r\n{headers}\r\nWARC-Record-ID: <urn:sha1:{name}>\r\n'
@@ -276,6 +279,7 @@ for name, n_rows in sizes.items():
     noise = np.random.default_rng(seed)
     asked = collections.Counter()
     rows = []
+    n_draws = 0
     while len(rows) < n_rows:
         # draw a task, and a new prompt for it that belongs to this side
         task = random.choices(town['tasks'], weights)[0]
@@ -283,6 +287,12 @@ for name, n_rows in sizes.items():
             slots = new_page(side, **task)
             prompt = expand('{next_asked}{next_asked_sum}{prompt}', slots)
             asked[prompt] += 1
+            n_draws += 1
+            # else it might draw for ever: all prompts on the other side, or answers that are equal
+            most = 10_000 + 30 * n_rows
+            assert n_draws < most, (
+                f"{world}: only {len(rows)} rows for {name} are found in {n_draws:,} draws, the last "
+                f"is '{prompt:.60}': add prompts, or answers that differ")
             digest = hashlib.sha256(prompt.encode()).hexdigest()
             is_val = int(digest[:12], 16) < 0.15 * 16**12 # 15% of the prompts
             # a fact or sum decides the side of a task about it; for other tasks the prompt decides

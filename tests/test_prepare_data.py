@@ -1,9 +1,12 @@
 """prepare_data.py as a whole: Toytown, each step on hand-made pages, the mixture, several ranks, kills, bad input."""
 import collections
+import contextlib
 import gzip
 import hashlib
 import json
+import os
 import random
+import re
 import shutil
 import textwrap
 
@@ -315,11 +318,11 @@ def test_chat_as_text_token_shards_and_odd_names(tmp_path, scripts):
         filters='dedup', val_fraction=0.3))
     out = tmp_path / 'out'
     asked = {row['messages'][0]['content'] for row in rows(out / 'chat_train.jsonl')}
-    told = {doc['text'].split('\n')[0] for doc in documents(out) if doc['source'] == 'talk'}
+    told = {doc['text'].split('\n')[0] for doc in documents(out) if doc['text'].startswith('Do')}
     assert told == asked and len(told) > 20 # never what is asked in validation
     links = {path.name: path.resolve().name for path in out.glob('*.bin')}
     assert links == {'val_000000.bin': 'fine_val_000000.bin', 'train_000001.bin': 'fine_train_000001.bin'}
-    assert funnel(out)['tokens'] == {'fine': 10}
+    assert funnel(out)['tokens'] == {tmp_path.name: 10} # all files of a pattern are one source
 
 
 @pytest.mark.skipif(not REAL.exists(), reason='no real files at hand')
@@ -386,8 +389,8 @@ os.replace = kill
 
 def test_rank_0_prints_the_error_of_another_rank(tmp_path, scripts):
     files = crowd(tmp_path / 'in')
-    path = tmp_path / 'in' / 'partc.jsonl' # the second group, of rank 1
-    path.write_text('not json\n' + path.read_text())
+    path = tmp_path / 'in' / 'partb.jsonl' # the second file, of rank 1
+    path.write_text('not json\n' * 20 + path.read_text())
     from concurrent.futures import ThreadPoolExecutor
     import socket
     with socket.socket() as s:
@@ -398,7 +401,7 @@ def test_rank_0_prints_the_error_of_another_rank(tmp_path, scripts):
                              env=dict(env, RANK=rank, LOCAL_RANK=rank)) for rank in range(2)]
         results = [rank.result() for rank in ranks]
     assert [r.code for r in results] == [1, 1]
-    assert 'partc.jsonl:1: not a JSON line' in results[0].err
+    assert 'partb.jsonl:1: not a JSON line' in results[0].err
 
 
 KILL = '''
@@ -406,7 +409,7 @@ import os, shutil
 left = [{n}]
 def deadly(f):
     def call(*args, **more):
-        if os.path.exists({marker!r}):
+        if os.path.exists({marker!r}) or os.path.exists({whole!r}):
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), 9)
@@ -432,7 +435,8 @@ def test_a_kill_at_every_rename_of_the_exchange(tmp_path, scripts):
     for n in range(100):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(start, out)
-        kill = KILL.format(n=n, marker=str(out / '.partial' / 'finished.json'))
+        kill = KILL.format(n=n, marker=str(out / '.partial' / 'finished.json'),
+                           whole=str(out / '.partial' / 'new' / 'funnel.json'))
         killed = scripts('prepare_data.py', *flags(data_dir=out, **more), before=kill)
         if killed.code == 0:
             break
@@ -449,6 +453,107 @@ def test_a_kill_at_every_rename_of_the_exchange(tmp_path, scripts):
     assert n > 10
 
 
+@pytest.mark.parametrize('over_old', [True, False])
+def test_the_exchange_is_repeated_from_any_point(tmp_path, over_old, monkeypatch):
+    """As above, for everything that the exchange does to files, also if an exception (Ctrl-C) ends it."""
+    out = tmp_path / 'out'
+    old, new = {'train/0': 'old', 'chat_train.jsonl': 'old', 'funnel.json': 'old'}, {'train/0': 'new', 'funnel.json': 'new'}
+    put_in_place = definitions('prepare_data.py', data_dir=str(out)).put_in_place
+    n = done = 0
+    while not done:
+        shutil.rmtree(out, ignore_errors=True)
+        for name, text in (old if over_old else {}).items():
+            write(out / name, text)
+        write(out / 'tokenizer.json', 'of another stage')
+        for name, text in new.items():
+            write(out / '.partial' / 'new' / name, text)
+        write(out / '.partial' / 'work' / '000000.json', '{}')
+        write(out / '.partial' / 'settings.json', '{}')
+        write(out / '.partial' / 'finished.json.7.partial', '{') # of a run that was killed there
+        write(out / '.partial' / 'finished.json', [dict(new=['funnel.json', 'train'], old=['chat_train.jsonl', 'val'])])
+        left = [n]
+
+        def deadly(call):
+            def wrapper(*args, **more):
+                left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt
+                return call(*args, **more)
+            return wrapper
+        with monkeypatch.context() as m:
+            for name in ('replace', 'remove', 'unlink', 'rmdir', 'mkdir'):
+                m.setattr(os, name, deadly(getattr(os, name)))
+            with contextlib.suppress(KeyboardInterrupt):
+                put_in_place()
+                done = True
+        if (out / '.partial' / 'finished.json').exists(): # else nothing is left to do
+            put_in_place()
+        shutil.rmtree(out / '.partial', ignore_errors=True) # as the next run does
+        found = {str(path.relative_to(out)): path.read_text() for path in out.rglob('*') if path.is_file()}
+        assert found == {**new, 'tokenizer.json': 'of another stage'}, n
+        n += 1
+    assert n > 10
+
+
+FULL_DISK = 'import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); ' \
+            'resource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))'
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_corpus_whole(tmp_path, scripts):
+    more = dict(files=write(tmp_path / 'in.jsonl', texts('one', 300)), data_dir=tmp_path / 'out', filters='dedup')
+    write(tmp_path / 'out' / 'funnel.json', 'old')
+    scripts.fails(r'error: \S*/\.partial/work/000000\.jsonl\.gz: File too large', 'prepare_data.py', *flags(**more),
+                  before=FULL_DISK.format(n=6000)) # bytes of the largest file that can be written
+    assert (tmp_path / 'out' / 'funnel.json').read_text() == 'old'
+    scripts.ok('prepare_data.py', *flags(**more))
+    assert len(documents(tmp_path / 'out')) == 300 and not (tmp_path / 'out' / '.partial').exists()
+
+
+# -----------------------------------------------------------------------------
+# other people's files
+
+
+def test_a_folder_of_many_small_files_is_one_source(tmp_path, scripts):
+    """With what is not read named, bad rows skipped, and few lines printed, however many files there are."""
+    folder = tmp_path / 'my notes [2024]'
+    for i, row in enumerate(texts('one', 2000)):
+        write(folder / f'{i}x{[".TXT", ".md", ".log"][i % 3]}', row['text'])
+    for name in ('a.pdf', 'b.pdf', 'c.rst', 'd'):
+        write(folder / 'more' / name, 'x')
+    for name in ('truth.jsonl', 'mixture.json'): # no files of Toytown's
+        write(folder / name, texts(name[0], 50))
+    write(folder / 'bad.jsonl', [dict(text=None)])
+    ran = scripts.ok('prepare_data.py', *flags(files=folder, data_dir=tmp_path / 'out', filters='dedup'))
+    out = funnel(tmp_path / 'out')
+    assert out['mixture']['text'].keys() == {folder.name} and len(documents(tmp_path / 'out')) == 1334 + 100
+    assert out['skipped'] == {'bad row': 1} and f'{folder}/bad.jsonl:1: text must be a string' in ran.out
+    assert '670 files of other kinds are left out: 666 .log, 2 .pdf, 1 ' in ran.out
+    assert ran.out.count('\n') <= 40
+
+
+def test_sources_that_settings_name(tmp_path, scripts):
+    """A file that the mixture names is a source of its own; so is one that is named on the command line."""
+    for name in ('web_1', 'web_2', 'books', 'notes', 'diary'):
+        write(tmp_path / 'in' / f'{name}.jsonl', texts(name, 40))
+    own = write(tmp_path / 'own.jsonl', texts('own', 40))
+    more = dict(files=f'{tmp_path}/in/*.jsonl, {own}', data_dir=tmp_path / 'out', filters='dedup')
+    scripts.ok('prepare_data.py', *flags(mixture='web:0.5,own:0.3,in:0.2', curated='books', **more))
+    assert {doc['source'] for doc in documents(tmp_path / 'out')} == {'web', 'own', 'in'} # no weight: nothing of books
+    scripts.ok('prepare_data.py', *flags(curated='books', **more))
+    assert {doc['source'] for doc in documents(tmp_path / 'out')} == {'books', 'own', 'in'}
+
+
+def test_a_few_texts_are_refused_with_the_value_that_does(tmp_path, scripts):
+    path = write(tmp_path / 'a.txt', '\n\n'.join(row['text'] * 20 for row in texts('one', 3)))
+    more = dict(files=path, data_dir=tmp_path / 'out', filters='dedup', val_fraction=1e-9)
+    failed = scripts.fails(r'3 items are too few.*set --val_fraction=0\.\d{4}$', 'prepare_data.py', *flags(**more))
+    more['val_fraction'] = failed.err.strip().split('=')[-1]
+    scripts.ok('prepare_data.py', *flags(**more))
+    assert documents(tmp_path / 'out', 'train') and documents(tmp_path / 'out', 'val')
+    write(path, 'one two three')
+    scripts.fails('1 items are too few.*divide the text', 'prepare_data.py', *flags(**more))
+
+
 # -----------------------------------------------------------------------------
 # bad input and settings
 
@@ -460,7 +565,9 @@ def test_a_kill_at_every_rename_of_the_exchange(tmp_path, scripts):
     ('a.txt', 'Too short.', 'no document of 1 is left'),
     ('a.exe', 'x', 'of a known kind'),
     ('a.bin', 'x', r'a\.bin is not a token shard'),
-    ('a.jsonl.gz', 'no gzip', r'a\.jsonl\.gz: the file is damaged'),
+    ('a.jsonl.gz', 'no gzip', r'a\.jsonl\.gz: damaged'),
+    ('a.jsonl', '{"text": 1}\n' * 99 + '{"text": "x"}\n', r'a\.jsonl:1: text must be a string'),
+    ('a.jsonl', '{"text": "x"}\n' * 98 + '{"text": 1}\n' * 2, r'a\.jsonl:99: text.*: 2 of 100 rows are bad.*--max_bad_rows=0\.01'),
 ])
 def test_bad_input_is_one_line_and_leaves_the_old_data_whole(tmp_path, name, text, message, scripts):
     out = tmp_path / 'out'
@@ -481,6 +588,9 @@ def test_bad_input_is_one_line_and_leaves_the_old_data_whole(tmp_path, name, tex
     (dict(mixture='web:x'), 'mixture'),
     (dict(languages='en,xx', files=README), "no 'xx'"),
     (dict(drop_private='SNN', files=README), "no kind 'SNN'"),
+    (dict(source='c4', files=README), 'files = .* would be ignored: add files to --source=c4'),
+    (dict(filters='dedup', drop_private='SSN', files=README), 'drop_private = .* add pii to --filters=dedup'),
+    (dict(max_bad_rows=1.5), 'max_bad_rows is a share'),
 ])
 def test_bad_settings(tmp_path, settings, message, scripts):
     scripts.fails(message, 'prepare_data.py', *flags(**settings), cwd=tmp_path)

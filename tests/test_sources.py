@@ -1,5 +1,6 @@
 """prepare_data.py, input: a server that does everything wrong, each public form by hand, files of every kind, WARC."""
 import collections
+import contextlib
 import gzip
 import http.server
 import itertools
@@ -369,17 +370,90 @@ def test_what_is_left_out(tmp_path):
     (dict(text=5), r'a\.jsonl:2: text must be a string'),
     (dict(what=1, **{'is': 2}), r'a\.jsonl:2: no known form has the keys is, what'),
     (dict(messages=[user('x')], completions=['a', 'b'], ranking=[0, 5]), r'a\.jsonl:2: ranking'),
-    (dict(messages=[user('x')], completions=['a', None], ranking=[0, 1]), r'a\.jsonl:2: a ranking needs'),
+    (dict(messages=[user('x')], completions=['a', None], ranking=[0, 1]), r'a\.jsonl:2: a completion must be a string'),
+    (dict(messages=[user('x')], completions='ab', ranking=[0, 1]), r'a\.jsonl:2: completions must be a list, not str'),
     (dict(messages=[user('x')], completions=['a', 'b'], ranking=[0.0, True]), r'a\.jsonl:2: ranking'),
     (dict(messages=[user('x')], checks={'max_words': 'x'}), r'a\.jsonl:2: '),
     (dict(chosen='x', rejected='y'), r'a\.jsonl:2: not a dialogue'),
+    (dict(text=None), r'a\.jsonl:2: text must be a string, not NoneType'),
+    (dict(messages=[user('x'), said(None)]), r'a\.jsonl:2: content must be a string, not NoneType'),
+    (dict(conversations=[{'from': 'robot', 'value': 'x'}]), r'a\.jsonl:2: .*roles'),
+    (dict(prompt='x', chosen=None, rejected='y'), r'a\.jsonl:2: a value is missing or of another type'),
     (dict(query='q', choices=['a'], gold=1), r'a\.jsonl:2: gold 1'),
+    (dict(query='q', choices=['a', 'b'], gold=2), r'a\.jsonl:2: gold 2 is not one of 2 choices'),
+    (dict(context_options=['a', 'b'], gold=2, continuation='c'), r'a\.jsonl:2: gold 2 is not one of 2 context_options'),
+    (dict(query='q', choices=['a', 'b'], gold=float('inf')), r'a\.jsonl:2: gold inf'),
+    (dict(query='q', choices='ab', gold=1), r'a\.jsonl:2: choices must be a list, not str'),
+    (dict(query='q', choices=['a', 2], gold=1), r'a\.jsonl:2: one of the choices must be a string, not int'),
+    (dict(query='q', choices=['a', ' '], gold=0), r'a\.jsonl:2: one of the choices is empty'),
+    (dict(context='2+2=', continuation=4), r'a\.jsonl:2: continuation must be a string, not int'),
+    (dict(context='2+2=', continuation=''), r'a\.jsonl:2: continuation is empty'),
+    (dict(context=None, continuation='4'), r'a\.jsonl:2: context must be a string, not NoneType'),
 ])
-def test_a_bad_row_in_your_own_file_is_an_error_with_its_place(tmp_path, row, message):
-    path = lines(tmp_path / 'a.jsonl', dict(text='fine'), row)
-    with fails(message):
-        read(path)
-    assert len(read(path, 'c4')[0]) == 1 # in public files it is counted
+def test_a_bad_row_in_your_own_file_is_named_with_its_place(tmp_path, row, message):
+    path = lines(tmp_path / 'a.jsonl', dict(text='fine'), row, dict(text='fine too'))
+    items, skipped = read(path)
+    bad = items.pop(1)
+    assert bad['kind'] == 'bad row' and re.search(message, f"{bad['place']}: {bad['reason']}"), bad
+    assert [item['text'] for item in items] == ['fine', 'fine too'] and not skipped
+    items, skipped = read(path, 'c4')
+    assert len(items) == 2 and sum(skipped.values()) == 1 # in public files it is counted
+
+
+def test_bad_checks_of_an_exam(tmp_path):
+    (tmp_path / 'benchmarks').mkdir()
+    path = lines(tmp_path / 'benchmarks' / 'a.jsonl', dict(messages=[user('2+2?')], checks=dict(numbr=4)))
+    assert 'known are contains' in read(path)[0][0]['reason']
+
+
+@pytest.mark.parametrize('row, wanted', [
+    (dict(prompt='Q ', completion=' A'), [('chat', dict(messages=[user('Q'), said('A')]))]),
+    (dict(prompt=[user('Q')], completion=[said('A')]), [('chat', dict(messages=[user('Q'), said('A')]))]),
+    (dict(id='1', conversations=[{'from': 'system', 'value': 'S'}, {'from': 'human', 'value': 'Q'},
+                                 {'from': 'gpt', 'value': 'A'}]),
+     [('chat', dict(messages=[dict(role='system', content='S'), user('Q'), said('A')]))]),
+    (dict(conversations=[user('Q'), said('A')]), [('chat', dict(messages=[user('Q'), said('A')]))]),
+    *[(row, [('preferences', dict(messages=[user('Q')], completions=['A', 'B'], ranking=[0, 1])),
+             ('prompts', dict(messages=[user('Q')]))]) for row in (
+        dict(prompt='Q', chosen='A', rejected='B'),
+        dict(prompt='Q', chosen=[said('A')], rejected=[said('B')]),
+        dict(prompt=[user('Q')], chosen=[said('A')], rejected=[said('B')]),
+        dict(prompt='Q', chosen=[user('Q'), said('A')], rejected=[user('Q'), said('B')]),
+        dict(chosen=[user('Q'), said('A')], rejected=[user('Q'), said('B')]))],
+])
+def test_common_forms_of_rows(tmp_path, row, wanted):
+    items, skipped = read(lines(tmp_path / 'a.jsonl', row))
+    assert [(item['kind'], item['row']) for item in items] == wanted and not skipped
+
+
+def test_a_ranking_of_equal_texts_is_dropped_and_counted(tmp_path):
+    own = dict(messages=[user('Q')], completions=['A', 'B', 'A '], ranking=[0, 2])
+    pair = dict(prompt='Q', chosen='A', rejected=' A')
+    path = lines(tmp_path / 'a.jsonl', own, pair, dict(own, ranking=[0, 1]))
+    items, skipped = read(path)
+    assert [item['kind'] for item in items] == ['preferences']
+    assert skipped == {'ranking of equal texts': 1, 'pair that does not differ in an answer': 1}
+
+
+def test_converters_take_linear_time(tmp_path):
+    """1 MB of every short text that they look for, in every field."""
+    marks = ['<', '<<', '<<1', '<<>', '#', '#### ', '#### 1', '####.', '1', '1,', '.', ' ', '\n', '\n\n', 'x',
+             '\n\nHuman: ', '\n\nAssistant: ', 'Human: ', '### Instruction:\n', '\n### Input:\n', '\n### Response:',
+             '### Instruction:\n\n### Input:\n']
+    rows = []
+    for mark in marks:
+        text = mark * (1_000_000 // len(mark))
+        rows += [dict(question=text, answer=text), dict(prompt=text, response=text), dict(text=text),
+                 dict(chosen=text, rejected=text + 'x'), dict(prompt=text, chosen=text, rejected=text + 'x')]
+    start = time.process_time()
+    for row in rows:
+        with contextlib.suppress(*LIB.MISFIT):
+            LIB.convert_row(row, LIB.EXAM_FORMS)
+    assert time.process_time() - start < 30
+    filled = 'Below.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n'
+    asked = [LIB.from_instruction(dict(prompt=text, response='3'))[0][1]['messages'][0]['content']
+             for text in (filled, filled.replace('### Input:\n1 2\n\n', ''), '### Instruction: none')]
+    assert asked == ['Add.\n\n1 2', 'Add.', '### Instruction: none']
 
 
 # -----------------------------------------------------------------------------
@@ -397,6 +471,7 @@ def test_names_sides_and_urls(tmp_path):
     chat_train = lines(tmp_path / 'chat_train.jsonl', dict(text='A'))
     assert read(chat_train)[0][0] == dict(kind='text', source='chat', url=f'{chat_train}:1', text='A')
     lines(tmp_path / 'chat_val.jsonl.gz', dict(text='A')) # now both sides are there
+    LIB.names_in.cache_clear()
     assert read(chat_train)[0][0]['side'] == 'train'
     assert read(tmp_path / 'chat_val.jsonl.gz')[0][0]['side'] == 'val'
     (tmp_path / 'benchmarks').mkdir()
@@ -421,6 +496,39 @@ def test_text_is_read_in_pieces(tmp_path, marks):
     else:
         assert len(found) > 200 and all(4000 <= len(piece) < 20_000 for piece in found[:-1])
         assert all(not piece.split('\n')[0].strip() for piece in found[1:]) # each begins with an empty line
+
+
+def test_a_text_without_empty_lines_is_read_in_pieces(tmp_path):
+    (tmp_path / 'x.txt').write_text('A line of a poem.\n' * 5000)
+    found = [item['text'] for item in read(tmp_path / 'x.txt')[0]]
+    assert ''.join(found) == 'A line of a poem.\n' * 5000 and all(16_000 <= len(text) < 17_000 for text in found[:-1])
+
+
+def test_names_in_capitals_and_utf_16(tmp_path):
+    (tmp_path / 'NOTES.TXT').write_text('A')
+    (tmp_path / 'A.HTML').write_text('<p>x')
+    (tmp_path / 'TOKENS.BIN').write_bytes(b'')
+    lines(tmp_path / 'b.gz', dict(text='A')).rename(tmp_path / 'B.JSONL.GZ')
+    assert read(tmp_path / 'NOTES.TXT')[0] == [
+        dict(kind='text', source='NOTES', url=f'{tmp_path}/NOTES.TXT#0', text='A')]
+    assert read(tmp_path / 'A.HTML')[0][0]['html'] == b'<p>x' and read(tmp_path / 'TOKENS.BIN')[0][0]['kind'] == 'tokens'
+    assert read(tmp_path / 'B.JSONL.GZ')[0][0]['text'] == 'A'
+    for charset in ('utf-16', 'utf-16-be', 'utf-8-sig'):
+        text = '{"text": "Größe"}\n{"text": "2"}\n'
+        (tmp_path / 'x.jsonl').write_bytes(('\ufeff' * (charset == 'utf-16-be') + text).encode(charset))
+        assert [item['text'] for item in read(tmp_path / 'x.jsonl')[0]] == ['Größe', '2']
+        (tmp_path / 'x.json').write_bytes('[{"text": "Größe"}, {"text": "2"}]'.encode(charset))
+    (tmp_path / 'x.json').write_bytes('[{"text": "Größe"}, {"text": "2"}]'.encode('utf-16'))
+    assert [item['text'] for item in read(tmp_path / 'x.json')[0]] == ['Größe', '2']
+
+
+def test_a_file_that_was_cut_gives_what_is_whole(tmp_path):
+    rng = random.Random(0)
+    whole = lines(tmp_path / 'a.jsonl.gz', *[dict(text=rng.randbytes(500).hex()) for _ in range(4000)]) # 4 MB
+    whole.write_bytes(whole.read_bytes()[:1_900_000])
+    items, _ = read(whole)
+    assert len(items) > 2000 and [item['kind'] for item in items[-2:]] == ['text', 'bad row']
+    assert items[-1]['place'] == str(whole) and 'damaged, the rest is left out' in items[-1]['reason']
 
 
 def test_tokens_and_parquet(tmp_path):
@@ -663,7 +771,8 @@ def test_a_small_packed_file_takes_little_memory(tmp_path, monkeypatch, name, te
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 7_000_000 # two buffers of 1 MB are among them
-    assert last is None or last['text'] == 'end'
+    is_cut = name == 'x.txt.gz' and '<|' not in text # a text without marks is read in pieces
+    assert last is None or last['text'] == 'end' or is_cut and len(last['text']) <= 100_000
 
 
 def test_an_item_of_a_json_list_may_lie_across_blocks(tmp_path):
@@ -676,8 +785,7 @@ def test_an_item_of_a_json_list_may_lie_across_blocks(tmp_path):
     path.write_text(data[:-100], encoding='utf-8') # what was whole is kept
     items, skipped = read(path, 'c4')
     assert len(items) == 2000 and skipped == {'damaged file': 1}
-    with fails('x.json: the file is damaged'):
-        read(path)
+    assert re.match('damaged', read(path)[0][-1]['reason'])
 
 
 RESPONSE = b'WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 900000\r\n\r\nHTTP/1.1 200 OK\r\n'
@@ -740,8 +848,7 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch)
             read(path, source)
     monkeypatch.undo()
     (tmp_path / 'x.jsonl.gz').write_bytes(b'no gzip')
-    with fails(r'x\.jsonl\.gz: the file is damaged'):
-        read(tmp_path / 'x.jsonl.gz')
+    assert re.match('damaged', read(tmp_path / 'x.jsonl.gz')[0][0]['reason'])
 
 
 # -----------------------------------------------------------------------------

@@ -211,6 +211,38 @@ def test_killed_at_any_moment(where, left, town, other_town, scripts, tmp_path):
     assert contents(folder) == contents(other_town)
     assert [path.name for path in tmp_path.iterdir()] == ['raw']
 
+FULL_DISK = 'import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); ' \
+            'resource.setrlimit(resource.RLIMIT_FSIZE, ({n}, {n}))' # bytes of the largest file
+
+def test_a_full_disk_leaves_the_old_town_whole(town, other_town, scripts, tmp_path):
+    folder = tmp_path / 'raw'
+    shutil.copytree(town, folder)
+    command = ['toytown.py', f'--town_dir={folder}', *FLAGS, '--seed=7']
+    for n in (3000, max(path.stat().st_size for path in other_town.rglob('*.*')) - 1):
+        scripts.fails(rf'error: {folder}\.partial/\S+: File too large', *command, before=FULL_DISK.format(n=n))
+        assert contents(folder) == contents(town)
+    scripts.ok(*command)
+    assert contents(folder) == contents(other_town) and [path.name for path in tmp_path.iterdir()] == ['raw']
+
+def edited(**changes):
+    """The world of config/toytown.json, with changes: a function of it each."""
+    world = json.loads(WORLD.read_text('utf-8'))
+    for key, change in changes.items():
+        world[key] = change(world[key])
+    return json.dumps(world)
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(tasks=lambda tasks: [dict(tasks[0], prompt=['Hello.'], by_prompt=True)]), "rows for chat_... are found in .*'Hello.'"),
+    (dict(rankings=lambda rules: ['{good}']), 'for preferences_train'),
+    (dict(words=lambda words: dict(words, page=['A title\n\nToo short.'])), "near copy of the page 'A title.n.nToo short"),
+    (dict(words=lambda words: dict(words, page=['Eight words\n\n' + 'a b c d e f.'])), "near copy of the page 'Eight words"),
+])
+def test_an_edited_town_never_takes_forever(changes, message, scripts, tmp_path):
+    (tmp_path / 'world.json').write_text(edited(**changes), encoding='utf-8')
+    command = ['toytown.py', *FLAGS, f'--world={tmp_path}/world.json', f'--town_dir={tmp_path}/a']
+    scripts.fails(message, *command)
+    assert not (tmp_path / 'a').exists()
+
 def test_bad_input_destroys_nothing(scripts, tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
     scripts.fails("holds .*notes.txt.*--town_dir", 'toytown.py', f'--town_dir={tmp_path}', *FLAGS)
