@@ -1012,11 +1012,14 @@ def url_step(doc):
 MAX_CHARS = 5_000_000 # of a page are read; it limits the memory to 0.6 GB
 HTML = load_json(f'{CONFIG_DIR}/html.json') # names of tags and classes
 VOID = set(HTML['void'].split())                # have no end tag, or one that does not matter
-INLINE = set(HTML['inline'].split())            # do not break a line
-SKIP = set(HTML['skip'].split())                # are not main text
+BLOCK = set(HTML['block'].split())              # break a line; all others stand in a sentence
+SKIP = set(HTML['skip'].split())                # their text is left out, the sentence goes on
+FURNITURE = set(HTML['furniture'].split())      # are seldom main text
+PROSE = set(HTML['prose'].split())              # hold sentences, whatever their class is
 SHORT_LINES = set(HTML['short'].split())        # short texts are usual in these
 ENDS_ITSELF = set(HTML['ends_itself'].split())  # a second <p> ends the first
 BAD_WORDS = set(HTML['bad_words'].split())      # of a class, id or role that is not main text
+COMMENT_WORDS = set(HTML['comment_words'].split()) # the same, of what readers wrote
 GOOD_NAMES = re.compile('|'.join(HTML['good_names']), re.I)
 LEFTOVER = re.compile('|'.join(HTML['leftovers']), re.I)
 RAW_TAGS = HTML['raw'].split()                  # hold no HTML
@@ -1026,9 +1029,20 @@ RAW_END = {tag: re.compile(f'</{tag}[^>]*>?', re.I) for tag in RAW_TAGS}
 # end is optional. Then the search never goes back, and the time stays linear.
 TAG = re.compile(r'''<(?:(/?[a-zA-Z][^\s/>]*)'''
                  r'''([^>=]*(?:=(?:\s*"[^"]*"?|\s*'[^']*'?)?[^>=]*){0,500})|[!?/][^>]*)>?''')
-NAMES = re.compile(r'''\b(?:class|id|role|itemprop)\s*=\s*("[^"]*|'[^']*|[^\s>]+)''', re.I)
+ATTRIBUTE = re.compile(r'''([^\s"'=/]+)(?:\s*=\s*("[^"]*|'[^']*|[^\s"']+))?''') # name = value
+NAMES = re.compile(r'''(?<![\w-])(?:class|id|role|itemprop)\s*=\s*'''
+                   r'''("[^"]*|'[^']*|[^\s>]+)''', re.I)
 NAME_WORD = re.compile('[A-Z]?[a-z]+|[A-Z]+') # shareButtons -> share, Buttons
-HIDDEN = re.compile(r'''\shidden(?![\w-])|display\s*:\s*none|aria-hidden\s*=\s*["']?true''', re.I)
+MAY_HIDE = re.compile('hidden|none', re.I)    # worth a closer look
+# not in a longer word: backface-visibility hides nothing
+HIDING_STYLE = re.compile(r'(?<![\w-])(display\s*:\s*none|visibility\s*:\s*hidden)')
+# Verdicts on an element. Names mislead: <div class="no-sidebar"> may hold the whole article. With
+# more than this share of the paragraphs of a page, an element is main text whatever its names say.
+HIDDEN = -4
+COMMENTS = -3
+NOT_MAIN = -2
+BAD_NAME_OF_PROSE = -1 # one long paragraph in it is enough
+ENOUGH = {HIDDEN: 0.9, COMMENTS: 0.9, NOT_MAIN: 0.5, BAD_NAME_OF_PROSE: 0}
 LONG_NUMBER = re.compile('&#(?:[0-9]{8}|[xX][0-9a-fA-F]{8})[0-9a-fA-F]*') # int() would take forever
 LINE_BREAK = '\x1e' # stands for <br> while white space is squeezed
 
@@ -1051,18 +1065,30 @@ def strip_raw(page):
             else:
                 end = page.find('-->', match.end() - 2) # <!--> is a whole comment
                 pos = end + 3 if end >= 0 else len(page)
-    return ' '.join([*parts, page[pos:]])
+    return ''.join([*parts, page[pos:]])
 
-@functools.lru_cache(20_000) # sites repeat the same few attributes
-def judge(attributes):
-    """Do an element's names tell what it is? -1 not main text, 1 or 2 main text, 0 unknown"""
-    names = ' '.join(NAMES.findall(attributes))
+@functools.lru_cache(20_000) # sites repeat the same few names
+def judge_names(names):
+    """The verdict on 'class id role itemprop': COMMENTS, NOT_MAIN, 2 main text, 0 unknown."""
     words = {word.lower() for word in NAME_WORD.findall(names)}
-    if words & BAD_WORDS or HIDDEN.search(attributes):
-        return -1
-    if GOOD_NAMES.search(names):
-        return 2
-    return 1 if 'main' in names and 'role' in attributes else 0
+    if words & COMMENT_WORDS:
+        return COMMENTS
+    if words & BAD_WORDS:
+        return NOT_MAIN
+    return 2 if GOOD_NAMES.search(names) else 0
+
+@functools.lru_cache(20_000)
+def judge(attributes):
+    """The verdict on an element by its attributes: HIDDEN, role=main 1, or what its names say."""
+    if MAY_HIDE.search(attributes):
+        pairs = ATTRIBUTE.findall(attributes)
+        values = {name.lower(): value.strip('"\' ').lower() for name, value in pairs}
+        is_hidden = 'hidden' in values or values.get('aria-hidden') == 'true'
+        if is_hidden or HIDING_STYLE.search(values.get('style', '')):
+            return HIDDEN
+    names = ' '.join(NAMES.findall(attributes))
+    verdict = judge_names(names) if names else 0
+    return 1 if not verdict and 'main' in names and 'role' in attributes else verdict
 
 def clean_block(text, is_code):
     """Decode &amp; and the like, squeeze white space (not in code)."""
@@ -1073,14 +1099,11 @@ def clean_block(text, is_code):
     lines = [' '.join(line.split()) for line in text.split(LINE_BREAK)]
     return '\n'.join(lines).strip()
 
-def scan(page, by_name=True):
-    """
-    page -> (blocks, parent of each element, verdict on each element); element 0 is the whole page.
-    by_name: leave out elements whose names are bad.
-    """
+def scan(page):
+    """page -> (blocks, parent of each element, verdict on each element); element 0 is the page."""
     blocks, parents, verdicts = [], [0], [0]
     stack = [('', 0)]               # (tag, number) of the open elements
-    n_open = collections.Counter()  # tag -> how many of them are open
+    n_open = collections.defaultdict(int) # tag -> how many of them are open
     skip_depth = 0                  # length of the stack where a skipped element began, or 0
     link_depth = 0                  # the same for a link
     row = 0                         # number of the table row
@@ -1089,9 +1112,11 @@ def scan(page, by_name=True):
 
     def end_block():
         nonlocal n_linked, is_item
+        if not buffer or skip_depth: # the sentence may go on after what is skipped
+            return
         text = ''.join(buffer)
         buffer.clear()
-        if text and not text.isspace():
+        if not text.isspace():
             text = clean_block(text, n_open['pre'])
             tag = 'li' if is_item else stack[-1][0]
             tag = 'pre' if n_open['pre'] else tag
@@ -1102,6 +1127,7 @@ def scan(page, by_name=True):
 
     def close_last():
         nonlocal skip_depth, link_depth
+        end_block()
         tag, _ = stack.pop()
         n_open[tag] -= 1
         skip_depth = 0 if skip_depth > len(stack) else skip_depth
@@ -1114,65 +1140,90 @@ def scan(page, by_name=True):
     for tag, attributes, text in zip(parts, parts, parts): # three at a time: text follows the tag
         tag = tag.lower() if tag else 'b' # no name: <!doctype html>, which is as harmless as <b>
         name = tag.lstrip('/')
-        if name in INLINE:
-            pass
-        elif name == 'a': # a second <a> ends a link, as </a> does
-            has_target = tag == 'a' and 'href' in attributes.lower()
-            link_depth = len(stack) if has_target else 0
-        elif name in VOID:
-            if tag == 'br' and not skip_depth:
-                buffer.append(LINE_BREAK)
-            elif tag in ('hr', '/body'):
-                end_block()
-        elif tag != name: # </div> also ends what was left open inside; a stray one ends nothing
+        is_block = name in BLOCK
+        if is_block:
             end_block()
-            closed = None
-            while n_open[name] and closed != name:
-                closed = close_last()
+        if tag == 'br' and not skip_depth:
+            buffer.append(LINE_BREAK)
+        elif name in VOID:
+            pass
+        elif tag != name: # </div> also ends what was left open inside; a stray one ends nothing
+            if n_open[name]:
+                while close_last() != name:
+                    pass
+            link_depth = 0 if name == 'a' else link_depth
             row = 0 if name in ('tr', 'table') else row
             is_item = is_item and name != 'li'
         else:
-            end_block()
-            last = stack[-1][0]
-            if last == 'p' or (last == name and name in ENDS_ITSELF):
-                close_last()
-            verdict = 0 if skip_depth or len(attributes) < 5 else judge(attributes[:400])
-            verdict = max(verdict, 1) if name in ('article', 'main') else verdict
-            parents.append(stack[-1][1])
-            stack.append((name, len(verdicts)))
-            verdicts.append(verdict)
-            n_open[name] += 1
-            is_page_header = name == 'header' and not n_open['article'] and not n_open['main']
-            if not skip_depth and (name in SKIP or is_page_header or (by_name and verdict < 0)):
-                skip_depth = len(stack)
-            row = len(parents) if name == 'tr' else row
-            is_item = name == 'li' or (is_item and name not in ('ul', 'ol'))
-        if not skip_depth:
+            if name == 'a': # a second <a> ends a link
+                link_depth = len(stack) if 'href' in attributes.lower() else 0
+            verdict = 0
+            if not skip_depth and attributes and (is_block or MAY_HIDE.search(attributes)):
+                verdict = judge(attributes[:2000])
+            begins_skip = name in SKIP or (verdict == HIDDEN and not is_block)
+            if is_block:
+                last = stack[-1][0]
+                if last == 'p' or (last == name and name in ENDS_ITSELF):
+                    close_last()
+                is_page_header = name == 'header' and not n_open['article'] and not n_open['main']
+                if name in FURNITURE or is_page_header:
+                    verdict = min(verdict, NOT_MAIN)
+                elif name in PROSE and verdict == NOT_MAIN:
+                    verdict = BAD_NAME_OF_PROSE
+                elif name in ('article', 'main'):
+                    verdict = verdict or 1
+                row = len(parents) + 1 if name == 'tr' else row
+                is_item = name == 'li' or (is_item and name not in ('ul', 'ol'))
+            if is_block or begins_skip or skip_depth: # <b> and the like are no elements here
+                parents.append(stack[-1][1])
+                stack.append((name, len(verdicts)))
+                verdicts.append(verdict)
+                n_open[name] += 1
+                if begins_skip and not skip_depth:
+                    skip_depth = len(stack)
+        if text and not skip_depth:
             buffer.append(text)
             n_linked += len(text.strip()) if link_depth else 0
+    while len(stack) > 1: # what is skipped may never end, and text before it wait
+        close_last()
     end_block()
     return blocks, parents, verdicts
 
-def choose_blocks(blocks, parents, verdicts):
-    """The blocks of the main text. Paragraphs (long, few links) show where it is."""
+def add_up(sizes, parents):
+    """The size of each element -> the same with all elements in it."""
+    sums = list(sizes)
+    for i in range(len(parents) - 1, 0, -1): # a parent has a smaller number than its children
+        sums[parents[i]] += sums[i]
+    return sums
+
+def choose_blocks(blocks, parents, verdicts, by_name=True):
+    """
+    The blocks of the main text. Paragraphs (long, few links) show where it is.
+    by_name: leave out elements whose names are bad.
+    """
     is_paragraph = []
+    sizes = [0] * len(parents) # characters of paragraphs in each element itself
     for block in blocks:
         is_long = len(block.text) > 80 or block.tag == 'pre'
         is_paragraph.append(is_long and block.n_linked < 0.3 * len(block.text))
-    sizes = [0] * len(parents) # characters of paragraphs in each element
-    for block, is_long in zip(blocks, is_paragraph):
-        sizes[block.element] += len(block.text) if is_long else 0
-    for i in range(len(parents) - 1, 0, -1): # a parent has a smaller number than its children
-        sizes[parents[i]] += sizes[i]
+        sizes[block.element] += len(block.text) if is_paragraph[-1] else 0
+    sums = add_up(sizes, parents)
+    is_out = [False] * len(parents)
+    for i in range(1, len(parents)):
+        is_bad = by_name and verdicts[i] < 0 and sums[i] <= ENOUGH[verdicts[i]] * sums[0]
+        is_out[i] = is_bad or is_out[parents[i]]
+        sizes[i] = 0 if is_out[i] else sizes[i]
+    sums = add_up(sizes, parents)
 
-    # the article is the best element that holds 40% of all paragraphs, or else the page
-    article, best = 0, (0, 0)
-    for i, verdict in enumerate(verdicts):
-        if sizes[i] > 0.4 * sizes[0] and verdict > 0 and (verdict, sizes[i]) > best:
-            article, best = i, (verdict, sizes[i])
-    inside = [False] * len(parents)
-    for i in range(article, len(parents)):
-        inside[i] = i == article or inside[parents[i]]
+    # the article is the best element that holds half of all paragraphs, or else the page
+    best = (0, 0)
+    for verdict, size in zip(verdicts, sums):
+        if verdict > 0 and size > 0.5 * sums[0]:
+            best = max(best, (verdict, size))
+    inside = [best == (0, 0)] * len(parents)
+    for i in range(1, len(parents)):
+        is_article = verdicts[i] == best[0] and sums[i] > 0.5 * best[1] # or one of like size
+        inside[i] = (is_article or inside[parents[i]]) and not is_out[i]
     kept = [i for i, block in enumerate(blocks)
             if inside[block.element] and block.n_linked < 0.5 * len(block.text)]
     paragraphs = [i for i in kept if is_paragraph[i]] or [0, len(blocks)] # none: nothing is outside
@@ -1195,10 +1246,12 @@ def choose_blocks(blocks, parents, verdicts):
 
 def html_to_text(page):
     """The main text: an empty line between paragraphs, '- ' before items, ' | ' between cells."""
-    blocks = choose_blocks(*scan(page))
+    scanned = scan(page)
+    blocks = choose_blocks(*scanned)
     size = sum(len(block.text) for block in blocks)
-    if size < 200: # perhaps a bad name was misleading: half of a page is not a menu
-        all_blocks = choose_blocks(*scan(page, by_name=False))
+    size_of_page = sum(len(block.text) for block in scanned[0] if not block.n_linked)
+    if size < max(200, 0.08 * size_of_page): # perhaps many bad names were misleading
+        all_blocks = choose_blocks(*scanned, by_name=False)
         size_of_all = sum(len(block.text) for block in all_blocks)
         blocks = all_blocks if size_of_all > 2 * size + 200 else blocks
     parts, last = [], Block('', 0, 0, '', 0)

@@ -49,6 +49,106 @@ def test_no_main_text(noise):
     text = html_to_text(f'<body><div><p>{STORY}</p>{noise}<p>Second. {STORY}</p></div></body>')
     assert text == f'{STORY.strip()}\n\nSecond. {STORY.strip()}'
 
+LONG = (STORY * 4).strip()
+
+@pytest.mark.parametrize(
+    'tag',
+    [
+        'form method=post', # ASP.NET
+        'div class="field--label-hidden"', # Drupal
+        'div class=content-sidebar-wrap',
+        'div class=no-sidebar',
+        'div class=single-author',
+        'div id=search-content',
+        'div id="print-content" role=form',
+        'body style="display:none"',
+        'aside',
+        'menu',
+    ],
+)
+def test_an_element_that_holds_most_of_the_page_is_no_furniture(tag):
+    noise = f'<div class=sidebar><p>NOISE. {STORY}</div><nav><p>NOISE. {STORY}</nav>'
+    page = f'<p>{STORY}<{tag}><h1>Head</h1><p>{LONG}<p>{LONG}{noise}</{tag.split()[0]}>{noise}'
+    assert html_to_text(page) == f'{STORY.strip()}\n\nHead\n\n{LONG}\n\n{LONG}'
+
+def test_a_page_that_is_hidden_until_a_script_has_run():
+    page = f'<p>{STORY}<div style="visibility: hidden"><p>{LONG * 6}</div>'
+    assert html_to_text(page) == f'{STORY.strip()}\n\n{LONG * 6}'
+
+def test_many_small_elements_with_bad_names_are_the_text_if_nothing_else_is():
+    slides = [f'Slide {i}. {STORY}'.strip() for i in range(30)]
+    page = ''.join(f'<div class="caption"><p>{slide}</div>' for slide in slides)
+    assert html_to_text(f'<p>{STORY}{page}') == '\n\n'.join([STORY.strip(), *slides])
+
+def test_comments_are_no_main_text_though_they_hold_most_of_the_page():
+    page = f'<article><p>{LONG}</article><ol class=commentlist><li><p>{LONG} NOISE<li><p>{LONG}</ol>'
+    assert html_to_text(page) == LONG
+
+def test_articles_of_like_size_all_stay():
+    page = ''.join(f'<article><p>{i} {LONG}</article>' for i in 'AB')
+    assert html_to_text(page) == f'A {LONG}\n\nB {LONG}'
+    longer = f'<article class=post><p>A {LONG * 4}</article><article class=post><p>B {LONG * 3}</article>'
+    assert html_to_text(f'<p>{STORY}{longer}') == f'A {LONG * 4}\n\nB {LONG * 3}'
+
+@pytest.mark.parametrize(
+    'inside, text',
+    [
+        ('<svg><g><text>NOISE</text></g></svg>', ''),
+        ('<button><div>NOISE</div></button>', ''),
+        ('<select><option>NOISE<option>NOISE</select>', ''),
+        ('<math><mi>x</mi><mo>=</mo><mn>2</mn><annotation>NOISE</annotation></math>', 'x=2'),
+        ('<my-word class="x">word</my-word>', 'word'),
+        ('<span hidden>NOISE <span>NOISE</span> NOISE</span>', ''),
+        ('<a href=1 aria-hidden="true">NOISE</a>', ''),
+        ('<i style="display:none">NOISE</i>', ''),
+        ('<!-- -->', ''),
+    ],
+)
+def test_a_sentence_is_not_cut_by_what_stands_in_it(inside, text):
+    assert html_to_text(f'<p>{STORY}It is <b>{inside}</b>here.<p>{STORY}') == (
+        f'{STORY}It is {text}here.\n\n{STORY.strip()}'
+    )
+
+def test_what_is_skipped_and_never_ends_ends_with_its_parent():
+    assert html_to_text(f'<p>{STORY}<svg><g>NOISE</p><p>{LONG}') == f'{STORY.strip()}\n\n{LONG}'
+    assert html_to_text(f'<p>{STORY}<p>{LONG}<span hidden>NOISE') == f'{STORY.strip()}\n\n{LONG}'
+
+@pytest.mark.parametrize(
+    'attributes, is_hidden',
+    [
+        ('hidden', True),
+        ('HIDDEN=""', True),
+        ('class=x hidden id=y', True),
+        ('aria-hidden="true"', True),
+        ('Aria-Hidden = TRUE', True),
+        ('style="display:none"', True),
+        ('style="color: red; DISPLAY : NONE !important"', True),
+        ("style='visibility: hidden'", True),
+        ('style=visibility:hidden', True),
+        ('style="overflow: hidden"', False),
+        ('style="overflow:hidden;display:block"', False),
+        ('style="backface-visibility: hidden"', False),
+        ('title="a hidden gem"', False),
+        ('data-state="hidden"', False),
+        ('alt="display: none"', False),
+        ('aria-hidden="false"', False),
+        ('data-hidden', False),
+    ],
+)
+def test_hidden_is_what_a_browser_hides(attributes, is_hidden):
+    text = html_to_text(f'<p>{LONG}<div {attributes}><p>Block. {STORY}</div><p>{LONG}')
+    assert ('Block' not in text) == is_hidden
+    assert text.count(LONG) == 2
+
+@pytest.mark.parametrize(
+    'tag',
+    ['p class="gdpr-intro"', 'p class=copyright-law', 'h2 id=search-for-truth', 'blockquote class=author-quote'],
+)
+def test_names_do_not_decide_about_long_paragraphs(tag):
+    end = tag.split()[0]
+    page = f'<div><p>{LONG}<{tag}>Named. {STORY}</{end}><{tag}>NOISE</{end}><p>{LONG}</div>'
+    assert html_to_text(page) == f'{LONG}\n\nNamed. {STORY.strip()}\n\n{LONG}'
+
 def test_the_article_of_a_page_is_chosen_and_a_misleading_class_is_not_believed():
     outside = '<div><p>Outside. ' + STORY + '</p></div>'
     assert html_to_text(f'{outside}<article><p>{STORY * 3}</p></article>') == (STORY * 3).strip()
@@ -91,6 +191,13 @@ N = 300_000
         '<div>' * 30_000 + '</p>' * 30_000 + 'deep',
         '<table><tr><td>' * 20_000,
         'word ' * 20 * N,
+        '<main>x' * 57_000,
+        '<main hidden>x' * 57_000,
+        '<svg>' * 57_000 + '</g>' * 57_000,
+        '<b hidden><b>x</b>' * 20_000,
+        '<p class=' + 'x ' * N,
+        '<p style="' + 'display ' * N,
+        ''.join(f'<p {i} hidden' + ' a' * 1000 + '>' for i in range(500)),
     ],
     ids=lambda page: page[:12],
 )
