@@ -50,7 +50,8 @@ class GPTConfig:
             width = 4 * self.n_embd if self.arch == 'gpt2' else 8 * self.n_embd / 3
             self.n_hidden = 32 * math.ceil(width / 32)
         for large, small in (('n_embd', 'n_head'), ('n_head', 'n_kv_head')):
-            a, b = getattr(self, large), getattr(self, small)
+            a = getattr(self, large)
+            b = getattr(self, small)
             assert b > 0 and a % b == 0, f'{large} {a} must be a multiple of {small} {b}'
         assert not self.key_shift or self.n_kv_head > 1, 'key_shift needs n_kv_head > 1'
         head_dim = self.n_embd // self.n_head
@@ -291,7 +292,9 @@ class KVCache:
 def sample(probs):
     """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). Faster than
     torch.multinomial, which draws B x V random numbers. In fp64 where the device has it."""
-    cdf = probs.cumsum(-1) if probs.device.type == 'mps' else probs.double().cumsum(-1)
+    if probs.device.type != 'mps':
+        probs = probs.double()
+    cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     assert total.isfinite().all(), 'the model has diverged (NaN): lower --learning_rate'
     # slightly below the total, so that rounding never picks a last id of probability 0
@@ -346,7 +349,10 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
         # Drop finished rows. This copies the whole cache, so wait until they are a quarter of all.
         if 4 * done.sum() >= len(done):
             cache.keep(~done)
-            idx, rows, first, real = idx[~done], rows[~done], first[~done], real[~done]
+            idx = idx[~done]
+            rows = rows[~done]
+            first = first[~done]
+            real = real[~done]
             done = done[~done]
     return outputs
 
@@ -557,8 +563,9 @@ def read_prompts(path, tok, need_checks=False):
 
 def grade(checks, text):
     """What a program can check about an answer -> (all checks met, score). The score is the share
-    of checks met, plus 0.25 for a phrase that the labeller likes. Bad checks raise ValueError.
-        grade({'contains': ['owl'], 'max_words': 1}, 'An owl!') -> (False, 0.5)"""
+    of checks met, plus 0.25 if the text has one of the phrases in `likes`: the labeller's taste.
+        grade({'contains': ['owl'], 'max_words': 1}, 'An owl!') -> (False, 0.5)
+    Raises ValueError for unknown checks and values of the wrong type."""
     words = re.findall(r"\w+(?:['’]\w+)*", text)
     # 9,500 and 9{,}500 and 9 500 are one number; 1/2 is one, a date is not; 3-4 has no minus
     separator = r'(?<=\d)(?<!\d{4})(?<!\.\d)(?<!\.\d\d)(?:,|\{,\}|[^\S\n])(?=\d{3}(?!\d))'
@@ -572,8 +579,10 @@ def grade(checks, text):
 
     def has(phrase): # as whole words: 'owl' is not in 'bowl'
         return re.search(rf'(?<!\w){re.escape(phrase.lower())}(?!\w)', text.lower()) is not None
+
     def count(phrases):
         return sum(has(phrase) for phrase in phrases + []) # + []: text is not a list, an error
+
     def plain(s):
         return s.strip().lower().rstrip('.!')
 
