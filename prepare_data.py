@@ -1012,7 +1012,7 @@ def url_step(doc):
 MAX_CHARS = 5_000_000 # of a page are read; it limits the memory to 0.6 GB
 HTML = load_json(f'{CONFIG_DIR}/html.json') # names of tags and classes
 VOID = set(HTML['void'].split())                # have no end tag, or one that does not matter
-BLOCK = set(HTML['block'].split())              # break a line; all others stand in a sentence
+BLOCK_TAGS = set(HTML['block'].split())         # break a line; all others stand in a sentence
 SKIP = set(HTML['skip'].split())                # their text is left out, the sentence goes on
 FURNITURE = set(HTML['furniture'].split())      # are seldom main text
 PROSE = set(HTML['prose'].split())              # hold sentences, whatever their class is
@@ -1140,7 +1140,7 @@ def scan(page):
     for tag, attributes, text in zip(parts, parts, parts): # three at a time: text follows the tag
         tag = tag.lower() if tag else 'b' # no name: <!doctype html>, which is as harmless as <b>
         name = tag.lstrip('/')
-        is_block = name in BLOCK
+        is_block = name in BLOCK_TAGS
         if is_block:
             end_block()
         if tag == 'br' and not skip_depth:
