@@ -1,6 +1,6 @@
 """
-The last stage: talk to a model. An assistant (sft.pt, rlhf.pt) answers. A base model (base.pt)
-continues what you type.
+The last stage: talk to a model. An assistant (sft.pt, dpo.pt, rlhf.pt) answers. A base model
+(base.pt) continues what you type.
 
 Reads   one checkpoint: out_dir/rlhf.pt, or the one that you name
 Writes  nothing. Only answers go to stdout, everything else to stderr
@@ -64,7 +64,7 @@ run = setup(config)
 if seed == 0:
     torch.seed()
 
-ckpt = load_checkpoint(checkpoint, ['base', 'sft', 'rlhf'], 'bash speedrun.sh')
+ckpt = load_checkpoint(checkpoint, ['base', 'sft', 'dpo', 'rlhf'], 'bash speedrun.sh')
 tok = Tokenizer(ckpt['tokenizer'])
 model = load_model(ckpt, run.device)
 model.eval()

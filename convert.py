@@ -240,7 +240,7 @@ def download(url, path):
 if target.endswith('.pt'):
     stage = os.path.basename(target).removesuffix('.pt')
     stages = ('base', 'sft', 'dpo', 'rlhf')
-    assert stage in stages, f'{target} must be named after its stage: base.pt, sft.pt or rlhf.pt'
+    assert stage in stages, f'{target} must be named after its stage: {", ".join(stages)}'
     folder = source
     if not os.path.isdir(source):
         repo = source if '/' in source else f'openai-community/{source}'

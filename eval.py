@@ -1,9 +1,9 @@
 """
-Evaluation: the base, SFT and RLHF models side by side. It measures what is often only claimed about
-the stages: knowledge comes from pretraining, form comes from SFT, and RLHF can beat the
+Evaluation: the base, SFT, DPO and RLHF models side by side. It measures what is often only claimed
+about the stages: knowledge comes from pretraining, form comes from SFT, and RLHF can beat the
 demonstrations, at the price of diversity.
 
-Reads   out_dir/{base,sft,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
+Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
         data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl
 Writes  out_dir/report.md, report.json, curves.svg
 
@@ -59,7 +59,7 @@ from model import (
 # what is measured
 data_dir = 'data/toytown'   # folder with val_*.bin, prompts_val.jsonl and benchmarks/
 out_dir = 'out/toytown'     # folder with the checkpoints; the report is written here
-models = 'base,sft,rlhf'    # columns of the report: stages in out_dir, or paths of checkpoints
+models = 'base,sft,dpo,rlhf' # columns of the report: stages in out_dir, or paths of checkpoints
 benchmarks = ''             # names of files in benchmarks/, separated by commas; empty = all
 max_questions = 500         # questions per benchmark; 0 = all
 val_tokens = 100000         # validation tokens for bits per byte; 0 = skip
@@ -94,7 +94,8 @@ for name in re.split(' *, *', models.strip()):
     path = name if is_path else os.path.join(out_dir, f'{name}.pt')
     # A stage that has not been run yet is left out. A path that somebody typed must exist.
     if is_path or os.path.exists(path):
-        checkpoints[name] = load_checkpoint(path, ['base', 'sft', 'rlhf'], 'bash speedrun.sh')
+        stages = ['base', 'sft', 'dpo', 'rlhf']
+        checkpoints[name] = load_checkpoint(path, stages, 'bash speedrun.sh')
     else:
         print0(f'{path} does not exist: left out of the report')
 assert checkpoints, \
@@ -400,7 +401,7 @@ for name in wanted:
 # measure each model
 table = {}       # the report: model -> {measure: value}
 all_answers = {} # model -> its answers, in the order of the prompts
-sft_model = None # the first SFT model: RLHF models are compared with it
+sft_model = None # the first SFT model: DPO and RLHF models are compared with it
 for name, ckpt in checkpoints.items():
     t0 = time.time()
     tok = Tokenizer(ckpt['tokenizer'])
@@ -427,6 +428,12 @@ for name, ckpt in checkpoints.items():
         if graded:
             column['all checks met'] = statistics.fmean(answer['all_met'] for answer in graded)
             column['gold score'] = statistics.fmean(answer['gold'] for answer in graded)
+        by_task = {} # prompts of Toytown name their task: fact, story, unknown, private, ...
+        for prompt, answer in zip(prompts, answers):
+            if 'task' in prompt and 'gold' in answer:
+                by_task.setdefault(prompt['task'], []).append(answer['all_met'])
+        for task in sorted(by_task):
+            column[f'checks met: {task} ({len(by_task[task])})'] = statistics.fmean(by_task[task])
         n_tokens = sum(len(answer['ids']) for answer in answers)
         entropy = sum(answer['entropy'] for answer in answers)
         column['entropy, nats per token'] = entropy / n_tokens
@@ -453,7 +460,7 @@ for name, answers in all_answers.items():
     for n in (1, 2):
         column[f'distinct-{n} in {budget} words'] = distinct(texts, n, budget)
 
-    if sft_model is None or checkpoints[name]['stage'] != 'rlhf':
+    if sft_model is None or checkpoints[name]['stage'] not in ('dpo', 'rlhf'):
         continue
     ours = [answer['gold'] for answer in answers if 'gold' in answer]
     theirs = [answer['gold'] for answer in all_answers[sft_name] if 'gold' in answer]
@@ -519,11 +526,12 @@ parts = ['# Report', markdown(['measure', *table], rows)]
 JUDGES = {
     'val_accuracy': 'reward model and labeller',
     'val_gold_accuracy': 'reward model and gold score',
+    'ceiling': 'labeller and gold score (the ceiling)',
     'self_agreement': 'labeller and labeller, asked twice'}
 
 # what each stage has cost, from the metrics in its checkpoint
 costs = {}
-for stage in ('base', 'sft', 'reward', 'rlhf'):
+for stage in ('base', 'sft', 'reward', 'dpo', 'rlhf'):
     path = os.path.join(out_dir, f'{stage}.pt')
     if os.path.exists(path):
         metrics = load_checkpoint(path, [stage], 'bash speedrun.sh')['metrics']

@@ -208,6 +208,9 @@ class GPT(nn.Module):
         x = self.wte(idx)
         if self.wpe is not None:
             x = x + self.wpe(pos)
+        if x.device.type == 'cuda' and torch.is_autocast_enabled('cuda'):
+            # all blocks add to x: in bf16 they move half as many bytes as in fp32
+            x = x.to(torch.get_autocast_dtype('cuda'))
         return F.dropout(x, self.config.dropout, self.training)
 
     def rope(self, pos):
@@ -219,7 +222,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """idx (B, T) -> normed hidden vectors (B, T, C). cache: a KVCache of the tokens before idx.
-        If rows are padded on the left: pos (B, T) positions, mask (B, S) True at real tokens."""
+        If rows are padded on the left: pos (B, T) positions, mask (B, S) True at real tokens. If rows
+    hold several texts: pos (B, T), mask (B, T, S) True where query and key are of one text."""
         start = 0 if cache is None else cache.n
         S = start + idx.size(1)
         assert S <= self.config.block_size, f'{S} tokens > block_size {self.config.block_size}'
@@ -250,14 +254,16 @@ class GPT(nn.Module):
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
 def make_attention_mask(start, S, mask, device):
-    """Which of the keys 0..S-1 may the queries start..S-1 see? mask (B, S) is True at real keys."""
+    """Which of the keys 0..S-1 may the queries start..S-1 see? mask: see GPT.hidden."""
     if mask is None and (start == 0 or S - start == 1):
         return None # no mask needed: `is_causal` does it, or a single query sees all keys
     queries = torch.arange(start, S, device=device)[:, None]
     keys = torch.arange(S, device=device)[None, :]
     seen = keys <= queries                                # (T, S)
     if mask is not None:
-        seen = seen & mask[:, None, :]                    # (B, T, S)
+        if mask.dim() == 2:
+            mask = mask[:, None, :]                       # (B, 1, S)
+        seen = seen & mask                                # (B, T, S)
         # A query that is padding sees no real key, and a softmax over nothing is NaN: let it see
         # itself. Nobody reads what comes out.
         seen = seen | (keys == queries)

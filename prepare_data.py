@@ -689,7 +689,7 @@ FORMS = {
 }
 EXAM_FORMS = {**FORMS, 'question answer': from_gsm8k_exam, 'text': from_lambada,
               'messages checks': 'benchmarks'} # for files of benchmarks
-KEYS = dict(chat=['messages'], prompts=['messages', 'checks'], text=['text'], # drop other keys
+KEYS = dict(chat=['messages'], prompts=['messages', 'checks', 'task'], text=['text'], # drop others
             preferences=['messages', 'completions', 'ranking', 'checks'])
 
 def check_text(name, value, may_be_empty=True):
@@ -697,6 +697,12 @@ def check_text(name, value, may_be_empty=True):
         raise ValueError(f'{name} must be a string, not {type(value).__name__}')
     if not may_be_empty and not value.strip():
         raise ValueError(f'{name} is empty')
+
+def join_parts(content):
+    """The content of a turn; OpenAI's [{'type': 'text', 'text': 'Hi'}] becomes 'Hi'."""
+    if isinstance(content, list) and content and all(part['type'] == 'text' for part in content):
+        content = ''.join(part['text'] for part in content)
+    return content
 
 def check_exam(row):
     """ValueError if a question cannot be asked, or has no right answer."""
@@ -724,6 +730,7 @@ def check_row(kind, row):
     if 'checks' in row:
         grade(row['checks'], 'a 1') # an unusable check is found here, not hours later
     for turn in row['messages']:
+        turn['content'] = join_parts(turn['content'])
         check_text('content', turn['content'])
     roles = [turn['role'] for turn in row['messages']]
     spoken = {turn['role'] for turn in row['messages'] if turn['content'].strip()}
@@ -738,10 +745,11 @@ def check_row(kind, row):
         for text in completions:
             check_text('a completion', text)
         n = len(completions)
-        is_valid = all(type(i) is int and 0 <= i < n for i in ranking)
-        if not is_valid or len(ranking) < 2 or len(set(ranking)) < len(ranking):
+        listed = sum([i if isinstance(i, list) else [i] for i in ranking], []) # a list is a tie
+        is_valid = all(type(i) is int and 0 <= i < n for i in listed)
+        if not is_valid or len(listed) < 2 or len(set(listed)) < len(listed):
             raise ValueError(f'ranking {ranking} must list two or more of {n} completions')
-        if len({completions[i].strip() for i in ranking}) < len(ranking):
+        if len({completions[i].strip() for i in listed}) < len(listed):
             return 'ranking of equal texts' # it would teach that a text is better than itself
     order = ''.join(role[0] for role in roles) # such as 'suaua'
     wanted = 's?(ua)+' if kind == 'chat' else 's?(ua)*u'

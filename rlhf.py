@@ -247,6 +247,17 @@ if ddp: # averages the gradients over all ranks; raw_model is the same without t
 
 # -----------------------------------------------------------------------------
 # phases 1 to 3: roll out, log-probabilities and values, score
+def split_by_length(rows, lengths):
+    """
+    Split rows (n,), indices, into micro-batches of similar length. Returns [(indices, T), ...], T the
+    largest length of each. In micro-batches of mixed lengths half of the work is on pads.
+    """
+    by_length = rows[lengths[rows].argsort(stable=True)]
+    parts = []
+    for part in by_length.split(micro_batch_size):
+        parts.append((part, lengths[part].max().item()))
+    return parts
+
 @torch.no_grad()
 def rollout(prompts):
     """
@@ -257,6 +268,7 @@ def rollout(prompts):
         entropy, values         (B, T-1) of actor and critic; 0 where the mask is False
         scores                  (B,) of the reward model
         ended                   (B,) False where the response has no <|end|>
+        lengths                 (B,) tokens of prompt and response, on the CPU
         texts                   list of B strings, the decoded responses
     """
     # 1. roll out
@@ -281,13 +293,17 @@ def rollout(prompts):
     ref_logprobs = torch.zeros_like(logprobs)
     entropy = torch.zeros_like(logprobs)
     values = torch.zeros_like(logprobs)
-    for first in range(0, len(rows), micro_batch_size):
-        part = slice(first, first + micro_batch_size)
-        ids = query_responses[part]
-        mask = response_mask[part]
+    lengths = torch.tensor([len(row) for row in rows])          # (B,)
+    all_rows = torch.arange(len(rows))
+    for part, T in split_by_length(all_rows, lengths):
+        ids = query_responses[part, :T]
+        mask = response_mask[part, :T - 1]
         with run.autocast():
-            logprobs[part], entropy[part], values[part] = raw_model(ids, mask)
-            ref_logprobs[part], _ = get_logprobs(reference, ids, mask)
+            new_logprobs, new_entropy, new_values = raw_model(ids, mask)
+            ref_logprobs[part, :T - 1], _ = get_logprobs(reference, ids, mask)
+        logprobs[part, :T - 1] = new_logprobs
+        entropy[part, :T - 1] = new_entropy
+        values[part, :T - 1] = new_values
     values = values * response_mask
 
     # 3. score
@@ -300,15 +316,15 @@ def rollout(prompts):
     # PPO detail: the reward model reads prompt and response; the score is at the last real token.
     # PPO detail: reward normalization: reward.py has scaled the scores to mean 0 and std 1.
     scores = torch.zeros(len(rows), device=run.device)          # (B,)
-    for first in range(0, len(rows), micro_batch_size):
-        part = slice(first, first + micro_batch_size)
+    for part, _ in split_by_length(all_rows, lengths):
+        part_rows = [complete_rows[i] for i in part.tolist()]
         with run.autocast():
-            token_scores = reward_model(pad_right(complete_rows[part], tok.pad, run.device))
-        scores[part] = last_token(token_scores, complete_rows[part])
+            token_scores = reward_model(pad_right(part_rows, tok.pad, run.device))
+        scores[part] = last_token(token_scores, part_rows)
 
     return SimpleNamespace(
         query_responses=query_responses, response_mask=response_mask, logprobs=logprobs,
-        ref_logprobs=ref_logprobs, entropy=entropy, values=values, scores=scores,
+        ref_logprobs=ref_logprobs, entropy=entropy, values=values, scores=scores, lengths=lengths,
         ended=torch.tensor(ended, device=run.device),
         texts=[tok.decode_answer(response) for response in responses])
 
@@ -367,23 +383,24 @@ def whiten(x, mask):
 # phase 6: the loss
 STATISTICS = ('approx_kl', 'clipfrac', 'ratio', 'ratio_gap', 'pg_loss', 'v_loss')
 
-def get_loss(batch, rows):
+def get_loss(batch, rows, T):
     """
     The clipped PPO losses (Schulman et al. 2017, equations 7 and 9) of a micro-batch.
 
-    batch: from rollout(), with advantages and returns (B, T-1). rows: indices of the micro-batch.
+    batch: from rollout(), with advantages and returns. rows, T: from split_by_length().
     Returns the sum of the loss over the response tokens, and the sums of STATISTICS, (6,).
     """
-    response_mask = batch.response_mask[rows]                   # (rows, T-1)
-    advantages = batch.advantages[rows]
-    returns = batch.returns[rows]
-    old_values = batch.values[rows]
+    response_mask = batch.response_mask[rows, :T - 1]           # (rows, T-1)
+    advantages = batch.advantages[rows, :T - 1]
+    returns = batch.returns[rows, :T - 1]
+    old_values = batch.values[rows, :T - 1]
+    old_logprobs = batch.logprobs[rows, :T - 1]
     with run.autocast():
-        logprobs, _, values = model(batch.query_responses[rows], response_mask)
+        logprobs, _, values = model(batch.query_responses[rows, :T], response_mask)
 
     # PPO detail: clipped surrogate objective. A token whose ratio has left the clip range in the
     # direction of its advantage gets no gradient. At ratio 1 the gradient is that of REINFORCE.
-    log_ratio = (logprobs - batch.logprobs[rows]) * response_mask
+    log_ratio = (logprobs - old_logprobs) * response_mask
     ratio = log_ratio.exp()                                     # new probability / old probability
     pg_loss1 = -advantages * ratio
     pg_loss2 = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
@@ -503,11 +520,11 @@ for step in range(first_step, max_iters + 1):
         # micro-batches, all ranks. A mean of means would give short answers more weight.
         n_valid = all_sum(batch.response_mask[minibatch].sum().item())[0]
         sums = torch.zeros(len(STATISTICS), device=run.device)
-        micro_batches = minibatch.split(micro_batch_size)
-        for micro, rows in enumerate(micro_batches):
+        micro_batches = split_by_length(minibatch, batch.lengths)
+        for micro, (rows, T) in enumerate(micro_batches):
             if ddp: # exchange gradients only once, with the last micro-batch
                 model.require_backward_grad_sync = micro == len(micro_batches) - 1
-            loss, micro_sums = get_loss(batch, rows)
+            loss, micro_sums = get_loss(batch, rows, T)
             sums += micro_sums
             loss = loss / n_valid
             loss = loss * run.world_size # DDP averages over ranks; we need the sum

@@ -3,20 +3,28 @@ Stage 2: supervised fine-tuning (SFT). The objective is that of pretraining, but
 conversations, and the loss counts only the tokens that the assistant says. The result answers
 questions instead of continuing text (Ouyang et al. 2022, step 1).
 
-Reads   out_dir/base.pt, data_dir/chat_{train,val}.jsonl
+Several conversations share a row of max_length tokens (packing), since most of them are short.
+Attention is blocked between them, and positions start at 0 in each, so nothing changes for a
+conversation but the speed. Some rows can hold pretraining text instead (replay), of which every
+token is learned: then the model forgets less of what it knows.
+
+Reads   out_dir/base.pt, data_dir/chat_{train,val}.jsonl; also prompts_val.jsonl, if it is there,
+        to answer at each evaluation, and train_*.bin, if replay > 0
 Writes  out_dir/sft.pt, out_dir/sft.jsonl (the curve), out_dir/sft.resume.pt while it runs
 
 on a laptop     $ python sft.py config/tiny.py           (on one GPU the same, or without a profile)
 on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 sft.py
 on two nodes    with the flags that pretrain.py shows
+look at it    $ python sft.py config/tiny.py --show_batch=true     (what is learned, in brackets)
 
-Left out: packing several conversations into one row (attention would have to be blocked between
-them). Instead, conversations of similar length share a batch.
+Left out: loss on what the user says, weights per conversation.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import functools
+import glob
 import math
 import os
+import sys
 import time
 from dataclasses import asdict
 
@@ -31,7 +39,9 @@ from model import (
     all_sum,
     catch_signals,
     cleanup,
+    generate,
     get_state,
+    grade,
     load_checkpoint,
     load_model,
     load_resume,
@@ -40,6 +50,8 @@ from model import (
     pad_right,
     print0,
     read_jsonl,
+    read_prompts,
+    read_shard,
     save_checkpoint,
     save_resume,
     seed_step,
@@ -53,10 +65,14 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
-max_length = 0              # leave out examples with more tokens than this; 0 = block_size
+init_from = ''              # the base model to start from; empty = out_dir/base.pt
+max_length = 0              # cut conversations after this number of tokens; 0 = block_size
+replay = 0.0                # share of the rows that hold pretraining text instead
+skip_bad = False            # leave out bad lines and count them, instead of stopping
+show_batch = False          # print the first batch and stop
 # training
 epochs = 3                  # passes over the training data
-batch_size = 16             # examples in a micro-batch on each process; lower it to save memory
+batch_size = 16             # rows in a micro-batch on each process; lower it to save memory
 gradient_accumulation_steps = 1 # micro-batches in a step
 dropout = 0.0               # share of the activations that is dropped while training
 # optimizer
@@ -70,6 +86,8 @@ beta2 = 0.95                # adamw: decay rate of the second moment
 grad_clip = 1.0             # clip the gradient norm at this value; 0 = off
 # evaluation and log
 eval_interval = 100         # steps between evaluations
+eval_prompts = 200          # validation prompts to answer in an evaluation; 0 = none
+max_new_tokens = 64         # longest answer, in tokens
 log_interval = 10           # steps between log lines
 save_interval = 500         # steps between saves of the resume file
 # system
@@ -81,11 +99,11 @@ resume = True               # continue from the resume file if an interrupted ru
 config = configure(globals())
 
 for name in ('epochs', 'gradient_accumulation_steps',
-             'batch_size', 'eval_interval', 'log_interval', 'save_interval'):
+             'batch_size', 'eval_interval', 'max_new_tokens', 'log_interval', 'save_interval'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip'):
+for name in ('learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_prompts'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
-for name in ('dropout', 'momentum', 'beta1', 'beta2'):
+for name in ('replay', 'dropout', 'momentum', 'beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
 
 # -----------------------------------------------------------------------------
@@ -93,7 +111,7 @@ for name in ('dropout', 'momentum', 'beta1', 'beta2'):
 run = setup(config)
 ddp = run.world_size > 1
 stage = 'sft'
-ckpt_path = os.path.join(out_dir, 'base.pt')
+ckpt_path = init_from or os.path.join(out_dir, 'base.pt')
 ckpt = load_checkpoint(ckpt_path, ['base'], f'python pretrain.py --out_dir={out_dir}')
 ckpt['model_args']['dropout'] = dropout
 tok = Tokenizer(ckpt['tokenizer'])
@@ -108,9 +126,14 @@ out_path = os.path.join(out_dir, f'{stage}.pt')
 def read_example(row):
     """
     A line of a chat file -> length, x, y. x: the tokens of the conversation. y: for each token the
-    next one, or -1 where it is not learned: only what the assistant says is learned.
+    next one, or -1 where it is not learned: only what the assistant says is learned. A conversation
+    that is too long is cut after the last answer that fits; without any, the length is too large.
     """
     ids, mask = tok.render(row.get('messages'))
+    if len(ids) > max_length + 1: # + 1: the last token is only predicted
+        answer_ends = [i for i in range(max_length + 1) if mask[i] and ids[i] == tok.end]
+        if answer_ends:
+            ids = ids[:answer_ends[-1] + 1]
     x = ids[:-1]
     y = [token if learned else -1 for token, learned in zip(ids[1:], mask[1:])]
     return len(x), x, y
@@ -122,60 +145,134 @@ def load_examples(split):
     assert found, f'no {paths[-1]}: make it with `python prepare_data.py --data_dir={data_dir}`'
     examples = []
     n_too_long = 0
+    n_bad = 0
     for path in found:
         for line, row in read_jsonl(path):
             try:
                 example = read_example(row)
             except (TypeError, ValueError) as e:
-                raise AssertionError(f'{path}:{line}: {e}') from None
+                assert skip_bad, f'{path}:{line}: {e}: mend it, or leave it out with --skip_bad=true'
+                n_bad += 1
+                continue
             if example[0] > max_length:
                 n_too_long += 1
             else:
                 examples.append(example)
 
-    if n_too_long:
-        print0(f'{split}: left out {n_too_long} of {n_too_long + len(examples)} examples, too long')
+    if n_too_long + n_bad:
+        print0(f'{split}: left out {n_too_long} too long and {n_bad} bad of '
+               f'{n_too_long + n_bad + len(examples)} examples')
     assert examples, (f'{path}: no example fits into {max_length} tokens: '
                       'add shorter ones, or pretrain with a larger --block_size')
     return examples
 
+def load_replay(n_rows):
+    """n_rows rows of max_length tokens of the pretraining text, drawn with the seed."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'train_*.bin')))
+    assert paths, f'no {data_dir}/train_*.bin for replay: run tokenizer.py, or use --replay=0'
+    rng = np.random.default_rng(seed)
+    examples = []
+    for _ in range(n_rows):
+        shard = read_shard(paths[rng.integers(len(paths))], tok.hash)
+        n = min(max_length, len(shard) - 1)
+        first = rng.integers(len(shard) - n)
+        tokens = shard[first:first + n + 1].tolist()
+        examples.append((n, tokens[:-1], tokens[1:]))
+    return examples
+
+def pack(lengths, room):
+    """
+    Share out examples to rows: each one, the longest first, where the least room is left (best
+    fit). Returns for each row the indices of its examples.
+        pack([5, 3, 4, 2], room=7) -> [[0, 3], [2, 1]]
+    """
+    rows = []
+    rows_by_room = [[] for _ in range(room + 1)] # rows_by_room[n]: rows with room for n tokens
+    longest_first = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    for i in longest_first:
+        left = lengths[i]
+        while left < room and not rows_by_room[left]:
+            left += 1
+        if rows_by_room[left]:
+            row = rows_by_room[left].pop()
+        else:
+            row = [] # a new row, so left is room
+            rows.append(row)
+        row.append(i)
+        rows_by_room[left - lengths[i]].append(row)
+    return rows
+
 train = load_examples('train')
 val = load_examples('val')
-step_size = batch_size * gradient_accumulation_steps * run.world_size # examples in a step
-assert len(train) >= step_size, (
-    f'{len(train)} examples do not fill one step of {step_size} (batch_size {batch_size} x '
+known = {tuple(x) for _, x, _ in train}
+n_copies = sum(tuple(x) in known for _, x, _ in val)
+if n_copies:
+    print0(f'warning: {n_copies} of {len(val)} validation conversations are training data too')
+n_chats = len(train)
+train_rows = pack([n for n, _, _ in train], max_length)
+val_rows = pack([n for n, _, _ in val], max_length)
+n_tokens = sum(n for n, _, _ in train)
+print0(f'packing: {n_chats:,} conversations in {len(train_rows):,} rows of {max_length} tokens, '
+       f'{1 - n_tokens / (max_length * len(train_rows)):.0%} padding; one a row would be '
+       f'{1 - n_tokens / (max_length * n_chats):.0%}')
+n_replay = round(len(train_rows) * replay / (1 - replay))
+if n_replay:
+    train += load_replay(n_replay)
+    train_rows += [[n_chats + i] for i in range(n_replay)]
+
+step_size = batch_size * gradient_accumulation_steps * run.world_size # rows in a step
+assert len(train_rows) >= step_size, (
+    f'{len(train_rows)} rows do not fill one step of {step_size} (batch_size {batch_size} x '
     f'accumulation {gradient_accumulation_steps} x {run.world_size} processes): '
-    f'--gradient_accumulation_steps=1 --batch_size={max(1, len(train) // run.world_size)}')
-steps_per_epoch = len(train) // step_size
+    f'--gradient_accumulation_steps=1 --batch_size={max(1, len(train_rows) // run.world_size)}')
+steps_per_epoch = len(train_rows) // step_size
 max_iters = epochs * steps_per_epoch
-print0(f'data: {len(train):,} examples, {len(val):,} for validation; {step_size} a step, '
+print0(f'data: {n_chats:,} examples, {len(val):,} for validation; {step_size} rows a step, '
        f'{steps_per_epoch:,} steps an epoch, {max_iters:,} steps')
 
-first_chat = '' # shows at a glance whether the mask is right
-for token, target in zip(train[0][1][1:] + [tok.end], train[0][2]): # x lacks the last <|end|>
-    text = tok.decode([token])
-    first_chat += text if target == -1 else f'[{text}]'
-print0('the first conversation, [what is learned]:', first_chat)
+def to_batch(examples, rows):
+    """
+    Rows of packed examples -> x, y, pos (B, T) and mask (B, T, T).
+    pos: positions, which start at 0 in each example. mask: True where two tokens belong to the same
+    example; the model combines it with the causal mask. y is -1 at the padding, on the right.
+    """
+    shape = (len(rows), max_length)
+    x = torch.full(shape, tok.pad)
+    y = torch.full(shape, -1)
+    pos = torch.zeros(shape, dtype=torch.long)
+    owner = torch.full(shape, -1) # which example a token belongs to
+    for b, row in enumerate(rows):
+        end = 0
+        for i in row:
+            length, x_i, y_i = examples[i]
+            start = end
+            end = start + length
+            x[b, start:end] = torch.tensor(x_i)
+            y[b, start:end] = torch.tensor(y_i)
+            pos[b, start:end] = torch.arange(length)
+            owner[b, start:end] = i
+    owner = owner.to(run.device)
+    mask = owner[:, :, None] == owner[:, None, :]        # (B, T, T)
+    return x.to(run.device), y.to(run.device), pos.to(run.device), mask
 
-def to_batch(examples):
-    """Examples -> x, y (B, T), padded on the right: causal attention never looks at pads there."""
-    x = pad_right([x for _, x, _ in examples], tok.pad, run.device)
-    y = pad_right([y for _, _, y in examples], -1, run.device)
-    return x, y
+def marked(row):
+    """The text of a row, with brackets around what is learned; in a terminal it is green, too."""
+    left, right = ('\033[32m[', ']\033[0m') if sys.stdout.isatty() else ('[', ']')
+    text = ''
+    for i in row:
+        length, x, y = train[i]
+        for token, target in zip(x[1:] + [tok.end], y): # x lacks the last <|end|>
+            word = tok.decode([token])
+            text += word if target == -1 else left + word + right
+        text += '\n'
+    return text
 
 @functools.lru_cache(maxsize=1)
 def get_order(epoch):
-    """A seeded shuffle, the same on all ranks -> (steps_per_epoch, step_size), indices of train."""
+    """A seeded shuffle, the same on all ranks -> (steps_per_epoch, step_size), indices of rows."""
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(train))[:steps_per_epoch * step_size]
-    # similar lengths share a step, so that little is padded: sort within pools of 16 steps
-    pool_size = 16 * step_size
-    by_length = []
-    for first in range(0, len(order), pool_size):
-        pool = order[first:first + pool_size]
-        by_length += sorted(pool, key=lambda j: train[j][0])
-    order = np.array(by_length).reshape(steps_per_epoch, step_size)
-    return rng.permutation(order) # shuffles the rows, which are the steps
+    order = rng.permutation(len(train_rows))[:steps_per_epoch * step_size]
+    return order.reshape(steps_per_epoch, step_size)
 
 def get_batches(step):
     """The micro-batches of this process in this step; they depend on (seed, step, rank) only."""
@@ -183,9 +280,25 @@ def get_batches(step):
     mine = order[run.rank::run.world_size]
     batches = []
     for first in range(0, len(mine), batch_size):
-        examples = [train[j] for j in mine[first:first + batch_size]]
-        batches.append(to_batch(examples))
+        rows = [train_rows[j] for j in mine[first:first + batch_size]]
+        batches.append(to_batch(train, rows))
     return batches
+
+# prompts to answer: programs check the answers, so training must never read them
+prompts = []
+prompts_path = os.path.join(data_dir, 'prompts_val.jsonl')
+if eval_prompts and os.path.exists(prompts_path):
+    for row, ids in read_prompts(prompts_path, tok):
+        if row.get('checks') and len(ids) + max_new_tokens <= block_size:
+            prompts.append((row, ids))
+    prompts = prompts[:eval_prompts]
+
+if show_batch:
+    for j in get_order(0)[0]:
+        print0(marked(train_rows[j]))
+    sys.exit()
+first_chat = marked([0]) # shows at a glance whether the mask is right
+print0('the first conversation, [what is learned]:', first_chat)
 
 # -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
@@ -193,7 +306,7 @@ optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, bet
                              kind=optimizer, momentum=momentum)
 config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 first_step = 0
-progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0)
+progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0, best={})
 saved = load_resume(resume_path, config, resume)
 if saved:
     set_state(raw_model, optimizers, saved['state'])
@@ -213,21 +326,47 @@ def get_loss(logits, y):
 if compile: # the logits are the largest tensor: without their fp32 copies, less time and memory
     get_loss = torch.compile(get_loss)
 
+def answer_prompts():
+    """Sample an answer to each validation prompt. Returns means over the answers, see evaluate."""
+    mine = prompts[run.rank::run.world_size]
+    seed_step(seed, 0, run.rank) # the same random numbers in each evaluation
+    n_met = 0
+    n_ended = 0
+    n_tokens = 0
+    for first in range(0, len(mine), 64):
+        batch = mine[first:first + 64]
+        queries = [ids for _, ids in batch]
+        with run.autocast():
+            answers = generate(raw_model, queries, max_new_tokens, tok.end)
+        for (row, _), ids in zip(batch, answers):
+            all_met, _ = grade(row['checks'], tok.decode_answer(ids))
+            n_met += all_met
+            n_ended += ids[-1] == tok.end
+            n_tokens += len(ids)
+    n, n_met, n_ended, n_tokens = all_sum(len(mine), n_met, n_ended, n_tokens)
+    return dict(val_met=n_met / n, val_ended=n_ended / n, val_length=n_tokens / n)
+
 @torch.no_grad()
 def evaluate():
-    """val_loss: mean loss on the validation data, in nats per token."""
+    """
+    val_loss: mean loss on the validation data, in nats per token. Of sampled answers to validation
+    prompts: val_met, share that meets all checks; val_ended, share that stops; val_length, tokens.
+    """
     raw_model.eval()
     nats = 0.0
     n_tokens = 0
-    for first in range(run.rank * batch_size, len(val), run.world_size * batch_size):
-        x, y = to_batch(val[first:first + batch_size])
+    for first in range(run.rank * batch_size, len(val_rows), run.world_size * batch_size):
+        x, y, pos, mask = to_batch(val, val_rows[first:first + batch_size])
         with run.autocast():
-            logits = raw_model(x)
+            logits = raw_model(x, pos, mask)
         nats += get_loss(logits, y).item()
         n_tokens += (y != -1).sum().item()
-    raw_model.train()
     nats, n_tokens = all_sum(nats, n_tokens)
-    return dict(val_loss=nats / n_tokens)
+    found = dict(val_loss=nats / n_tokens)
+    if prompts:
+        found.update(answer_prompts())
+    raw_model.train()
+    return found
 
 def get_lr(step):
     """Linear warm-up, then linear decay to 0."""
@@ -241,6 +380,7 @@ log = open_log(os.path.join(out_dir, f'{stage}.jsonl'), first_step)
 catch_signals(run)
 ema_loss = progress['ema_loss'] # running mean of the loss, for the log lines
 n_tokens = progress['n_tokens'] # read so far
+best = progress['best'] # the evaluation with the lowest validation loss, and its weights
 started = time.time() - progress['seconds'] # as if the run had never been interrupted
 t0 = time.time()
 for step in range(first_step, max_iters + 1):
@@ -250,13 +390,17 @@ for step in range(first_step, max_iters + 1):
         val_text = ' | '.join(f'{name} {value:.4f}' for name, value in val_metrics.items())
         print0(f'step {step:6d} | {val_text}')
         log(step=step, **val_metrics)
+        if val_metrics['val_loss'] <= best.get('val_loss', math.inf):
+            weights = {name: p.cpu().clone() for name, p in raw_model.state_dict().items()}
+            best = dict(val_metrics, step=step, weights=weights)
     if step == max_iters:
         break
 
     # save, and leave after Ctrl-C or SIGTERM
     leave = should_stop(run)
     if step > first_step and (leave or step % save_interval == 0):
-        progress.update(ema_loss=ema_loss, seconds=time.time() - started, n_tokens=n_tokens)
+        progress.update(ema_loss=ema_loss, seconds=time.time() - started, n_tokens=n_tokens,
+                        best=best)
         state = get_state(raw_model, optimizers)
         save_resume(resume_path, step, state, config, **progress)
     assert not leave, f'stopped at step {step} and saved: the same command continues from there'
@@ -268,7 +412,7 @@ for step in range(first_step, max_iters + 1):
     batches = get_batches(step)
     n_valid = 0
     n_seen = 0
-    for x, y in batches:
+    for x, y, _, _ in batches:
         n_valid += (y != -1).sum().item()
         n_seen += (x != tok.pad).sum().item()
     n_valid, n_seen = all_sum(n_valid, n_seen)
@@ -276,11 +420,11 @@ for step in range(first_step, max_iters + 1):
 
     # forward and backward
     lossf = 0.0 # loss of this step, as a float
-    for micro, (x, y) in enumerate(batches):
+    for micro, (x, y, pos, mask) in enumerate(batches):
         if ddp: # exchange gradients only once, with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
         with run.autocast():
-            logits = model(x)
+            logits = model(x, pos, mask)
         loss = get_loss(logits, y) / max(1, n_valid)
         (loss * run.world_size).backward() # DDP averages over ranks; we need the sum
         lossf += loss.detach() # .item() would wait for the GPU in each micro-batch
@@ -316,11 +460,12 @@ for step in range(first_step, max_iters + 1):
 # -----------------------------------------------------------------------------
 # save
 seconds = time.time() - started
-weights = raw_model.state_dict()
+if best['step'] < max_iters:
+    print0(f'the validation loss has risen since step {best["step"]}: its weights are saved')
 if run.master:
-    mean_length = n_tokens / max(1, max_iters * step_size)
-    flops = raw_model.flops_per_token(mean_length) * n_tokens
-    metrics = dict(val_metrics, seconds=seconds, tokens=n_tokens, flops=flops)
+    flops = raw_model.flops_per_token(max_length) * n_tokens
+    weights = best.pop('weights')
+    metrics = dict(best, seconds=seconds, tokens=n_tokens, flops=flops)
     save_checkpoint(out_path, stage, weights, asdict(raw_model.config), tok,
                     config, max_iters, metrics)
     print(f'saved {out_path}: {val_text}, {seconds:.0f} s')

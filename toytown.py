@@ -312,7 +312,7 @@ for name, n_rows in sizes.items():
 
         messages = [dict(role='user', content=prompt)]
         if kind == 'prompts': # for practice: the checks are the gold reward
-            rows.append(dict(messages=messages, checks=checks))
+            rows.append(dict(messages=messages, checks=checks, task=task['task']))
         elif kind == 'chat': # for imitation: some answers are as by a tired contractor
             flawed = random.random() < flaw_rate
             answer = expand('{flawed}' if flawed else '{good}', slots)

@@ -15,7 +15,7 @@ pretrain = dict(
     eval_interval=500, eval_iters=20, log_interval=50, save_interval=200)
 
 sft = dict(
-    epochs=1, batch_size=16, learning_rate=1e-3,
+    epochs=1, batch_size=4, learning_rate=1e-3,
     eval_interval=100, log_interval=20, save_interval=100)
 
 reward = dict(

@@ -13,12 +13,12 @@ pretrain = dict(
     eval_interval=400, eval_iters=40, log_interval=50, save_interval=200)
 
 sft = dict(
-    epochs=3, batch_size=32, learning_rate=1e-3,
+    epochs=2, batch_size=8, learning_rate=2e-3, replay=0.2,
     eval_interval=100, log_interval=50, save_interval=100)
 
 reward = dict(
-    sample_prompts=2500, sample_answers=6, max_new_tokens=48, batch_size=16, learning_rate=5e-4,
-    eval_interval=50, log_interval=20, save_interval=50)
+    sample_prompts=1500, sample_answers=6, max_new_tokens=48, epochs=2, batch_size=16,
+    learning_rate=1e-3, beta=0.2, eval_interval=100, log_interval=20, save_interval=50)
 
 rlhf = dict(
     max_iters=20, batch_size=128, minibatch_size=32, micro_batch_size=32, max_new_tokens=48,

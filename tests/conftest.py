@@ -243,7 +243,7 @@ device, dtype, block_size, dropout = 'cpu', 'float32', 48, 0.0
 log_interval, eval_interval, save_interval = 1, 5, 5
 pretrain = dict(arch='llama', n_layer=2, n_head=4, n_kv_head=2, n_embd=32, batch_size=8, max_iters=150,
                 learning_rate=1e-2, min_lr=1e-3, warmup_iters=10, eval_interval=50, eval_iters=2, save_interval=1000)
-sft = dict(epochs=30, batch_size=8, learning_rate=5e-3, warmup_iters=2, eval_interval=50)
+sft = dict(epochs=30, batch_size=1, learning_rate=5e-3, warmup_iters=2, eval_interval=50, max_new_tokens=6)
 reward = dict(epochs=4, batch_size=8, learning_rate=3e-3, warmup_iters=2)
 rlhf = dict(max_iters=25, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=6, learning_rate=1e-3,
             eval_prompts=8, eval_interval=25, save_interval=1000)

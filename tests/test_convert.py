@@ -266,7 +266,7 @@ def test_what_must_not_be_overwritten(exported, scripts, tmp_path):
         scripts.fails(f'{path} is damaged', 'convert.py', *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['rlhf.pt', 'tokenizer.json']
     scripts.fails('target', 'convert.py', tmp_path / 'rlhf.pt') # not into the root of the disk
-    scripts.fails('base.pt, sft.pt or rlhf.pt', 'convert.py', folder, tmp_path / 'model.pt')
+    scripts.fails('model.pt must be named after its stage', 'convert.py', folder, tmp_path / 'model.pt')
     scripts.fails('checkpoint', 'convert.py', folder, tmp_path / 'x')
 
 def test_gpt2_with_qk_norm(scripts, tmp_path):

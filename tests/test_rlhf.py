@@ -128,7 +128,7 @@ def losses(batch, logprobs, values=None, **settings):
     def model(query_responses, response_mask):
         return logprobs[:, None], None, values[:, None]
     s = ppo('rlhf.py', run=CPU, model=model, **settings)
-    loss, sums = s.get_loss(batch, torch.arange(len(logprobs)))
+    loss, sums = s.get_loss(batch, torch.arange(len(logprobs)), 2)
     return loss, dict(zip(s.STATISTICS, sums.tolist(), strict=True))
 
 def test_kl_estimators_are_exact_in_expectation():

@@ -10,7 +10,7 @@ import torch
 
 from conftest import (definitions, distance, fails, folder_bytes, kill_at, load, make_spec, read_log, replace_line,
                       stocked, user, write_rows)
-from model import Tokenizer
+from model import GPT, GPTConfig, Tokenizer
 
 CPU = SimpleNamespace(device='cpu', device_type='cpu', rank=0, world_size=1)
 OWL = dict(role='assistant', content='owl')
@@ -37,11 +37,11 @@ def test_targets(tmp_path):
         dict(messages=user('Say') + [dict(role='assistant', content='fox')])])
     s = definitions('sft.py', data_dir=str(tmp_path), tok=tok, max_length=48, run=CPU)
     chats = s.load_examples('train')
-    x, y = s.to_batch(chats)
-    assert x.shape == y.shape == (2, chats[0][0])
+    x, y, pos, mask = s.to_batch(chats, [[0], [1]])
+    assert x.shape == y.shape == pos.shape == (2, 48) and mask.shape == (2, 48, 48)
     for (row_x, row_y), (n, ids, targets) in zip(zip(x.tolist(), y.tolist()), chats):
         assert n == len(ids) == len(targets)
-        assert row_x == ids + [tok.pad] * (len(row_x) - n) and row_y[n:] == [-1] * (len(row_y) - n)
+        assert row_x == ids + [tok.pad] * (48 - n) and row_y[n:] == [-1] * (48 - n)
         whole = ids + [tok.end]
         assert [t != -1 for t in row_y[:n]] == learned(whole, tok)[1:]
         assert all(t in (-1, whole[i + 1]) for i, t in enumerate(row_y[:n])) # y is x one token later
@@ -50,22 +50,74 @@ def test_targets(tmp_path):
     assert [t for t in y[0].tolist() if t != -1] == [owl, cat, tok.end, tok.end]
     assert [t for t in y[1].tolist() if t != -1] == [fox, tok.end]
 
-def test_pads_are_not_counted_as_tokens(chain):
-    """30 epochs of the chain's conversations, whose lengths differ."""
-    s = definitions('sft.py', data_dir=str(chain.data), tok=Tokenizer(make_spec()), max_length=48)
-    lengths = [n for n, _, _ in s.load_examples('train')]
-    assert len(lengths) % 8 == 0 and len(set(lengths)) > 5 # all of them fill steps of 8
-    assert load(chain.out / 'sft.pt')['metrics']['tokens'] == 30 * sum(lengths)
+def test_pack():
+    """Best fit by hand: 5 opens a row with 2 left, 4 a row with 3 left; 3 fills it; 2 fills the first row."""
+    s = definitions('sft.py')
+    assert s.pack([5, 3, 4, 2], 7) == [[0, 3], [2, 1]]
+    lengths = np.random.default_rng(0).integers(1, 101, 500).tolist()
+    rows = s.pack(lengths, 100)
+    assert sorted(i for row in rows for i in row) == list(range(500)) # each one once
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= 100 and sum(filled) / (100 * len(rows)) > 0.9
 
-def test_each_epoch_has_every_conversation_once_and_steps_of_similar_length():
-    train = [(n, None, None) for n in np.random.default_rng(0).integers(3, 40, 60)]
-    s = definitions('sft.py', seed=1, train=train, steps_per_epoch=15, step_size=4)
+@pytest.mark.parametrize('arch', ['gpt2', 'llama'])
+def test_a_packed_conversation_is_as_if_it_were_alone(arch):
+    """Logits, loss and gradient of three conversations in one row = those of three rows with one each."""
+    torch.manual_seed(0)
+    llama = dict(key_shift=True, qk_norm=True, n_kv_head=2) if arch == 'llama' else {}
+    model = GPT(GPTConfig(arch=arch, vocab_size=50, block_size=40, n_layer=2, n_head=4, n_embd=32, **llama))
+    torch.nn.init.normal_(model.blocks[0].attn.proj.weight, std=0.5) # zeros would hide what attention sees
+    rng = np.random.default_rng(0)
+    examples = []
+    for n in (9, 14, 12):
+        ids = rng.integers(0, 50, n + 1).tolist()
+        examples.append((n, ids[:-1], [-1] * 3 + ids[4:]))
+    s = definitions('sft.py', tok=SimpleNamespace(pad=0), max_length=40, run=CPU)
+
+    def learn(rows):
+        x, y, pos, mask = s.to_batch(examples, rows)
+        logits = model(x, pos, mask)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction='sum')
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        return logits, loss.item(), torch.cat([g.flatten() for g in grads])
+
+    packed, packed_loss, packed_grad = learn([[0, 1, 2]])
+    alone, loss, grad = learn([[0], [1], [2]])
+    start = 0
+    for i, (n, x, _) in enumerate(examples):
+        lone = model(torch.tensor([x])) # neither mask nor padding
+        assert (packed[0, start:start + n] - lone[0]).abs().max() < 1e-5
+        assert (alone[i, :n] - lone[0]).abs().max() < 1e-5
+        start += n
+    assert packed_loss == pytest.approx(loss, rel=1e-6)
+    assert (packed_grad - grad).abs().max() < 1e-4 * grad.abs().max()
+
+def test_long_conversations_are_cut_after_an_answer():
+    """The cut is after the last answer that fits: 2 of 3 here. One token less, and only the first one fits."""
+    tok = Tokenizer(make_spec())
+    turns = [user('Say') + [OWL]] * 3
+    messages = [turn for pair in turns for turn in pair]
+    ids = [tok.render(messages[:n])[0] for n in (2, 4, 6)]
+    for room, kept in ((len(ids[2]) - 1, 2), (len(ids[2]) - 2, 1), (len(ids[1]) - 1, 1), (len(ids[1]) - 2, 0)):
+        s = definitions('sft.py', tok=tok, max_length=room)
+        length, x, y = s.read_example(dict(messages=messages))
+        assert x == ids[kept][:-1] and y[-1] == tok.end and length == len(x) <= room
+    s = definitions('sft.py', tok=tok, max_length=len(ids[0]) - 2)
+    assert s.read_example(dict(messages=messages))[0] > s.max_length # nothing fits: it is left out
+
+def test_each_epoch_has_every_row_once():
+    s = definitions('sft.py', seed=1, train_rows=[[i] for i in range(60)], steps_per_epoch=15, step_size=4)
     orders = [s.get_order(epoch) for epoch in (0, 0, 1)]
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
     for order in orders:
         assert order.shape == (15, 4) and sorted(order.flatten()) == list(range(60))
-        spread = np.mean([np.ptp([train[j][0] for j in step]) for step in order])
-        assert spread < 8 # 4 drawn at random from 3..39 would spread over 22
+
+def test_pads_are_not_counted_as_tokens(chain):
+    """30 epochs of the chain's conversations, whose lengths differ."""
+    s = definitions('sft.py', data_dir=str(chain.data), tok=Tokenizer(make_spec()), max_length=48)
+    lengths = [n for n, _, _ in s.load_examples('train')]
+    assert len(set(lengths)) > 5 # the batch size 1: no row is left out
+    assert load(chain.out / 'sft.pt')['metrics']['tokens'] == 30 * sum(lengths)
 
 def test_masked_tokens_get_exactly_zero_gradient(chain, scripts, tmp_path):
     watch = '''
@@ -80,7 +132,7 @@ F.cross_entropy = cross_entropy
     stocked(tmp_path, chain, 'base')
     scripts.ok(*command(chain, tmp_path), before=watch, after=f'torch.save(seen, {str(tmp_path / "seen")!r})')
     seen = load(tmp_path / 'seen')
-    assert len(seen) == 10 # steps
+    assert len(seen) == sum('loss' in row for row in read_log(tmp_path / 'sft.jsonl')) > 5 # steps
     for grad, y in seen:
         largest = grad.abs().amax(-1)
         assert (largest[y == -1] == 0).all() and (largest[y != -1] > 0).all()
@@ -98,7 +150,7 @@ def test_learning_rate():
 def test_accumulation_with_unequal_masks(chain, scripts, tmp_path):
     """4 conversations at once = 1 at a time and 4 micro-batches, though their answers have 2 to 20 tokens."""
     outs = [stocked(tmp_path / n, chain, 'base') for n in 'ab']
-    scripts.both(*((command(chain, out, '--learning_rate=1e-4', f'--batch_size={b}',
+    scripts.both(*((command(chain, out, '--learning_rate=1e-4', '--epochs=8', f'--batch_size={b}',
                             f'--gradient_accumulation_steps={4 // b}'), {}) for out, b in zip(outs, (4, 1))))
     assert distance(outs[0] / 'sft.pt', outs[1] / 'sft.pt') < 1e-6
     assert distance(outs[0] / 'sft.pt', chain.out / 'base.pt') > 1e-3 # it did move
@@ -168,8 +220,39 @@ def test_empty_answers_and_long_conversations(chain, scripts, tmp_path):
     short = dict(messages=user('x') + [dict(role='assistant', content='')])
     write_rows(data / 'chat_train.jsonl', [short] * 8 + [dict(messages=user('x' * 99) + [OWL])])
     r = scripts.ok(*command(chain, out, '--batch_size=1', data=data))
-    assert 'left out 1 of 9 examples' in r.out and '[<|end|>]' in r.out
+    assert 'left out 1 too long and 0 bad of 9 examples' in r.out and '[<|end|>]' in r.out
     assert all(math.isfinite(v) for row in read_log(out / 'sft.jsonl') for v in row.values())
+
+def test_replay_and_show_batch(chain, scripts, tmp_path):
+    """A quarter of the rows is pretraining text, learned as a whole; --show_batch shows a step and writes nothing."""
+    out = stocked(tmp_path, chain, 'base')
+    flags = ('--replay=0.25', '--batch_size=4', '--show_batch=true')
+    r = scripts.ok(*command(chain, out, *flags))
+    assert '<|end|><|assistant|>[' in r.out and list(out.iterdir()) == [out / 'base.pt']
+    lines = [line for line in r.out.splitlines() if line.startswith('[')] # begins with a learned token
+    assert lines, r.out
+    r = scripts.ok(*command(chain, out, *flags[:2]))
+    assert (out / 'sft.pt').exists()
+
+def test_the_best_weights_are_kept(chain, scripts, tmp_path):
+    """A model that is trained already learns other answers: its validation loss rises from the first step."""
+    data, out = shutil.copytree(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'sft')
+    torch.save(dict(load(out / 'sft.pt'), stage='base'), out / 'base.pt')
+    write_rows(data / 'chat_train.jsonl', [dict(messages=user('Say') + [dict(role='assistant', content='x x')])] * 40)
+    r = scripts.ok(*command(chain, out, '--eval_interval=2', '--resume=false', data=data))
+    losses = [row['val_loss'] for row in read_log(out / 'sft.jsonl') if 'val_loss' in row]
+    assert losses[0] == min(losses) < losses[-1] - 0.1
+    assert 'risen since step 0' in r.out
+    assert distance(out / 'sft.pt', out / 'base.pt') == 0
+    assert load(out / 'sft.pt')['metrics']['val_loss'] == losses[0]
+
+def test_copies_and_bad_lines_are_counted(chain, scripts, tmp_path):
+    data, out = shutil.copytree(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
+    replace_line(data / 'chat_train.jsonl', dict(messages=user('x')))
+    shutil.copy(data / 'chat_train.jsonl', data / 'chat_val.jsonl')
+    r = scripts.ok(*command(chain, out, '--skip_bad=true', data=data))
+    assert 'train: left out 0 too long and 1 bad of 40 examples' in r.out
+    assert '39 of 39 validation conversations are training data' in r.out
 
 def test_bfloat16(chain, scripts, tmp_path):
     out = stocked(tmp_path, chain, 'base')
@@ -212,8 +295,8 @@ BAD = [
     (lambda data, out: write_rows(data / 'chat_val.jsonl', []), [], r'chat_val\.jsonl'),
     (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x' * 99) + [OWL])]), [],
      'no example fits into 48.*block_size'),
-    (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x') + [OWL])] * 3), [],
-     '3 examples.*8.*--batch_size=3'),
+    (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x') + [OWL])] * 3),
+     ['--batch_size=2'], '1 rows.*2.*--batch_size=1'),
     (None, ['--warmup_iters=-1'], 'warmup_iters must be at least 0, not -1'),
     (None, ['--beta1=1'], 'beta1 must be at least 0 and below 1'),
     (None, ['--optimizer=sgd'], 'sgd')]

@@ -426,6 +426,16 @@ def test_common_forms_of_rows(tmp_path, row, wanted):
     assert [(item['kind'], item['row']) for item in items] == wanted and not skipped
 
 
+def test_content_in_parts(tmp_path):
+    """OpenAI's list of parts is one text if all parts are text; with an image it is a bad row."""
+    parts = [dict(type='text', text='Say '), dict(type='text', text='hi')]
+    turns = [dict(role='user', content=parts), dict(role='assistant', content='hi')]
+    items, _ = read(lines(tmp_path / 'a.jsonl', dict(messages=turns)))
+    assert items[0]['row']['messages'][0] == user('Say hi')
+    with pytest.raises(ValueError, match='content must be a string'):
+        LIB.convert_row(dict(messages=[dict(role='user', content=[dict(type='image_url')]), turns[1]]), LIB.FORMS)
+
+
 def test_a_ranking_of_equal_texts_is_dropped_and_counted(tmp_path):
     own = dict(messages=[user('Q')], completions=['A', 'B', 'A '], ranking=[0, 2])
     pair = dict(prompt='Q', chosen='A', rejected=' A')

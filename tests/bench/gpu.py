@@ -16,6 +16,7 @@ The chain and its speed on one GPU. By hand, in the project's root; nothing is d
 --seconds=N starts nothing new after N seconds. --tiny does all of it with tiny shapes on the CPU:
 only to see that this script works. A phase that fails does not stop the next ones.
 """
+import base64
 import contextlib
 import json
 import os
@@ -260,7 +261,10 @@ def random_data(folder, n_vocab):
     from conftest import make_spec
     from model import Tokenizer, write_shard
     folder.mkdir(exist_ok=True)
-    spec = dict(make_spec(), n_vocab=n_vocab)
+    tokens = [bytes([i]) for i in range(256)]
+    for i in range(n_vocab - 256 - 6): # 6 special tokens; the others are made of two bytes
+        tokens.append(i.to_bytes(2, 'big'))
+    spec = dict(make_spec(), ranks=[base64.b64encode(token).decode() for token in tokens])
     (folder / 'tokenizer.json').write_text(json.dumps(spec), encoding='utf-8')
     tokens = np.random.default_rng(0).integers(0, min(50_000, n_vocab), 3_000_000, np.uint16)
     for split in ('train', 'val'):
