@@ -15,7 +15,7 @@ Writes  out_dir/sft.pt, out_dir/sft.jsonl (the curve), out_dir/sft.resume.pt whi
 on a laptop     $ python sft.py config/tiny.py           (on one GPU the same, or without a profile)
 on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 sft.py
 on two nodes    with the flags that pretrain.py shows
-look at it    $ python sft.py config/tiny.py --show_batch=true     (what is learned, in brackets)
+look at it      $ python sft.py config/tiny.py --show_batch=true     (what is learned, in brackets)
 
 Left out: loss on what the user says, weights per conversation.
 """
@@ -261,7 +261,7 @@ def marked(row):
     text = ''
     for i in row:
         length, x, y = train[i]
-        for token, target in zip(x[1:] + [tok.end], y): # x lacks the last <|end|>
+        for token, target in zip(x[1:] + y[-1:], y): # the last token is only in y
             word = tok.decode([token])
             text += word if target == -1 else left + word + right
         text += '\n'
