@@ -6,7 +6,8 @@ questions instead of continuing text (Ouyang et al. 2022, step 1).
 Several conversations share a row of max_length tokens (packing), since most of them are short.
 Attention is blocked between them, and positions start at 0 in each, so nothing changes for a
 conversation but the speed. Some rows can hold pretraining text instead (replay), of which every
-token is learned: then the model forgets less of what it knows.
+token is learned: then the model forgets less of what it knows. The trap: if only such rows reach
+the positions far from the start, long conversations drift into documents there.
 
 Reads   out_dir/base.pt, data_dir/chat_{train,val}.jsonl; also prompts_val.jsonl, if it is there,
         to answer at each evaluation, and train_*.bin, if replay > 0

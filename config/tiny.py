@@ -13,7 +13,7 @@ pretrain = dict(
     eval_interval=400, eval_iters=40, log_interval=50, save_interval=200)
 
 sft = dict(
-    epochs=2, batch_size=8, learning_rate=2e-3, replay=0.2,
+    epochs=2, batch_size=8, learning_rate=2e-3,
     eval_interval=100, log_interval=50, save_interval=100)
 
 reward = dict(
