@@ -153,7 +153,7 @@ if prompt:
     sys.exit()
 
 messages = list(opening)
-sys.stdin.reconfigure(errors='replace') # half a character is no reason to end
+sys.stdin.reconfigure(errors='replace') # bytes that are not UTF-8 become U+FFFD, not an error
 while True:
     try:
         text = input('\n> ' if sys.stdin.isatty() else '').strip()

@@ -17,7 +17,7 @@ RANK = int(os.environ.get('RANK', 0)) # set by torchrun
 STOPPED = 'stopped; the same command continues'
 
 def leave_at_once(number, frame):
-    """Ctrl-C while a script imports torch. An exception would be lost: numpy hides it in others."""
+    """Handles Ctrl-C while torch is imported. numpy would hide an exception in another one."""
     if RANK == 0:
         print(STOPPED, file=sys.stderr)
     os._exit(130)

@@ -474,7 +474,7 @@ def warc_records(data, skipped):
         is_number = re.fullmatch('[0-9]{1,15}', length)
         end = start + int(length) if is_number else limit
         fills_part = match.start() == 0 and end <= len(data) and not JUNK.search(data, end)
-        if fills_part: # as in a gzip member of its own; then another first line is text of the page
+        if fills_part: # the record is alone in its gzip member: WARC_LINE in it is text of the page
             following = None
             limit = len(data)
         if not is_number:
@@ -1275,14 +1275,14 @@ def html_to_text(page):
     return ''.join(parts)
 
 # Labels that browsers read as a larger charset (whatwg.org, Encoding). Only those in CHARSET count:
-# no page may ask for rot13 or UTF-7, and whoever could read a label UTF-16 reads no UTF-16.
+# no page may ask for rot13 or UTF-7. A label that can be read in ASCII is never right about UTF-16.
 ALIAS = {'latin1': 'cp1252', 'iso-8859-1': 'cp1252', 'ascii': 'cp1252', 'us-ascii': 'cp1252',
          'iso8859-1': 'cp1252', 'iso-8859-9': 'cp1254', 'gb2312': 'gb18030', 'gbk': 'gb18030',
          'big5': 'big5hkscs', 'shift_jis': 'cp932', 'shift-jis': 'cp932', 'sjis': 'cp932',
          'euc-kr': 'cp949'}
 CHARSET = re.compile(r'utf-?8|(windows-|cp)125\d|cp(866|874|932|949)|iso-?8859-\d\d?|koi8-[ru]|'
                      r'gb18030|big5hkscs|euc-jp|iso-2022-jp')
-LABEL = re.compile(r'charset\s{0,9}=\s{0,9}["\']?\s{0,9}([\w-]+)') # limits, or the time is squared
+LABEL = re.compile(r'charset\s{0,9}=\s{0,9}["\']?\s{0,9}([\w-]+)') # limits keep the time linear
 BYTE_ORDER_MARKS = {b'\xef\xbb\xbf': 'utf-8', b'\xff\xfe': 'utf-16-le', b'\xfe\xff': 'utf-16-be'}
 
 def decode(raw, content_type=''):

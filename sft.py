@@ -48,7 +48,6 @@ from model import (
     load_resume,
     make_optimizers,
     open_log,
-    pad_right,
     print0,
     read_jsonl,
     read_prompts,
@@ -298,8 +297,8 @@ if show_batch:
     for j in get_order(0)[0]:
         print0(marked(train_rows[j]))
     sys.exit()
-first_chat = marked([0]) # shows at a glance whether the mask is right
-print0('the first conversation, [what is learned]:', first_chat)
+# shows at a glance whether the mask is right
+print0('the first conversation, [what is learned]:', marked([0]))
 
 # -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
@@ -392,8 +391,10 @@ for step in range(first_step, max_iters + 1):
         print0(f'step {step:6d} | {val_text}')
         log(step=step, **val_metrics)
         if val_metrics['val_loss'] <= best.get('val_loss', math.inf):
-            weights = {name: p.cpu().clone() for name, p in raw_model.state_dict().items()}
-            best = dict(val_metrics, step=step, weights=weights)
+            best = dict(val_metrics, step=step)
+            if run.master: # the rank that saves them
+                weights = raw_model.state_dict()
+                best['weights'] = {name: tensor.cpu().clone() for name, tensor in weights.items()}
     if step == max_iters:
         break
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import textwrap
 

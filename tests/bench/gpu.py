@@ -17,7 +17,6 @@ The chain and its speed on one GPU. By hand, in the project's root; nothing is d
 only to see that this script works. A phase that fails does not stop the next ones.
 """
 import base64
-import contextlib
 import json
 import os
 import re
