@@ -59,6 +59,7 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
+init_from = ''              # the chat model to start from; empty = out_dir/sft.pt
 max_length = 0              # leave out examples with more tokens than this; 0 = block_size
 skip_bad = False            # leave out bad lines and count them, instead of stopping
 # sampling: the SFT model answers prompts, and a judge ranks the answers
@@ -135,8 +136,8 @@ run = setup(config)
 assert run.world_size == 1 or judge != 'human', 'judge=human needs one process, not torchrun'
 ddp = run.world_size > 1
 stage = objective
-ckpt_path = os.path.join(out_dir, 'sft.pt')
-ckpt = load_checkpoint(ckpt_path, ['sft'], f'python sft.py --out_dir={out_dir}')
+ckpt_path = init_from or os.path.join(out_dir, 'sft.pt')
+ckpt = load_checkpoint(ckpt_path, ['sft', 'dpo', 'rlhf'], f'python sft.py --out_dir={out_dir}')
 ckpt['model_args']['dropout'] = dropout
 tok = Tokenizer(ckpt['tokenizer'])
 if objective == 'reward':
