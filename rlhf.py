@@ -406,8 +406,12 @@ def rollout(prompts):
         # It reads the text that a user would see. Else the policy could please it by spelling words
         # with other tokens, which no labeller can see.
         shown = []
-        for query, text in zip(queries, texts):
-            shown.append((query + tok.encode(text))[:block_size - 1] + [tok.end])
+        for (row, _), text in zip(prompts, texts):
+            answer = dict(role='assistant', content=text)
+            ids, _ = tok.render(row['messages'] + [answer])     # as reward.py renders it
+            if len(ids) > block_size: # the same text can take more tokens than the policy used
+                ids = ids[:block_size - 1] + [tok.end]
+            shown.append(ids)
         shown_lengths = torch.tensor([len(row) for row in shown])
         for part, _ in split_by_length(all_rows, shown_lengths):
             part_rows = [shown[i] for i in part.tolist()]
@@ -762,7 +766,7 @@ for step in range(first_step, max_iters + 1):
         kl=kl, kl_k3=token_k3 * length, kl_coef=kl_coef, length=length,
         ended=masked_mean(batch.ended, all_rows),
         entropy=masked_mean(batch.entropy, batch.response_mask),
-        duplicates=1 - all_sum(len(set(batch.texts)))[0] / step_size,
+        duplicates=1 - len(set(all_gather_list(batch.texts, run))) / step_size,
         ratio_gap_first=history[0]['ratio_gap'], # PPO detail: the first ratio must be 1: gap 0
         lr=learning_rate * lr_factor)
     for name in history[0]:
