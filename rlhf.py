@@ -162,9 +162,10 @@ assert batch_size % minibatch_size == 0 and minibatch_size % micro_batch_size ==
     f'--minibatch_size={batch_size} --micro_batch_size={batch_size}')
 assert group_size > 1 or algo not in ('grpo', 'rloo'), (
     f'{algo} compares the answers to one prompt, so it needs more than 1: --group_size=8')
+both_sizes = math.lcm(group_size, minibatch_size)
 assert batch_size % group_size == 0, (
     f'batch_size {batch_size} must be a multiple of group_size {group_size}: '
-    f'--batch_size={math.ceil(batch_size / group_size) * group_size}')
+    f'--batch_size={math.ceil(batch_size / both_sizes) * both_sizes}')
 
 # -----------------------------------------------------------------------------
 # device and checkpoints
@@ -200,7 +201,8 @@ def load_prompts(split):
         if task and row.get('task') != task:
             continue
         assert reward == 'model' or row.get('checks'), (
-            f'{path}: a prompt without checks, which reward={reward} needs: {row["messages"]}')
+            f'{path}: reward={reward} needs checks, this prompt has none: {row["messages"]}: use '
+            f'--reward=model, or --task=NAME to take only prompts that have them')
         if len(ids) + max_new_tokens + 1 > block_size: # + 1: phase 3 may append <|end|>
             n_too_long += 1
         else:
@@ -478,13 +480,15 @@ def get_advantages(batch, rewards):
 
     total = rewards.sum(1)                                      # (B,) one number for an answer
     groups = total.view(-1, group_size)                         # (prompts, group_size)
+    # Only differences count. So advantages are exactly 0 if all answers of a group score the same.
+    groups = groups - groups[:, :1]
     mean = groups.mean(1, keepdim=True)
     if algo == 'rloo':
         others = (mean * group_size - groups) / (group_size - 1)
         advantages = groups - others
     else:
         advantages = groups - mean
-        if group_std: # if all scores of a group are equal, the advantages stay 0
+        if group_std:
             advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1, 1) * mask, total[:, None] * mask # all tokens get the same
 
