@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import definitions, formulas, make_spec, user, write_rows
-from model import GPT, GPTConfig, ScalarModel, Tokenizer, generate, load_model, pad_right, read_jsonl
+from conftest import definitions, fails, formulas, make_spec, user, write_rows
+from model import (GPT, GPTConfig, ScalarModel, Tokenizer, generate, load_model, pad_right, read_jsonl,
+                   save_checkpoint)
 
 CPU = SimpleNamespace(device='cpu', device_type='cpu', rank=0, world_size=1,
                       autocast=lambda: torch.autocast('cpu', enabled=False))
@@ -109,6 +110,67 @@ def test_rewards_by_hand():
     batch.logprobs = batch.ref_logprobs
     assert s.get_rewards(batch, 0.5).sum().item() == 10 + 20 - 3
 
+# six answers to two prompts: their tokens, rewards, and totals 3, 1, 2, and 4, -2, 1
+MASK = torch.tensor([[0, 1, 1], [0, 1, 0], [1, 1, 1], [0, 0, 1], [1, 1, 0], [0, 1, 1]]).bool()
+REWARDS = torch.tensor([[0, -0.5, 3.5], [0, 1, 0], [1, -1, 2], [0, 0, 4], [1, -3, 0], [0, 0, 1]])
+TO_GO = [[0, 3, 3.5], [0, 1, 0], [2, 1, 2], [0, 0, 4], [-2, -3, 0], [0, 1, 1]] # their mean is 13.5 / 11
+
+@pytest.mark.parametrize('algo,settings,per_answer', [
+    ('rloo', {}, [1.5, -1.5, 0, 4.5, -4.5, 0]),                             # 3 - (1 + 2) / 2, ...
+    ('grpo', dict(group_std=False), [1, -1, 0, 3, -3, 0]),                  # 3 - (3 + 1 + 2) / 3, ...
+    ('grpo', dict(group_std=True), [1 / 1.0001, -1 / 1.0001, 0, 3 / 3.0001, -3 / 3.0001, 0]), # deviations 1 and 3
+    ('reinforce', dict(baseline=False), None), ('reinforce', dict(baseline=True), None)])
+def test_advantages_by_hand(algo, settings, per_answer):
+    s = ppo('rlhf.py', algo=algo, group_size=3, **settings)
+    advantages, returns = s.get_advantages(SimpleNamespace(response_mask=MASK), REWARDS)
+    if per_answer is None: # each token gets what is still to come
+        want = torch.tensor(TO_GO) - (13.5 / 11 if settings['baseline'] else 0)
+        assert returns.tolist() == TO_GO
+    else: # all tokens of an answer get the same
+        want = torch.tensor(per_answer).float()[:, None].expand(6, 3)
+    torch.testing.assert_close(advantages, want * MASK, atol=1e-6, rtol=1e-6)
+    assert (advantages[~MASK] == 0).all()
+
+def test_advantages_of_ppo():
+    """With a critic that says 0 and lambda 1: what is still to come, whitened over the tokens of all answers."""
+    s = ppo('rlhf.py', algo='ppo', gae_lambda=1.0)
+    batch = SimpleNamespace(response_mask=MASK, values=torch.zeros(6, 3))
+    advantages, returns = s.get_advantages(batch, REWARDS)
+    assert returns.tolist() == TO_GO
+    tokens = returns[MASK]
+    want = (returns - tokens.mean()) / tokens.std(unbiased=False) * MASK
+    torch.testing.assert_close(advantages, want, atol=1e-6, rtol=1e-6)
+
+@pytest.mark.parametrize('algo', ['grpo', 'rloo'])
+def test_a_group_of_equal_answers_teaches_nothing(algo):
+    for group_size in range(2, 10): # with 7 and 8 the mean of seven or eight times 0.1 is not 0.1
+        rewards = torch.zeros(2 * group_size, 3)
+        rewards[:group_size, 1] = 0.1
+        rewards[group_size:, 2] = 0.1 * torch.arange(group_size)
+        batch = SimpleNamespace(response_mask=torch.ones_like(rewards).bool())
+        advantages, _ = ppo('rlhf.py', algo=algo, group_size=group_size).get_advantages(batch, rewards)
+        assert (advantages[:group_size] == 0).all()
+        assert advantages[group_size:].isfinite().all() and advantages[group_size:].abs().max() > 0.04
+
+@pytest.mark.parametrize('algo', ['ppo', 'grpo', 'rloo', 'reinforce'])
+def test_answers_of_one_token(algo):
+    rewards = torch.tensor([[1.0], [3.0]])
+    batch = SimpleNamespace(response_mask=torch.ones(2, 1).bool(), values=torch.zeros(2, 1))
+    want = dict(ppo=1.0, grpo=1 / (2 ** 0.5 + 1e-4), rloo=2.0, reinforce=1.0)[algo]
+    s = ppo('rlhf.py', algo=algo, group_size=2)
+    advantages, returns = s.get_advantages(batch, rewards)
+    assert advantages[:, 0].tolist() == pytest.approx([-want, want], abs=1e-6) and returns.tolist() == [[1], [3]]
+    one_answer = SimpleNamespace(response_mask=torch.ones(1, 1).bool(), values=torch.zeros(1, 1))
+    if algo in ('ppo', 'reinforce'): # no deviation, and nothing is divided by 0
+        assert s.get_advantages(one_answer, rewards[:1])[0].tolist() == [[0.0]]
+
+def test_grpo_has_its_kl_penalty_in_the_loss():
+    batch = SimpleNamespace(
+        response_mask=torch.tensor([[True, True]]), logprobs=torch.tensor([[-1.0, -2.0]]), ended=torch.tensor([False]),
+        ref_logprobs=torch.zeros(1, 2), scores=torch.tensor([5.0]))
+    assert ppo('rlhf.py', algo='grpo', missing_end_penalty=1.0).get_rewards(batch, 0.5).tolist() == [[0, 4]]
+    assert ppo('rlhf.py', algo='rloo', missing_end_penalty=1.0).get_rewards(batch, 0.5).tolist() == [[0.5, 5]]
+
 # -----------------------------------------------------------------------------
 # phase 6: the loss
 
@@ -186,6 +248,78 @@ def test_value_loss_and_its_clipping():
                                 vf_coef=0.5)
             assert sums['v_loss'] == pytest.approx(want) and loss.item() == pytest.approx(0.5 * want)
 
+def categorical(theta, answers, reference=None, **more):
+    """
+    Answers of one token each, drawn from softmax(theta) -> batch, and a model whose logits are theta for all of them.
+    """
+    logprobs = F.log_softmax(theta.detach(), -1)[answers]
+    batch = one_token_answers(logprobs, **more)
+    batch.query_responses[:, 1] = answers
+    if reference is not None:
+        batch.ref_logprobs = reference.log()[answers][:, None]
+    def model(query_responses, response_mask):
+        return theta.expand(len(answers), -1), torch.zeros(len(answers), 1)
+    return batch, model
+
+def test_k3_in_the_loss_follows_forward_kl():
+    """
+    Answers in proportion to p = (1/2, 1/4, 1/4), so their mean is the expectation. The value of GRPO's term is
+    KL(p || q), where q is the reference, but its gradient is that of KL(q || p): p - q, by the logits of p.
+    """
+    p = torch.tensor([0.5, 0.25, 0.25])
+    q = torch.tensor([0.2, 0.2, 0.6])
+    theta = p.log().requires_grad_()
+    batch, model = categorical(theta, torch.tensor([0, 0, 1, 2]), q)
+    s = ppo('rlhf.py', run=CPU, model=model, algo='grpo', kl_coef=0.3)
+    loss, _, _ = s.get_loss(batch, torch.arange(4), 2)
+    (loss / 4).backward()
+    assert loss.item() / 4 == pytest.approx(0.3 * (p * (p / q).log()).sum().item(), abs=1e-6)
+    torch.testing.assert_close(theta.grad, 0.3 * (p - q))
+    reverse = p.log().requires_grad_() # the other KL has another gradient
+    (reverse.softmax(0) * (reverse.log_softmax(0) - q.log())).sum().backward()
+    assert (reverse.grad - (p - q)).abs().max() > 0.02
+
+def test_at_ratio_1_all_gradients_are_that_of_reinforce():
+    """By hand: the gradient of -A log p_i by the logits is A (p - 1_i)."""
+    p = torch.tensor([0.5, 0.25, 0.25])
+    answers = torch.tensor([0, 2, 1, 2, 0])
+    advantages = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.1])
+    want = (advantages[:, None] * (p - F.one_hot(answers, 3))).sum(0)
+    for algo, first_loss in (('reinforce', None), ('ppo', -2.6), ('rloo', -2.6), ('grpo', -2.6)):
+        theta = p.log().requires_grad_()
+        batch, model = categorical(theta, answers, advantages=advantages)
+        s = ppo('rlhf.py', run=CPU, model=model, algo=algo, vf_coef=0.0)
+        loss, _, ratio_max = s.get_loss(batch, torch.arange(5), 2)
+        loss.backward()
+        torch.testing.assert_close(theta.grad, want, atol=1e-6, rtol=1e-6)
+        if algo == 'reinforce': # -mean(rewards x logprobs)
+            first_loss = -(advantages * p.log()[answers]).sum().item()
+        assert loss.item() == pytest.approx(first_loss, abs=1e-5) and ratio_max == pytest.approx(1, abs=1e-6)
+
+@pytest.mark.parametrize('length_norm', [True, False])
+def test_length_norm_counts_each_answer_the_same(length_norm):
+    """GRPO's mean of means, and the mean over tokens of all other losses: answers of 1 and 3 tokens."""
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    batch = SimpleNamespace(
+        response_mask=mask, query_responses=torch.zeros(2, 4, dtype=torch.long), logprobs=torch.full((2, 3), -1.0),
+        ref_logprobs=torch.full((2, 3), -1.0), values=torch.zeros(2, 3), returns=torch.zeros(2, 3),
+        advantages=torch.tensor([[1.0], [-2.0]]) * mask)
+    every_token, normed = formulas('rlhf.py', 'batch.weights')
+    batch.weights = eval(every_token, dict(batch=batch))
+    assert batch.weights.tolist() == [[1, 0, 0], [1, 1, 1]]
+    if length_norm:
+        batch.weights = eval(normed, dict(batch=batch))
+    logprobs = torch.full((4,), -1.0, requires_grad=True)
+    def model(query_responses, response_mask):
+        return torch.stack([logprobs, (-logprobs.expm1()).log()], -1), torch.zeros(2, 3)
+    s = ppo('rlhf.py', run=CPU, model=model, algo='grpo')
+    loss, _, _ = s.get_loss(batch, torch.arange(2), 4)
+    (loss / batch.weights.sum()).backward()
+    # the losses of the four tokens are -1, and three times 2
+    want, grad = (0.5, [-1 / 2, 1 / 3, 1 / 3, 1 / 3]) if length_norm else (5 / 4, [-1 / 4, 1 / 2, 1 / 2, 1 / 2])
+    assert loss.item() / batch.weights.sum().item() == pytest.approx(want, abs=1e-6)
+    assert logprobs.grad.tolist() == pytest.approx(grad, abs=1e-6)
+
 def test_the_loss_ignores_what_is_outside_of_the_answer():
     batch = one_token_answers(torch.tensor([-1.0, 3.0, -3.0]), advantages=torch.ones(3), returns=torch.ones(3))
     batch.response_mask[1:] = False
@@ -210,6 +344,15 @@ def test_every_prompt_once_an_epoch_whatever_the_ranks():
             for rank in ranks:
                 drawn += rank.get_prompts(step)
         assert sorted(drawn[:9]) == sorted(drawn[9:]) == list('abcdefghi') and drawn[:9] != drawn[9:]
+
+def test_the_answers_of_a_group_stand_side_by_side():
+    for world_size in (1, 2):
+        drawn = []
+        for rank in range(world_size):
+            run = SimpleNamespace(rank=rank, world_size=world_size)
+            s = ppo('rlhf.py', seed=1, batch_size=12 // world_size, group_size=3, train_prompts=list('abcd'), run=run)
+            drawn += s.get_prompts(0)
+        assert drawn == [prompt for prompt in drawn[::3] for _ in range(3)] and set(drawn) == set('abcd')
 
 @torch.no_grad()
 @pytest.mark.parametrize('critic', ['separate', 'shared', None])
@@ -264,6 +407,52 @@ def test_rollout(critic, chain):
         assert complete[-1] == tok.end and complete != query + answer
         score = s.space['reward_model'](torch.tensor([complete]))[0, -1]
         torch.testing.assert_close(batch.scores[b], score, atol=1e-4, rtol=1e-4)
+
+def score(answers, scores=(0.0, 0.0), **settings):
+    """rollout() of two prompts, whose answers and scores of the reward model are known -> scores."""
+    tok = Tokenizer(make_spec())
+    torch.manual_seed(0)
+    policy = GPT(GPTConfig('llama', tok.n_vocab, 48, 1, 2, n_embd=16))
+    prompts = [(row, tok.render(row['messages'], prompt=True)[0]) for row in (
+        dict(messages=user('Say')), dict(messages=user('Say a word.')))]
+    for (row, _), checks in zip(prompts, (dict(equals='owl'), dict(max_words=1, contains=['cat']))):
+        row['checks'] = checks
+    def reward_model(ids):
+        return torch.tensor(scores)[:, None].expand(-1, ids.size(1))
+    s = ppo('rlhf.py', tok=tok, run=CPU, reference=policy, block_size=48, micro_batch_size=2, reward_model=reward_model,
+            reward_path='out/reward.pt', generate=lambda *args: [tok.encode(a) + [tok.end] for a in answers], **settings)
+    s.space['raw_model'] = s.ActorCritic(policy, None)
+    return s.rollout(prompts).scores.tolist()
+
+def test_scores():
+    """Of the model, of the checks, all or nothing, or of both; and clipped."""
+    answers = ['owl', 'cat and dog'] # the second one meets one check of two
+    assert score(answers, (5.0, -0.5)) == [5, -0.5]
+    assert score(answers, (5.0, -0.5), score_clip=2.0) == [2, -0.5]
+    assert score(answers, (5.0, -5.0), score_clip=2.0) == [2, -2]
+    assert score(answers, None, reward='checks') == [1, 0]
+    assert score(['cat', 'cat'], None, reward='checks') == [0, 1]
+    assert score(answers, (5.0, -0.5), reward='both') == [6, -0.5]
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite(bad):
+    for settings in (dict(), dict(reward='both'), dict(score_clip=1.0)):
+        with fails(rf'a score is {bad}: make out/reward\.pt again with `python reward\.py`'):
+            score(['owl', 'cat'], (0.0, bad), **settings)
+
+def test_task_takes_some_of_the_prompts(tmp_path):
+    tok = Tokenizer(make_spec())
+    rows = [dict(messages=user(str(i)), task='sum', checks=dict(number=i)) for i in range(3)]
+    write_rows(tmp_path / 'prompts_train.jsonl', rows + [dict(messages=user('Say'), task='say'), dict(messages=user('x'))])
+    def load_prompts(**settings):
+        s = ppo('rlhf.py', data_dir=str(tmp_path), tok=tok, block_size=48, max_new_tokens=6, **settings)
+        return [row['messages'][0]['content'] for row, _ in s.load_prompts('train')]
+    assert load_prompts() == ['0', '1', '2', 'Say', 'x'] and load_prompts(task='say') == ['Say']
+    assert load_prompts(task='sum', reward='checks') == ['0', '1', '2']
+    with fails("no prompt of task 'sums': leave --task out"):
+        load_prompts(task='sums')
+    with fails('reward=both needs checks, this prompt has none.*--reward=model, or --task=NAME'):
+        load_prompts(reward='both')
 
 def logprobs_of(net, ids, mask, temperature):
     s = ppo('rlhf.py', temperature=temperature)
@@ -368,25 +557,109 @@ def test_huge_kl_coef_keeps_the_policy_where_it_is(chain, scripts, tmp_path):
     free, held = (np.mean([row['kl'] for row in updates(folder)[5:10]]) for folder in (chain.out, out))
     assert abs(held) < 0.3 < 1 < free
 
-def test_adaptive_kl_coef(chain, scripts, tmp_path):
-    """KL starts at 0, below the target: the coefficient falls by 0.2 n / horizon = 0.2 x 16 / 160 = 2% an update."""
-    out = stocked(tmp_path, chain)
-    scripts.ok(*command(chain, out, '--kl_target=50', '--kl_horizon=160', '--kl_coef=0.1'))
-    assert [row['kl_coef'] for row in updates(out)] == pytest.approx([0.1 * 0.98 ** i for i in range(4)])
+# the optimizer steps of a run that is over
+STEPS = 'assert {int(p["step"]) for opt in optimizers for p in opt.state.values()} == {%s}'
 
 def test_target_kl_stops_the_epochs_early(chain, scripts, tmp_path):
     """The first minibatch is at the old policy and learned; the second is not, so this is one step an update."""
     out = stocked(tmp_path, chain)
-    count = 'assert {int(p["step"]) for opt in optimizers for p in opt.state.values()} == {max_iters}'
-    scripts.ok(*command(chain, out, '--target_kl=1e-9'), after=count)
-    scripts.ok(*command(chain, out, '--resume=false'), after=count.replace('{max_iters}', '{2 * ppo_epochs * max_iters}'))
+    scripts.ok(*command(chain, out, '--target_kl=1e-9'), after=STEPS % 'max_iters')
 
 def test_bfloat16(chain, scripts, tmp_path):
     out = stocked(tmp_path, chain)
-    scripts.ok(*command(chain, out, '--dtype=bfloat16'))
+    scripts.ok(*command(chain, out, '--dtype=bfloat16', '--max_iters=2'))
     assert all(math.isfinite(value) for row in log(out) for value in row.values())
     assert all(weight.dtype == torch.float32 for weight in load(out / 'rlhf.pt')['weights'].values())
     assert all(row['ratio_gap_first'] < 0.2 for row in updates(out))
+
+def test_a_second_round_and_snapshots(chain, scripts, tmp_path):
+    """The RLHF model is now the policy and the reference: KL 0, and the answers with which the first round ended."""
+    first_round = log(chain.out)[-1]
+    said = scripts.ok(*command(chain, tmp_path, f'--init_from={chain.out}/rlhf.pt', f'--reward_from={chain.out}/reward.pt',
+                               '--snapshots=true', '--eval_interval=2', '--sample_interval=3')).out
+    start = log(tmp_path)[0]
+    assert start['step'] == 0 and abs(start['val_kl']) < 1e-4
+    for name in ('val_score', 'val_met', 'val_gold', 'val_ended'):
+        assert start[name] == pytest.approx(first_round[name], abs=1e-5)
+    assert sorted(path.name for path in tmp_path.glob('*.pt')) == ['rlhf.00002.pt', 'rlhf.00004.pt', 'rlhf.pt']
+    assert load(tmp_path / 'rlhf.00002.pt')['step'] == 2
+    assert distance(tmp_path / 'rlhf.00004.pt', tmp_path / 'rlhf.pt') == 0
+    assert 0 < distance(tmp_path / 'rlhf.00002.pt', tmp_path / 'rlhf.pt')
+    talk = ['--prompt=Say a word.', '--temperature=0']
+    a, b = (scripts.ok('chat.py', tmp_path / name, *talk).out for name in ('rlhf.00004.pt', 'rlhf.pt'))
+    assert a == b != ''
+    # the table of an answer: a row for each of its tokens, and the reward is the score minus the KL penalty
+    tables = re.findall(r', score ([+-][\d.]+)\n +token +logprob +ref +kl +value +reward +advantage\n((?: .*\n)+?)(?=step|warn)', said)
+    assert len(tables) == 2 # updates 0 and 3
+    for score, table in tables:
+        rows = [line.split() for line in table.splitlines()]
+        rows = [row[-6:] for row in rows if re.search(r"' +-?\d", ' '.join(row))]
+        assert rows
+        kl = sum(float(row[2]) for row in rows)
+        assert sum(float(row[4]) for row in rows) == pytest.approx(float(score) - 0.05 * kl, abs=0.02)
+
+# -----------------------------------------------------------------------------
+# learning: tasks with a known solution. The policy answers with random digits, mostly its first one is that of the
+# prompt, as if it had seen some demonstrations of copying
+
+DIGITS = '4567'
+LENGTH = '''
+import model
+def grade(checks, text):
+    score = 1 - abs(len(text) - 4) / 4
+    return score, score
+model.grade = grade
+'''
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory):
+    """-> a folder with sft.pt, and a data folder for each task."""
+    folder = tmp_path_factory.mktemp('digits')
+    tok = Tokenizer(make_spec())
+    torch.manual_seed(0)
+    net = GPT(GPTConfig('llama', tok.n_vocab, 16, 1, 2, n_embd=32))
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    prompts = torch.tensor([tok.render(user(digit), prompt=True)[0] for digit in DIGITS])    # (4, P)
+    P = prompts.size(1)
+    for _ in range(100):
+        asked = prompts[torch.randint(4, (64,))]
+        given = asked[:, 3]
+        said = prompts[torch.randint(4, (64, 7)), 3]
+        said[:32, 0] = given[:32]
+        length = torch.randint(1, 7, (64, 1))
+        said[torch.arange(7) == length] = tok.end
+        logits = net(torch.cat([asked, said], 1))[:, P - 1:-1]
+        real = torch.arange(7) <= length
+        loss = F.cross_entropy(logits[real], said[real]) + F.cross_entropy(logits[:, 0], said[:, 0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_checkpoint(str(folder / 'sft.pt'), 'sft', net.state_dict(), vars(net.config), tok, {}, 0, {})
+    checks = dict(bandit=lambda digit: dict(equals='7'), copy=lambda digit: dict(equals=digit),
+                  length=lambda digit: dict(max_words=1))
+    for task, check in checks.items():
+        rows = [dict(messages=user(digit), checks=check(digit)) for digit in DIGITS]
+        for split in ('train', 'val'):
+            write_rows(folder / task / f'prompts_{split}.jsonl', rows)
+    return folder
+
+TASKS = [
+    ('bandit', 15, 'ppo'), ('copy', 15, 'ppo'), ('length', 20, 'ppo'),
+    ('bandit', 15, 'ppo --critic=shared'), ('bandit', 15, 'grpo --group_size=8'), ('copy', 15, 'rloo --group_size=8'),
+    ('bandit', 15, 'reinforce --ppo_epochs=1 --minibatch_size=16 --micro_batch_size=16')]
+
+@pytest.mark.parametrize('task,max_iters,algo', TASKS, ids=[f'{task}-{algo}' for task, _, algo in TASKS])
+def test_learns(task, max_iters, algo, digits, scripts, tmp_path):
+    """Say 7; say the digit of the prompt; say 4 digits: nearly always right after a few updates of 64 answers."""
+    n = 8 if task == 'length' else 1
+    penalty = 1 if task == 'length' else 0 # an answer of one token has no room for <|end|>
+    scripts.ok('rlhf.py', f'--algo={algo.split()[0]}', *algo.split()[1:], '--reward=checks', f'--init_from={digits}/sft.pt',
+               f'--data_dir={digits / task}', f'--out_dir={tmp_path}', f'--max_iters={max_iters}',
+               f'--max_new_tokens={n}', f'--missing_end_penalty={penalty}', '--learning_rate=3e-3', '--device=cpu',
+               '--dtype=float32', '--eval_prompts=4', '--eval_interval=100', before=LENGTH if task == 'length' else '')
+    score = [row['score'] for row in updates(tmp_path)]
+    first, last = score[0], np.mean(score[-3:])
+    assert len(score) == max_iters and first <= 0.65 and last >= 0.9 and last - first >= 0.3
 
 # -----------------------------------------------------------------------------
 # resume: an interrupted run ends at the same numbers, bit for bit
@@ -403,18 +676,23 @@ def seed_step(seed, step, rank):
 model.seed_step = seed_step
 '''
 
-ADAPTIVE = ('--kl_target=5', '--kl_horizon=100')
+ADAPTIVE = ('--kl_target=50', '--kl_horizon=160', '--kl_coef=0.1')
+GRPO = ('--algo=grpo', '--group_size=4')
+SHARED = ('--critic=shared',)
 
-@pytest.fixture(scope='module')
-def uninterrupted(chain, scripts):
-    out = stocked(chain.folder / 'uninterrupted', chain)
-    scripts.ok(*command(chain, out, *ADAPTIVE))
-    return out
-
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM], ids=str)
-def test_resume_is_bit_identical(number, chain, scripts, uninterrupted, tmp_path):
+def test_adaptive_kl_coef(chain, scripts, tmp_path):
+    """KL starts at 0, below the target: the coefficient falls by 0.2 n / horizon = 0.2 x 16 / 160 = 2% an update."""
     out = stocked(tmp_path, chain)
-    run = command(chain, out, *ADAPTIVE)
+    scripts.ok(*command(chain, out, *ADAPTIVE), after=STEPS % '2 * ppo_epochs * max_iters')
+    assert [row['kl_coef'] for row in updates(out)] == pytest.approx([0.1 * 0.98 ** i for i in range(4)])
+
+@pytest.mark.parametrize('number,flags', [(signal.SIGKILL, ADAPTIVE), (signal.SIGTERM, (*SHARED, *ADAPTIVE)),
+                                          (signal.SIGTERM, GRPO)], ids=['ppo', 'shared', 'grpo'])
+def test_resume_is_bit_identical(number, flags, chain, scripts, tmp_path):
+    uninterrupted = stocked(tmp_path / 'uninterrupted', chain)
+    out = stocked(tmp_path / 'out', chain)
+    scripts.ok(*command(chain, uninterrupted, *flags))
+    run = command(chain, out, *flags)
     if number == signal.SIGKILL:
         assert scripts(*run, before=kill_at(3, number)).code == -signal.SIGKILL
         saved = 2
@@ -429,6 +707,8 @@ def test_resume_is_bit_identical(number, chain, scripts, uninterrupted, tmp_path
     assert log(out) == log(uninterrupted)
     a, b = (load(folder / 'rlhf.pt')['metrics'] for folder in (out, uninterrupted))
     assert {**a, 'seconds': 0} == {**b, 'seconds': 0}
+    if flags == GRPO: # no critic
+        assert not {'explained_variance', 'v_loss'} & set(updates(out)[0]) and 'flat_groups' in updates(out)[0]
 
 def test_a_stop_in_the_last_update_loses_nothing(chain, scripts, tmp_path):
     out = stocked(tmp_path, chain)
@@ -452,15 +732,21 @@ def test_other_checkpoints_or_settings_are_not_resumed(chain, scripts, tmp_path)
 
 ANSWER = '''
 import model
-model.generate = lambda net, prompts, n, stop, temperature: [
-    [97 + len(p) % 5] * (1 + len(p) % 4) + [stop] * (len(p) % 3 > 0) for p in prompts]
+def answer(net, prompts, n, stop, temperature):
+    answers = []
+    for i, p in enumerate(prompts):
+        nth = sum(q is p for q in prompts[:i]) # the answers of a group differ
+        answers.append([97 + (len(p) + nth) % 5] * (1 + (len(p) + nth) % 4) + [stop] * (len(p) % 3 > 0))
+    return answers
+model.generate = answer
 '''
-def test_two_processes_are_one(chain, scripts, tmp_path):
+@pytest.mark.parametrize('flags', [(), SHARED, ('--algo=grpo', '--group_size=2')], ids=['ppo', 'shared', 'grpo'])
+def test_two_processes_are_one(flags, chain, scripts, tmp_path):
     """Each rank samples its own answers, so here the prompts decide the answers: learning from them is the same."""
     one, two = stocked(tmp_path / 'one', chain), stocked(tmp_path / 'two', chain)
     def run(n, out):
         return command(chain, out, f'--batch_size={n}', f'--minibatch_size={n}', f'--micro_batch_size={n}',
-                       '--max_iters=2', '--learning_rate=1e-4', '--ppo_epochs=3')
+                       '--max_iters=2', '--learning_rate=1e-4', '--ppo_epochs=3', *flags)
     scripts.ok(*run(8, one), before=ANSWER)
     printed = scripts.two(*run(4, two), before=ANSWER)
     assert printed[1].out == '' and 'saved' in printed[0].out
@@ -525,7 +811,14 @@ BAD = [
     (None, ['--batch_size=20', '--minibatch_size=8'], '20.*8.*--minibatch_size='),
     (None, ['--kl_target=1', '--kl_horizon=0'], 'kl_horizon must be positive'),
     (None, ['--cliprange=-0.1'], 'cliprange must be at least 0'),
-    (None, ['--temperature=0'], 'temperature.*0.01')]
+    (None, ['--temperature=0'], 'temperature.*0.01'),
+    (None, ['--kl_coef=-0.1'], 'kl_coef must be at least 0, not -0.1'),
+    (None, ['--algo=dpo'], r"algo must be one of \('ppo', 'grpo', 'rloo', 'reinforce'\), not 'dpo'"),
+    (None, ['--critic=none'], 'critic must be one of .*separate.*shared'),
+    (None, ['--reward=gold'], 'reward must be one of .*model.*checks.*both'),
+    (None, ['--group_size=0'], 'group_size must be positive'),
+    (None, ['--task=sums'], "no prompt of task 'sums': leave --task out"),
+    (only('prompts_val.jsonl', dict(messages=user('x'))), ['--reward=checks'], r'prompts_val\.jsonl: .*--reward=model')]
 
 @pytest.mark.parametrize('act,flags,pattern', BAD, ids=[f'{i}-{bad[2][:40]}' for i, bad in enumerate(BAD)])
 def test_bad_input(act, flags, pattern, chain, scripts, tmp_path):
@@ -540,11 +833,31 @@ def test_bad_input(act, flags, pattern, chain, scripts, tmp_path):
     scripts.fails(pattern, *command(chain, out, *flags, data=data))
     assert picture() == before
 
-def test_prompts_that_are_too_long_are_counted_and_left_out(chain, scripts, tmp_path):
-    data = shutil.copytree(chain.data, tmp_path / 'data')
-    out = stocked(tmp_path / 'out', chain)
-    put('prompts_train.jsonl', dict(messages=user('x' * 99)))(data, out)
-    assert re.search('left out 1 of 40 prompts', scripts.ok(*command(chain, out, data=data)).out)
+@pytest.mark.parametrize('flags', [
+    ['--batch_size=20', '--minibatch_size=8'], ['--minibatch_size=7'], ['--micro_batch_size=3'],
+    ['--algo=grpo'], ['--algo=rloo'], ['--algo=rloo', '--group_size=5'], ['--group_size=6', '--batch_size=8']], ids=str)
+def test_proposed_sizes_work(flags, chain, scripts, tmp_path):
+    """With what the message proposes the next error is that of the folder, which has no checkpoints."""
+    said = scripts.fails('batch_size|group_size', *command(chain, tmp_path, *flags)).err
+    proposed = re.findall(r'--\w+=\d+', said)
+    assert proposed
+    scripts.fails('no checkpoint', *command(chain, tmp_path, *flags, *proposed))
+
+def test_prompts_that_are_too_long_are_counted_and_left_out(tmp_path, capsys):
+    tok = Tokenizer(make_spec())
+    write_rows(tmp_path / 'prompts_train.jsonl', [dict(messages=user(text)) for text in ('Say', 'x' * 99, 'x')])
+    s = ppo('rlhf.py', data_dir=str(tmp_path), tok=tok, block_size=48, max_new_tokens=6)
+    assert [row['messages'] for row, _ in s.load_prompts('train')] == [user('Say'), user('x')]
+    assert 'left out 1 of 3 prompts, no room for 6 new tokens' in capsys.readouterr().out
+
+def test_a_reward_model_that_says_nan(chain, scripts, tmp_path):
+    out = stocked(tmp_path, chain)
+    ckpt = load(out / 'reward.pt')
+    ckpt['weights']['head.bias'].fill_(math.nan)
+    torch.save(ckpt, out / 'reward.pt')
+    before = {name: (out / name).read_bytes() for name in ('sft.pt', 'reward.pt')}
+    scripts.fails(r'a score is nan: make .*reward\.pt again with `python reward\.py`', *command(chain, out))
+    assert before == {path.name: path.read_bytes() for path in out.glob('*.pt')}
 
 def test_a_gradient_that_is_not_finite_stops_the_run_at_once(chain, scripts, tmp_path):
     """The last good state stays, and the weights are not touched."""
