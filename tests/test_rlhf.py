@@ -644,9 +644,9 @@ def digits(tmp_path_factory):
     return folder
 
 TASKS = [
-    ('bandit', 15, 'ppo'), ('copy', 15, 'ppo'), ('length', 20, 'ppo'),
-    ('bandit', 15, 'ppo --critic=shared'), ('bandit', 15, 'grpo --group_size=8'), ('copy', 15, 'rloo --group_size=8'),
-    ('bandit', 15, 'reinforce --ppo_epochs=1 --minibatch_size=16 --micro_batch_size=16')]
+    ('bandit', 15, 'ppo'), ('copy', 15, 'ppo'), ('length', 15, 'ppo --critic=shared'),
+    ('bandit', 12, 'grpo --group_size=8'), ('copy', 12, 'rloo --group_size=8'),
+    ('bandit', 12, 'reinforce --ppo_epochs=1 --minibatch_size=16 --micro_batch_size=16')]
 
 @pytest.mark.parametrize('task,max_iters,algo', TASKS, ids=[f'{task}-{algo}' for task, _, algo in TASKS])
 def test_learns(task, max_iters, algo, digits, scripts, tmp_path):
@@ -708,7 +708,7 @@ def test_resume_is_bit_identical(number, flags, chain, scripts, tmp_path):
     a, b = (load(folder / 'rlhf.pt')['metrics'] for folder in (out, uninterrupted))
     assert {**a, 'seconds': 0} == {**b, 'seconds': 0}
     if flags == GRPO: # no critic
-        assert not {'explained_variance', 'v_loss'} & set(updates(out)[0]) and 'flat_groups' in updates(out)[0]
+        assert 'explained_variance' not in updates(out)[0] and 'flat_groups' in updates(out)[0]
 
 def test_a_stop_in_the_last_update_loses_nothing(chain, scripts, tmp_path):
     out = stocked(tmp_path, chain)
@@ -740,7 +740,7 @@ def answer(net, prompts, n, stop, temperature):
     return answers
 model.generate = answer
 '''
-@pytest.mark.parametrize('flags', [(), SHARED, ('--algo=grpo', '--group_size=2')], ids=['ppo', 'shared', 'grpo'])
+@pytest.mark.parametrize('flags', [(), ('--algo=grpo', '--group_size=2')], ids=['ppo', 'grpo'])
 def test_two_processes_are_one(flags, chain, scripts, tmp_path):
     """Each rank samples its own answers, so here the prompts decide the answers: learning from them is the same."""
     one, two = stocked(tmp_path / 'one', chain), stocked(tmp_path / 'two', chain)
@@ -755,18 +755,18 @@ def test_two_processes_are_one(flags, chain, scripts, tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 def test_two_processes_sample_and_resume(chain, scripts, tmp_path):
-    flags = ('--batch_size=8', '--minibatch_size=4', '--micro_batch_size=2', '--ppo_epochs=1', '--max_iters=3',
-             '--eval_interval=3', *ADAPTIVE)
+    flags = ('--batch_size=8', '--minibatch_size=4', '--micro_batch_size=2', '--ppo_epochs=1', '--max_iters=2',
+             '--eval_interval=2', '--save_interval=1', *SHARED, *ADAPTIVE)
     whole, out = stocked(tmp_path / 'whole', chain), stocked(tmp_path / 'out', chain)
     scripts.two(*command(chain, whole, *flags))
     rows = log(whole)
-    assert len(rows) == 3 + 2 # 3 updates, evaluations at 0 and 3
+    assert len(rows) == 2 + 2 # 2 updates, evaluations at 0 and 2
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(row['ratio_gap_first'] < 1e-4 for row in updates(whole))
-    leave = kill_at(2, 0).replace('os.kill(os.getpid(), 0)', 'os._exit(3)') # on both ranks, after the save
+    leave = kill_at(1, 0).replace('os.kill(os.getpid(), 0)', 'os._exit(3)') # on both ranks, after the save
     with pytest.raises(AssertionError, match='exit code 3'):
         scripts.two(*command(chain, out, *flags), before=leave)
-    assert load(out / 'rlhf.resume.pt')['step'] == 2
+    assert load(out / 'rlhf.resume.pt')['step'] == 1
     scripts.two(*command(chain, out, *flags))
     assert distance(out / 'rlhf.pt', whole / 'rlhf.pt') == 0 and log(out) == rows
 
@@ -793,7 +793,6 @@ def cut_off(data, out):
 def other_tokenizer(data, out):
     torch.save({**load(out / 'sft.pt'), 'tokenizer': {**make_spec(), 'pattern': '.'}}, out / 'sft.pt')
 
-SAID = dict(role='assistant', content='owl')
 BAD = [
     (gone('sft.pt'), [], r'sft\.pt.*python sft\.py'),
     (gone('reward.pt'), [], r'reward\.pt.*python reward\.py'),
@@ -802,9 +801,6 @@ BAD = [
     (lambda data, out: shutil.copy(out / 'sft.pt', out / 'reward.pt'), [], 'sft.*reward'),
     (other_tokenizer, [], r'different tokenizers.*reward\.py'),
     (put('prompts_train.jsonl', '{"messages": '), [], r'prompts_train\.jsonl:3: '),
-    *((put('prompts_train.jsonl', row), [], r'prompts_train\.jsonl:3: ') for row in (
-        dict(messages=[*user('x'), SAID]), dict(checks=dict(max_words=3)),
-        dict(messages=user('x'), checks=dict(shout=True)), dict(messages=user('x'), checks=dict(number='abc')))),
     (only('prompts_train.jsonl', dict(messages=user('x' * 99))), [], '6 new tokens .* 48: lower --max_new_tokens'),
     (only('prompts_val.jsonl'), [], r'prompts_val\.jsonl'),
     (None, ['--max_new_tokens=99'], '99 new tokens.*--max_new_tokens'),
@@ -842,6 +838,15 @@ def test_proposed_sizes_work(flags, chain, scripts, tmp_path):
     proposed = re.findall(r'--\w+=\d+', said)
     assert proposed
     scripts.fails('no checkpoint', *command(chain, tmp_path, *flags, *proposed))
+
+@pytest.mark.parametrize('row', [
+    dict(messages=[*user('x'), dict(role='assistant', content='owl')]), dict(checks=dict(max_words=3)),
+    dict(messages=user('x'), checks=dict(shout=True)), dict(messages=user('x'), checks=dict(number='abc'))], ids=str)
+def test_bad_prompts(row, tmp_path):
+    write_rows(tmp_path / 'prompts_train.jsonl', [dict(messages=user('x')), dict(messages=user('x')), row])
+    s = ppo('rlhf.py', data_dir=str(tmp_path), tok=Tokenizer(make_spec()), block_size=48, max_new_tokens=6)
+    with fails(r'prompts_train\.jsonl:3: '):
+        s.load_prompts('train')
 
 def test_prompts_that_are_too_long_are_counted_and_left_out(tmp_path, capsys):
     tok = Tokenizer(make_spec())
