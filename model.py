@@ -828,6 +828,8 @@ def save_checkpoint(path, stage, weights, model_args, tok, config, step, metrics
     finite = all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
     assert finite, f'this run has diverged: {metrics}: lower --learning_rate; {path} is unchanged'
     weights = {name: tensor.float().cpu() for name, tensor in weights.items()}
+    if model_args['tie_embeddings'] and 'wte.weight' in weights: # copies must not be saved twice
+        weights['head.weight'] = weights['wte.weight']
     save_tensors(path, dict(stage=stage, weights=weights, model_args=model_args,
                             tokenizer=tok.spec, config=config, step=step, metrics=metrics))
     for left in glob.glob(glob.escape(path.removesuffix('.pt')) + '.resume.*'):

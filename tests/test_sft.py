@@ -245,6 +245,8 @@ def test_the_best_weights_are_kept(chain, scripts, tmp_path):
     assert 'risen since step 0' in r.out
     assert distance(out / 'sft.pt', out / 'base.pt') == 0
     assert load(out / 'sft.pt')['metrics']['val_loss'] == losses[0]
+    weights = load(out / 'sft.pt')['weights'] # the tied matrix is in the file once
+    assert weights['head.weight'].data_ptr() == weights['wte.weight'].data_ptr()
 
 def test_copies_and_bad_lines_are_counted(chain, scripts, tmp_path):
     data, out = shutil.copytree(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
