@@ -118,9 +118,7 @@ def gpt2_tokenizer():
     # 50,256 tokens and 6 special ones, padded to a multiple of 128: faster on GPUs
     return make_tokenizer('gpt2', enc._pat_str, tokens, n_vocab=50304)
 
-# SmolLM2 first makes each digit a piece, then splits the rest as GPT-2 does; and as one pattern
-DIGITS_FIRST = [dict(type='Digits', individual_digits=True),
-                dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=True)]
+# SmolLM2 first makes each digit a piece, then splits the rest as GPT-2 does. Here as one pattern:
 DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
                   r'|\s+(?![^\s\p{N}])|\s+')
 
@@ -141,7 +139,7 @@ def read_tokenizer(path):
         if isinstance(merges[0], list): # newer files have pairs
             merges = [' '.join(pair) for pair in merges]
         splits = data['pre_tokenizer']['pretokenizers']
-        digits_first = splits == DIGITS_FIRST
+        digits_first = splits == CLASSES['digits_first']
         pattern = DIGITS_PATTERN if digits_first else splits[0]['pattern']['Regex']
         special = {token['content']: token['id'] for token in data['added_tokens']}
         tokens = {} # token: its id in the file
@@ -164,7 +162,10 @@ def read_tokenizer(path):
         raise AssertionError(
             f'{path} cannot become a tokenizer of ours ({type(e).__name__}: {e}): give the path of '
             'our tokenizer.json with --tokenizer') from None
-    return tok, [*tokens.values(), *(special.get(name, -1) for name in SPECIAL_TOKENS)]
+    ids = list(tokens.values())
+    for name in SPECIAL_TOKENS:
+        ids.append(special.get(name, -1))
+    return tok, ids
 
 # -----------------------------------------------------------------------------
 # safetensors: 8 bytes with the length of the header; the header, JSON; the data

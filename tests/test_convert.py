@@ -229,7 +229,7 @@ def test_special_tokens_first_and_bytes_that_are_missing(convert, exported, scri
     names = special + [token for token in old if token not in rare]
     data['model']['vocab'] = {token: i for i, token in enumerate(names)}
     data['added_tokens'] = [dict(id=i, content=token) for i, token in enumerate(special)]
-    data['pre_tokenizer']['pretokenizers'] = convert.DIGITS_FIRST
+    data['pre_tokenizer']['pretokenizers'] = convert.CLASSES['digits_first']
     (folder / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
     known = {'<|endoftext|>': TOK.eot, '<|im_start|>': TOK.user, '<|im_end|>': TOK.end, **old}
     embeddings = tensors['model.embed_tokens.weight']
