@@ -532,7 +532,6 @@ class Tokenizer:
         try:
             roles = [turn['role'] for turn in messages]
             order = ' '.join(roles)
-            turn_openers = [openers[role] for role in roles]
             texts = [turn['content'] + '' for turn in messages] # + '': a TypeError if it is no text
         except (KeyError, TypeError):
             raise ValueError('messages must be a list of {"role": .., "content": text}') from None
@@ -541,11 +540,11 @@ class Tokenizer:
         if not alternate or roles[-1] != last:
             raise ValueError(f'roles must alternate and end with {last}, but they are: {order}')
         ids, mask = [self.eot], [0]
-        for role, opener, text in zip(roles, turn_openers, texts):
+        for role, text in zip(roles, texts):
             # a space first, as in running text, so that a word is the same token everywhere
             text_ids = self.encode(' ' + text) if text else []
             learn = 1 if role == 'assistant' else 0
-            ids += [opener] + text_ids + [self.end]
+            ids += [openers[role]] + text_ids + [self.end]
             mask += [0] + [learn] * (len(text_ids) + 1)
         if prompt:
             ids.append(self.assistant)

@@ -565,13 +565,15 @@ def split_dialog(text):
 
 def make_ranking(messages, completions, scores):
     """Rank by score, best first. Of completions with equal scores only the first is listed."""
+    # sorted, since their order often tells the ranking: in hh-rlhf the better one comes first
+    answers = sorted((text.strip(), score) for text, score in zip(completions, scores))
+    completions = [text for text, _ in answers]
     first_with = {}
-    for i, score in enumerate(scores):
+    for i, (_, score) in enumerate(answers):
         first_with.setdefault(score, i)
     ranking = [first_with[score] for score in sorted(first_with, reverse=True)]
     if len(ranking) < 2:
         return [(None, 'ranking of nothing but ties')]
-    completions = [text.strip() for text in completions]
     return [('preferences', dict(messages=messages, completions=completions, ranking=ranking))]
 
 def from_instruction(row):

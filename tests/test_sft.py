@@ -278,7 +278,8 @@ F.cross_entropy = lambda logits, *a, **k: real(logits, *a, **k) * (float("nan") 
 
 @pytest.mark.parametrize('row', [
     dict(messages=user('x')), dict(messages=[]), dict(messages='x'), dict(text='x'),
-    dict(messages=user('x') + user('y') + [OWL]), dict(messages=[dict(role=['user'], content='x'), OWL]),
+    dict(messages=user('x') + user('y') + [OWL]), dict(messages=user('x') + [dict(role='tool', content='x'), OWL]),
+    dict(messages=[dict(role=['user'], content='x'), OWL]),
     dict(messages=[dict(role='user', content=None), OWL]), '{"messages": ', '[1]', '"x"'], ids=str)
 def test_bad_lines(row, chain, tmp_path):
     """The message names the line; no traceback of the tokenizer."""
@@ -288,11 +289,17 @@ def test_bad_lines(row, chain, tmp_path):
     with fails(r'chat_train\.jsonl:3: '):
         s.load_examples('train')
 
+def without_special_tokens(path):
+    ckpt = load(path)
+    ckpt['tokenizer']['special_tokens'] = ['<|endoftext|>']
+    torch.save(ckpt, path)
+
 BAD = [
     (lambda data, out: (out / 'base.pt').unlink(), [], r'base\.pt.*python pretrain\.py'),
     (lambda data, out: (out / 'base.pt').write_bytes((out / 'base.pt').read_bytes()[:-7]), [],
      r'base\.pt.*damaged.*python pretrain\.py'),
     (lambda data, out: shutil.copy(out / 'sft.pt', out / 'base.pt'), [], 'of stage sft'),
+    (lambda data, out: without_special_tokens(out / 'base.pt'), [], r'base\.pt.*it has other special tokens'),
     (lambda data, out: (data / 'chat_train.jsonl').unlink(), [], r'chat_train\.jsonl.*python prepare_data\.py'),
     (lambda data, out: write_rows(data / 'chat_val.jsonl', []), [], r'chat_val\.jsonl'),
     (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x' * 99) + [OWL])]), [],
