@@ -480,6 +480,12 @@ def clean(text):
         text = re.sub(r'(?<!\s)(\s{10000})\s+', r'\1', text)
     return text
 
+def join_parts(content):
+    """The content of a turn; OpenAI's [{'type': 'text', 'text': 'Hi'}] becomes 'Hi'."""
+    if isinstance(content, list) and content and all(part['type'] == 'text' for part in content):
+        content = ''.join(part['text'] for part in content)
+    return content
+
 class Tokenizer:
     """A tiktoken encoding built from tokenizer.json, and the chat template."""
     def __init__(self, spec):
@@ -532,7 +538,8 @@ class Tokenizer:
         try:
             roles = [turn['role'] for turn in messages]
             order = ' '.join(roles)
-            texts = [turn['content'] + '' for turn in messages] # + '': a TypeError if it is no text
+            # + '': a TypeError if it is no text
+            texts = [join_parts(turn['content']) + '' for turn in messages]
         except (KeyError, TypeError):
             raise ValueError('messages must be a list of {"role": .., "content": text}') from None
         last = 'user' if prompt else 'assistant'
