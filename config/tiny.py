@@ -17,7 +17,7 @@ sft = dict(
     eval_interval=100, log_interval=50, save_interval=100)
 
 reward = dict(
-    sample_prompts=1500, sample_answers=6, max_new_tokens=48, epochs=2, batch_size=16,
+    sample_prompts=1000, sample_answers=6, max_new_tokens=48, epochs=2, batch_size=16,
     learning_rate=1e-3, beta=0.4, eval_interval=100, log_interval=20, save_interval=50)
 
 rlhf = dict(
