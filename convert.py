@@ -118,8 +118,15 @@ def gpt2_tokenizer():
     # 50,256 tokens and 6 special ones, padded to a multiple of 128: faster on GPUs
     return make_tokenizer('gpt2', enc._pat_str, tokens, n_vocab=50304)
 
+# SmolLM2 first makes each digit a piece, then splits the rest as GPT-2 does. Here as one pattern:
+DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+                  r'|\s+(?![^\s\p{N}])|\s+')
+
 def read_tokenizer(path):
-    """Hugging Face's tokenizer.json -> Tokenizer. It must be byte-level BPE, as in Llama 3."""
+    """
+    Hugging Face's tokenizer.json -> Tokenizer, ids. ids: for each of our tokens its id in the file;
+    -1 if it has none. The file must be byte-level BPE, as in Llama 3 and SmolLM2.
+    """
     try:
         data = read_json(path)
         vocab = data['model']['vocab']
@@ -127,20 +134,27 @@ def read_tokenizer(path):
             tok = gpt2_tokenizer()
             tokens = {spell(token): i for i, token in enumerate(tok.tokens)}
             assert tokens.items() <= vocab.items(), "its tokens are not GPT-2's"
-            return tok
+            return tok, list(range(len(tok.tokens)))
         merges = data['model']['merges']
         if isinstance(merges[0], list): # newer files have pairs
             merges = [' '.join(pair) for pair in merges]
-        split = data['pre_tokenizer']['pretokenizers'][0]
-        tokens = []
+        splits = data['pre_tokenizer']['pretokenizers']
+        digits_first = splits == CLASSES['digits_first']
+        pattern = DIGITS_PATTERN if digits_first else splits[0]['pattern']['Regex']
+        special = {token['content']: token['id'] for token in data['added_tokens']}
+        tokens = {} # token: its id in the file
         for token in sorted(vocab, key=vocab.get):
-            tokens.append(bytes(CHAR_TO_BYTE[char] for char in token))
-        tok = make_tokenizer('bpe', split['pattern']['Regex'], tokens)
+            if token not in special: # SmolLM2's vocabulary begins with its special tokens
+                tokens[bytes(CHAR_TO_BYTE[char] for char in token)] = vocab[token]
+        for b in range(256):
+            tokens.setdefault(bytes([b]), -1) # SmolLM2 lacks those that are rare
+        tok = make_tokenizer('bpe', pattern, tokens)
         # If what we would write equals what we have read, every text gets the same ids.
         ours = tokenizer_json(tok)
-        assert ours['model']['vocab'] == vocab, 'the ids do not count from 0'
+        assert sorted(vocab.values()) == list(range(len(vocab))), 'the ids do not count from 0'
         assert ours['model']['merges'] == merges, 'the merges are not in the order of the ids'
-        assert ours['pre_tokenizer'] == data['pre_tokenizer'], 'it splits texts in another way'
+        is_same = digits_first or ours['pre_tokenizer'] == data['pre_tokenizer']
+        assert is_same, 'it splits texts in another way'
         assert not data['normalizer'], 'it changes texts'
         text = "It's naïve: 12,345 🙂\n\tend "
         assert tok.decode(tok.encode(text)) == text, 'a text does not come back'
@@ -148,7 +162,10 @@ def read_tokenizer(path):
         raise AssertionError(
             f'{path} cannot become a tokenizer of ours ({type(e).__name__}: {e}): give the path of '
             'our tokenizer.json with --tokenizer') from None
-    return tok
+    ids = list(tokens.values())
+    for name in SPECIAL_TOKENS:
+        ids.append(special.get(name, -1))
+    return tok, ids
 
 # -----------------------------------------------------------------------------
 # safetensors: 8 bytes with the length of the header; the header, JSON; the data
@@ -307,19 +324,22 @@ if target.endswith('.pt'):
     # tokenizer
     if tokenizer:
         tok = Tokenizer.load(tokenizer)
+        ids = list(range(len(tok.tokens))) # and its special tokens are the model's next ones
     elif args['vocab_size'] == 50257 and not os.path.exists(f'{folder}/tokenizer.json'):
         tok = gpt2_tokenizer()
+        ids = list(range(len(tok.tokens)))
     else:
-        tok = read_tokenizer(f'{folder}/tokenizer.json')
+        tok, ids = read_tokenizer(f'{folder}/tokenizer.json')
     n_known = args['vocab_size']
-    n_tokens = len(tok.tokens)
+    n_tokens = max(ids) + 1
     assert n_tokens <= n_known, f'{folder} has {n_known:,} tokens, the tokenizer {n_tokens:,}'
-    n_new = max(0, tok.n_vocab - n_known)
-    args['vocab_size'] = n_known + n_new
+    ids += range(len(ids), n_known) # rows that no token uses stay
+    ids += [-1] * (tok.n_vocab - len(ids))
+    args['vocab_size'] = len(ids)
     for name in ('wte.weight', 'head.weight'):
-        # special tokens that the model lacks start as the mean of all tokens (Hewitt 2021)
+        # tokens that the model lacks, -1, start as the mean of all tokens (Hewitt 2021)
         mean = weights[name].mean(0, keepdim=True)                  # (1, C)
-        weights[name] = torch.cat((weights[name], mean.expand(n_new, -1)))
+        weights[name] = torch.cat((weights[name], mean))[ids]
     if args['tie_embeddings']: # make them one tensor, which is saved once
         weights['head.weight'] = weights['wte.weight']
 

@@ -480,6 +480,12 @@ def clean(text):
         text = re.sub(r'(?<!\s)(\s{10000})\s+', r'\1', text)
     return text
 
+def join_parts(content):
+    """The content of a turn; OpenAI's [{'type': 'text', 'text': 'Hi'}] becomes 'Hi'."""
+    if isinstance(content, list) and content and all(part['type'] == 'text' for part in content):
+        content = ''.join(part['text'] for part in content)
+    return content
+
 class Tokenizer:
     """A tiktoken encoding built from tokenizer.json, and the chat template."""
     def __init__(self, spec):
@@ -532,8 +538,8 @@ class Tokenizer:
         try:
             roles = [turn['role'] for turn in messages]
             order = ' '.join(roles)
-            turn_openers = [openers[role] for role in roles]
-            texts = [turn['content'] + '' for turn in messages] # + '': a TypeError if it is no text
+            # + '': a TypeError if it is no text
+            texts = [join_parts(turn['content']) + '' for turn in messages]
         except (KeyError, TypeError):
             raise ValueError('messages must be a list of {"role": .., "content": text}') from None
         last = 'user' if prompt else 'assistant'
@@ -541,11 +547,11 @@ class Tokenizer:
         if not alternate or roles[-1] != last:
             raise ValueError(f'roles must alternate and end with {last}, but they are: {order}')
         ids, mask = [self.eot], [0]
-        for role, opener, text in zip(roles, turn_openers, texts):
+        for role, text in zip(roles, texts):
             # a space first, as in running text, so that a word is the same token everywhere
             text_ids = self.encode(' ' + text) if text else []
             learn = 1 if role == 'assistant' else 0
-            ids += [opener] + text_ids + [self.end]
+            ids += [openers[role]] + text_ids + [self.end]
             mask += [0] + [learn] * (len(text_ids) + 1)
         if prompt:
             ids.append(self.assistant)
@@ -828,6 +834,8 @@ def save_checkpoint(path, stage, weights, model_args, tok, config, step, metrics
     finite = all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
     assert finite, f'this run has diverged: {metrics}: lower --learning_rate; {path} is unchanged'
     weights = {name: tensor.float().cpu() for name, tensor in weights.items()}
+    if model_args['tie_embeddings'] and 'wte.weight' in weights: # copies must not be saved twice
+        weights['head.weight'] = weights['wte.weight']
     save_tensors(path, dict(stage=stage, weights=weights, model_args=model_args,
                             tokenizer=tok.spec, config=config, step=step, metrics=metrics))
     for left in glob.glob(glob.escape(path.removesuffix('.pt')) + '.resume.*'):

@@ -40,7 +40,8 @@ import numpy as np
 import requests
 import torch.distributed as dist
 
-from model import RANK, atomic_write, grade, print0, read_jsonl, read_shard, write_jsonl, write_text
+from model import (
+    RANK, atomic_write, grade, join_parts, print0, read_jsonl, read_shard, write_jsonl, write_text)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -565,13 +566,15 @@ def split_dialog(text):
 
 def make_ranking(messages, completions, scores):
     """Rank by score, best first. Of completions with equal scores only the first is listed."""
+    # sorted, since their order often tells the ranking: in hh-rlhf the better one comes first
+    answers = sorted((text.strip(), score) for text, score in zip(completions, scores))
+    completions = [text for text, _ in answers]
     first_with = {}
-    for i, score in enumerate(scores):
+    for i, (_, score) in enumerate(answers):
         first_with.setdefault(score, i)
     ranking = [first_with[score] for score in sorted(first_with, reverse=True)]
     if len(ranking) < 2:
         return [(None, 'ranking of nothing but ties')]
-    completions = [text.strip() for text in completions]
     return [('preferences', dict(messages=messages, completions=completions, ranking=ranking))]
 
 def from_instruction(row):
@@ -697,12 +700,6 @@ def check_text(name, value, may_be_empty=True):
         raise ValueError(f'{name} must be a string, not {type(value).__name__}')
     if not may_be_empty and not value.strip():
         raise ValueError(f'{name} is empty')
-
-def join_parts(content):
-    """The content of a turn; OpenAI's [{'type': 'text', 'text': 'Hi'}] becomes 'Hi'."""
-    if isinstance(content, list) and content and all(part['type'] == 'text' for part in content):
-        content = ''.join(part['text'] for part in content)
-    return content
 
 def check_exam(row):
     """ValueError if a question cannot be asked, or has no right answer."""

@@ -17,12 +17,13 @@ sft = dict(
     eval_interval=100, log_interval=50, save_interval=100)
 
 reward = dict(
-    sample_prompts=1500, sample_answers=6, max_new_tokens=48, epochs=2, batch_size=16,
+    sample_prompts=1000, sample_answers=6, max_new_tokens=48, epochs=2, batch_size=16,
     learning_rate=1e-3, beta=0.4, eval_interval=100, log_interval=20, save_interval=50)
 
 rlhf = dict(
-    max_iters=10, batch_size=128, minibatch_size=32, micro_batch_size=16, max_new_tokens=48,
-    ppo_epochs=2, learning_rate=1e-3, kl_coef=0.2, eval_interval=5, sample_interval=5)
+    max_iters=12, batch_size=128, minibatch_size=32, micro_batch_size=16, max_new_tokens=48,
+    ppo_epochs=2, learning_rate=6e-4, critic_learning_rate=2e-3, cliprange_value=0.0, kl_coef=0.1,
+    eval_interval=6, sample_interval=6)
 
 # 80 tokens are more than a good answer needs: a model that does not stop should be seen
 eval = dict(batch_size=64, max_new_tokens=80)

@@ -4,12 +4,14 @@ is written here, and by transformers where it is installed; damaged and foreign 
 """
 import json
 import math
+import random
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import jinja2
 import jinja2.ext
 import pytest
+import regex
 import requests
 import torch
 from conftest import definitions, fails, make_spec
@@ -188,10 +190,10 @@ def test_foreign_tokenizers(convert, exported, tmp_path):
     folder = copy(exported('gpt2')[1], tmp_path / 'hf')
     path = folder / 'tokenizer.json'
     good = json.loads(path.read_text('utf-8'))
-    assert convert.read_tokenizer(path).hash == TOK.hash
+    assert convert.read_tokenizer(path)[0].hash == TOK.hash
     pairs = [merge.split() for merge in good['model']['merges']]
     change(path, model=dict(good['model'], merges=pairs, dropout=None)) # as newer versions write it
-    assert convert.read_tokenizer(path).hash == TOK.hash
+    assert convert.read_tokenizer(path)[0].hash == TOK.hash
     for says, changes in (('normalizer|changes', dict(normalizer=dict(type='NFC'))),
                           ('merges', dict(model=dict(good['model'], merges=good['model']['merges'][::-1]))),
                           ('ids', dict(model=dict(good['model'], vocab={t: i + 1 for t, i in good['model']['vocab'].items()}))),
@@ -204,6 +206,56 @@ def test_foreign_tokenizers(convert, exported, tmp_path):
             convert.read_tokenizer(path)
         with fails(says):
             convert.read_tokenizer(path)
+
+def test_digits_first_is_one_pattern(convert):
+    """The oracle makes each digit a piece, then splits the rest with GPT-2's pattern, as SmolLM2's tokenizer says."""
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = ''.join(rng.choices("  \t\n\r\xa007٣²Ⅷaé\u0301中'st.,-🙂", k=rng.randrange(1, 12)))
+        pieces = [piece for piece in regex.split(r'(\p{N})', text) if piece]
+        wanted = [word for piece in pieces for word in regex.findall(gpt2, piece)]
+        assert regex.findall(convert.DIGITS_PATTERN, text) == wanted, repr(text)
+
+def test_special_tokens_first_and_bytes_that_are_missing(convert, exported, scripts, tmp_path):
+    """A model in SmolLM2's form: ids from 0 are special tokens, two rare bytes have none."""
+    model, ours = exported('llama_tied')
+    folder = copy(ours, tmp_path / 'hf')
+    config, tensors = read(convert, ours)
+    data = json.loads((ours / 'tokenizer.json').read_text('utf-8'))
+    special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+    rare = [convert.spell(b'\x04'), convert.spell(b'\xfe')]
+    old = data['model']['vocab']
+    names = special + [token for token in old if token not in rare]
+    data['model']['vocab'] = {token: i for i, token in enumerate(names)}
+    data['added_tokens'] = [dict(id=i, content=token) for i, token in enumerate(special)]
+    data['pre_tokenizer']['pretokenizers'] = convert.CLASSES['digits_first']
+    (folder / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
+    known = {'<|endoftext|>': TOK.eot, '<|im_start|>': TOK.user, '<|im_end|>': TOK.end, **old}
+    embeddings = tensors['model.embed_tokens.weight']
+    theirs = embeddings[[known[token] for token in names]]
+    convert.write_safetensors(folder / 'model.safetensors', {**tensors, 'model.embed_tokens.weight': theirs})
+    change(folder / 'config.json', vocab_size=len(names))
+    scripts.ok('convert.py', folder, tmp_path / 'base.pt')
+
+    ckpt = torch.load(tmp_path / 'base.pt', weights_only=True)
+    tok = Tokenizer(ckpt['tokenizer'])
+    got = ckpt['weights']['wte.weight']
+    assert len(got) == tok.n_vocab == ckpt['model_args']['vocab_size'] == TOK.n_vocab
+    mean = theirs.mean(0)
+    for i, token in enumerate(tok.tokens): # the same bytes have the same row
+        name = convert.spell(token)
+        assert torch.allclose(got[i], mean if name in rare else embeddings[old[name]], atol=1e-6), token
+    assert torch.equal(got[tok.eot], embeddings[TOK.eot]) # theirs has the same name
+    assert torch.allclose(got[tok.system:], mean.expand(5, -1), atol=1e-6)
+    text = 'Say the owl has 12 cats.\n\x04'
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and tok.encode('has 12')[1:] == tok.encode(' ') + tok.encode('1') + tok.encode('2')
+
+    # a token whose id the weights lack
+    change(folder / 'config.json', vocab_size=len(names) - 1)
+    convert.write_safetensors(folder / 'model.safetensors', {**tensors, 'model.embed_tokens.weight': theirs[:-1]})
+    scripts.fails(f'has {len(names) - 1} tokens, the tokenizer {len(names)}', 'convert.py', folder, tmp_path / 'x' / 'base.pt')
 
 def test_a_tokenizer_of_characters(scripts, tmp_path):
     """It has no form there: the model goes out without one, and comes back with --tokenizer."""

@@ -1,7 +1,9 @@
 """sft.py: targets and masks, order of the data, resume, two processes, bad input."""
+import json
 import math
 import shutil
 import signal
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,6 +51,17 @@ def test_targets(tmp_path):
     # two answers, the second one empty
     assert [t for t in y[0].tolist() if t != -1] == [owl, cat, tok.end, tok.end]
     assert [t for t in y[1].tolist() if t != -1] == [fox, tok.end]
+
+def test_content_in_parts():
+    """OpenAI's list of parts is read if all of them are text."""
+    s = definitions('sft.py', tok=Tokenizer(make_spec()), max_length=48)
+    parts = [dict(type='text', text='ow'), dict(type='text', text='l')]
+    row = dict(messages=user('Say') + [dict(role='assistant', content=parts)])
+    assert s.read_example(row) == s.read_example(dict(messages=user('Say') + [OWL]))
+    for bad in ([*parts, dict(type='image_url', text='x')], [], ['owl'], [dict(type='text')], [dict(type='text', text=1)]):
+        row['messages'][1]['content'] = bad
+        with pytest.raises(ValueError, match='messages must be a list'):
+            s.read_example(row)
 
 def test_pack():
     """Best fit by hand: 5 opens a row with 2 left, 4 a row with 3 left; 3 fills it; 2 fills the first row."""
@@ -245,6 +258,8 @@ def test_the_best_weights_are_kept(chain, scripts, tmp_path):
     assert 'risen since step 0' in r.out
     assert distance(out / 'sft.pt', out / 'base.pt') == 0
     assert load(out / 'sft.pt')['metrics']['val_loss'] == losses[0]
+    weights = load(out / 'sft.pt')['weights'] # the tied matrix is in the file once
+    assert weights['head.weight'].data_ptr() == weights['wte.weight'].data_ptr()
 
 def test_copies_and_bad_lines_are_counted(chain, scripts, tmp_path):
     data, out = shutil.copytree(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
@@ -253,6 +268,35 @@ def test_copies_and_bad_lines_are_counted(chain, scripts, tmp_path):
     r = scripts.ok(*command(chain, out, '--skip_bad=true', data=data))
     assert 'train: left out 0 too long and 1 bad of 40 examples' in r.out
     assert '39 of 39 validation conversations are training data' in r.out
+
+def test_from_a_folder_in_gpt2_form(chain, scripts, tmp_path):
+    """convert.py, sft.py with init_from, reward.py. Of our special tokens the folder has <|endoftext|> only."""
+    torch.manual_seed(0)
+    tok = Tokenizer(make_spec())
+    model = GPT(GPTConfig(arch='gpt2', vocab_size=tok.eot + 1, block_size=48, n_layer=1, n_head=2, n_embd=16))
+    c = definitions('convert.py')
+    args = asdict(model.config)
+    tensors = {}
+    for ours, (theirs,) in c.weight_names(args).items():
+        tensors[theirs] = c.transpose(ours, model.state_dict()[ours], 'gpt2')
+    hf = tmp_path / 'hf'
+    hf.mkdir()
+    c.write_safetensors(hf / 'model.safetensors', tensors)
+    config = {name: args[ours] for ours, name in c.CLASSES['settings']['gpt2'].items()}
+    (hf / 'config.json').write_text(json.dumps(dict(config, model_type='gpt2')))
+    data = c.tokenizer_json(tok)
+    data['added_tokens'] = data['added_tokens'][:1]
+    (hf / 'tokenizer.json').write_text(json.dumps(data))
+    scripts.ok('convert.py', hf, tmp_path / 'gpt2' / 'base.pt')
+
+    out = tmp_path / 'out'
+    scripts.ok(*command(chain, out, f'--init_from={tmp_path}/gpt2/base.pt', '--learning_rate=1e-2'))
+    losses = [row['val_loss'] for row in read_log(out / 'sft.jsonl') if 'val_loss' in row]
+    assert losses[0] == pytest.approx(math.log(tok.n_vocab), abs=0.3) and losses[-1] < losses[0] - 1
+    ckpt = load(out / 'sft.pt')
+    assert ckpt['tokenizer'] == tok.spec and ckpt['model_args'] == dict(args, vocab_size=tok.n_vocab)
+    scripts.ok('reward.py', chain.short, f'--data_dir={chain.data}', f'--out_dir={out}', '--learning_rate=1e-2')
+    assert load(out / 'reward.pt')['metrics']['val_loss'] < math.log(2)
 
 def test_bfloat16(chain, scripts, tmp_path):
     out = stocked(tmp_path, chain, 'base')
@@ -276,7 +320,8 @@ F.cross_entropy = lambda logits, *a, **k: real(logits, *a, **k) * (float("nan") 
 
 @pytest.mark.parametrize('row', [
     dict(messages=user('x')), dict(messages=[]), dict(messages='x'), dict(text='x'),
-    dict(messages=user('x') + user('y') + [OWL]), dict(messages=[dict(role=['user'], content='x'), OWL]),
+    dict(messages=user('x') + user('y') + [OWL]), dict(messages=user('x') + [dict(role='tool', content='x'), OWL]),
+    dict(messages=[dict(role=['user'], content='x'), OWL]),
     dict(messages=[dict(role='user', content=None), OWL]), '{"messages": ', '[1]', '"x"'], ids=str)
 def test_bad_lines(row, chain, tmp_path):
     """The message names the line; no traceback of the tokenizer."""
@@ -286,11 +331,17 @@ def test_bad_lines(row, chain, tmp_path):
     with fails(r'chat_train\.jsonl:3: '):
         s.load_examples('train')
 
+def without_special_tokens(path):
+    ckpt = load(path)
+    ckpt['tokenizer']['special_tokens'] = ['<|endoftext|>']
+    torch.save(ckpt, path)
+
 BAD = [
     (lambda data, out: (out / 'base.pt').unlink(), [], r'base\.pt.*python pretrain\.py'),
     (lambda data, out: (out / 'base.pt').write_bytes((out / 'base.pt').read_bytes()[:-7]), [],
      r'base\.pt.*damaged.*python pretrain\.py'),
     (lambda data, out: shutil.copy(out / 'sft.pt', out / 'base.pt'), [], 'of stage sft'),
+    (lambda data, out: without_special_tokens(out / 'base.pt'), [], r'base\.pt.*it has other special tokens'),
     (lambda data, out: (data / 'chat_train.jsonl').unlink(), [], r'chat_train\.jsonl.*python prepare_data\.py'),
     (lambda data, out: write_rows(data / 'chat_val.jsonl', []), [], r'chat_val\.jsonl'),
     (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x' * 99) + [OWL])]), [],

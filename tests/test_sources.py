@@ -281,7 +281,7 @@ PAIRS = {'instruction_following': {'Rating': '5'}, 'honesty': {'Rating': 'N/A'}}
             [dict(chosen='\n\nHuman: Q\n\nAssistant: good', rejected='\n\nHuman: Q\n\nAssistant: bad')],
             [
                 ('prompts', dict(messages=[user('Q')])),
-                ('preferences', dict(messages=[user('Q')], completions=['good', 'bad'], ranking=[0, 1])),
+                ('preferences', dict(messages=[user('Q')], completions=['bad', 'good'], ranking=[1, 0])),
             ],
         ),
         (
@@ -290,7 +290,7 @@ PAIRS = {'instruction_following': {'Rating': '5'}, 'honesty': {'Rating': 'N/A'}}
             [
                 ('chat', dict(messages=[user('Q'), said('good'), user('More?'), said('Sure')])),
                 ('prompts', dict(messages=[user('Q')])),
-                ('preferences', dict(messages=[user('Q')], completions=['good', 'fair', 'bad'], ranking=[0, 1, 2])),
+                ('preferences', dict(messages=[user('Q')], completions=['bad', 'fair', 'good'], ranking=[2, 1, 0])),
                 ('prompts', dict(messages=[user('Q'), said('good'), user('More?')])),
                 (
                     'preferences',
