@@ -4,6 +4,7 @@
 #   bash speedrun.sh config/d20.py              another profile; several GPUs share the training
 #   bash speedrun.sh config/tiny.py --seed=2    a flag is for all stages that have this setting
 #   bash speedrun.sh setup                      only make .venv and install requirements.txt
+#   bash speedrun.sh overoptimise               then: RLHF with four KL penalties, and a drawing
 # A finished stage is skipped. If its script, a setting or its input has changed, it runs again, and
 # so do all later stages. The same command continues a run that was stopped.
 set -euo pipefail
@@ -29,6 +30,7 @@ if ! cmp -s requirements.txt .venv/installed.txt; then
     cp requirements.txt .venv/installed.txt
 fi
 if [ "${1:-}" = setup ]; then exit; fi
+if [ "${1:-}" = overoptimise ]; then experiment=$1; shift; fi
 export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
 
 # -----------------------------------------------------------------------------
@@ -48,6 +50,18 @@ data_dir=$(setting pretrain.py data_dir)
 out_dir=$(setting pretrain.py out_dir)
 train=python
 if command -v nvidia-smi > /dev/null; then train='torchrun --standalone --nproc_per_node=gpu'; fi
+
+# after a whole run: the weaker the KL penalty, the further the policy goes, to its harm
+if [ -n "${experiment:-}" ]; then
+    for kl_coef in 0 0.02 0.05 0.2; do
+        folder=$out_dir/overoptimise/$kl_coef
+        if [ -e "$folder/rlhf.pt" ]; then continue; fi
+        $train rlhf.py "${args[@]}" "out_dir=$folder" "init_from=$out_dir/sft.pt" \
+            "reward_from=$out_dir/reward.pt" kl_coef=$kl_coef learning_rate=1e-3 max_iters=60 \
+            eval_interval=5 eval_prompts=150
+    done
+    exec $train eval.py "${args[@]}" # draws out_dir/overoptimise.svg
+fi
 
 # -----------------------------------------------------------------------------
 # the stages: `stage OUTPUT COMMAND ...` runs the command, unless OUTPUT is newer than its inputs
