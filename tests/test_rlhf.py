@@ -419,8 +419,9 @@ def score(answers, scores=(0.0, 0.0), **settings):
         row['checks'] = checks
     def reward_model(ids):
         return torch.tensor(scores)[:, None].expand(-1, ids.size(1))
+    said = [tok.encode(answer) + [tok.end] for answer in answers]
     s = ppo('rlhf.py', tok=tok, run=CPU, reference=policy, block_size=48, micro_batch_size=2, reward_model=reward_model,
-            reward_path='out/reward.pt', generate=lambda *args: [tok.encode(a) + [tok.end] for a in answers], **settings)
+            reward_path='out/reward.pt', generate=lambda *args: said, **settings)
     s.space['raw_model'] = s.ActorCritic(policy, None)
     return s.rollout(prompts).scores.tolist()
 
@@ -443,7 +444,8 @@ def test_a_score_that_is_not_finite(bad):
 def test_task_takes_some_of_the_prompts(tmp_path):
     tok = Tokenizer(make_spec())
     rows = [dict(messages=user(str(i)), task='sum', checks=dict(number=i)) for i in range(3)]
-    write_rows(tmp_path / 'prompts_train.jsonl', rows + [dict(messages=user('Say'), task='say'), dict(messages=user('x'))])
+    rows += [dict(messages=user('Say'), task='say'), dict(messages=user('x'))]
+    write_rows(tmp_path / 'prompts_train.jsonl', rows)
     def load_prompts(**settings):
         s = ppo('rlhf.py', data_dir=str(tmp_path), tok=tok, block_size=48, max_new_tokens=6, **settings)
         return [row['messages'][0]['content'] for row, _ in s.load_prompts('train')]
@@ -575,8 +577,9 @@ def test_bfloat16(chain, scripts, tmp_path):
 def test_a_second_round_and_snapshots(chain, scripts, tmp_path):
     """The RLHF model is now the policy and the reference: KL 0, and the answers with which the first round ended."""
     first_round = log(chain.out)[-1]
-    said = scripts.ok(*command(chain, tmp_path, f'--init_from={chain.out}/rlhf.pt', f'--reward_from={chain.out}/reward.pt',
-                               '--snapshots=true', '--eval_interval=2', '--sample_interval=3')).out
+    start_from = f'--init_from={chain.out}/rlhf.pt', f'--reward_from={chain.out}/reward.pt'
+    said = scripts.ok(*command(chain, tmp_path, *start_from, '--snapshots=true', '--eval_interval=2',
+                               '--sample_interval=3')).out
     start = log(tmp_path)[0]
     assert start['step'] == 0 and abs(start['val_kl']) < 1e-4
     for name in ('val_score', 'val_met', 'val_gold', 'val_ended'):
@@ -589,7 +592,8 @@ def test_a_second_round_and_snapshots(chain, scripts, tmp_path):
     a, b = (scripts.ok('chat.py', tmp_path / name, *talk).out for name in ('rlhf.00004.pt', 'rlhf.pt'))
     assert a == b != ''
     # the table of an answer: a row for each of its tokens, and the reward is the score minus the KL penalty
-    tables = re.findall(r', score ([+-][\d.]+)\n +token +logprob +ref +kl +value +reward +advantage\n((?: .*\n)+?)(?=step|warn)', said)
+    head = r', score ([+-][\d.]+)\n +token +logprob +ref +kl +value +reward +advantage\n'
+    tables = re.findall(head + r'((?: .*\n)+?)(?=step|warn)', said)
     assert len(tables) == 2 # updates 0 and 3
     for score, table in tables:
         rows = [line.split() for line in table.splitlines()]
@@ -653,10 +657,11 @@ def test_learns(task, max_iters, algo, digits, scripts, tmp_path):
     """Say 7; say the digit of the prompt; say 4 digits: nearly always right after a few updates of 64 answers."""
     n = 8 if task == 'length' else 1
     penalty = 1 if task == 'length' else 0 # an answer of one token has no room for <|end|>
-    scripts.ok('rlhf.py', f'--algo={algo.split()[0]}', *algo.split()[1:], '--reward=checks', f'--init_from={digits}/sft.pt',
-               f'--data_dir={digits / task}', f'--out_dir={tmp_path}', f'--max_iters={max_iters}',
-               f'--max_new_tokens={n}', f'--missing_end_penalty={penalty}', '--learning_rate=3e-3', '--device=cpu',
-               '--dtype=float32', '--eval_prompts=4', '--eval_interval=100', before=LENGTH if task == 'length' else '')
+    scripts.ok('rlhf.py', f'--algo={algo.split()[0]}', *algo.split()[1:], '--reward=checks',
+               f'--init_from={digits}/sft.pt', f'--data_dir={digits / task}', f'--out_dir={tmp_path}',
+               f'--max_iters={max_iters}', f'--max_new_tokens={n}', f'--missing_end_penalty={penalty}',
+               '--learning_rate=3e-3', '--device=cpu', '--dtype=float32', '--eval_prompts=4', '--eval_interval=100',
+               before=LENGTH if task == 'length' else '')
     score = [row['score'] for row in updates(tmp_path)]
     first, last = score[0], np.mean(score[-3:])
     assert len(score) == max_iters and first <= 0.65 and last >= 0.9 and last - first >= 0.3

@@ -78,8 +78,9 @@ def ours(*flags):
 # TRL
 
 names = {f't{i}': i for i in range(VOCAB)}
-hf_tok = transformers.PreTrainedTokenizerFast(tokenizer_object=RustTokenizer(WordLevel(names, 't0')), padding_side='left',
-                                              pad_token=f't{tok.pad}', eos_token=f't{tok.end}')
+hf_tok = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=RustTokenizer(WordLevel(names, 't0')), padding_side='left', pad_token=f't{tok.pad}',
+    eos_token=f't{tok.end}')
 hf_config = transformers.GPT2Config(VOCAB, 128, **SIZE, bos_token_id=tok.eot, eos_token_id=tok.end,
                                     pad_token_id=tok.pad, num_labels=1)
 dataset = Dataset.from_dict(dict(input_ids=prompts))
@@ -95,9 +96,9 @@ def theirs():
     stamps = Stamps()
     args = trl.PPOConfig(
         output_dir=f'{folder}/trl', per_device_train_batch_size=ANSWERS, gradient_accumulation_steps=1,
-        num_mini_batches=1, num_ppo_epochs=4, total_episodes=ANSWERS * UPDATES, response_length=RESPONSE, temperature=1.0,
-        stop_token=None, local_rollout_forward_batch_size=ANSWERS, num_sample_generations=0, report_to='none',
-        save_strategy='no', use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=1e-5,
+        num_mini_batches=1, num_ppo_epochs=4, total_episodes=ANSWERS * UPDATES, response_length=RESPONSE,
+        temperature=1.0, stop_token=None, local_rollout_forward_batch_size=ANSWERS, num_sample_generations=0,
+        report_to='none', save_strategy='no', use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=1e-5,
         disable_tqdm=True)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = trl.PPOTrainer(
