@@ -648,8 +648,8 @@ def digits(tmp_path_factory):
     return folder
 
 TASKS = [
-    ('bandit', 15, 'ppo'), ('copy', 15, 'ppo'), ('length', 15, 'ppo --critic=shared'),
-    ('bandit', 12, 'grpo --group_size=8'), ('copy', 12, 'rloo --group_size=8'),
+    ('bandit', 15, 'ppo'), ('copy', 20, 'ppo'), ('length', 15, 'ppo --critic=shared'),
+    ('bandit', 12, 'grpo --group_size=8'), ('copy', 20, 'rloo --group_size=8'),
     ('bandit', 12, 'reinforce --ppo_epochs=1 --minibatch_size=16 --micro_batch_size=16')]
 
 @pytest.mark.parametrize('task,max_iters,algo', TASKS, ids=[f'{task}-{algo}' for task, _, algo in TASKS])
