@@ -71,6 +71,7 @@ max_new_tokens = 64         # maximum length of an answer
 temperature = 1.0           # sampling temperature
 labeller_noise = 0.2        # the labeller sees the gold score plus N(0, labeller_noise)
 # training
+share = 1.0                 # share of the training rankings to learn from; 0.1, 0.3, 1.0: a curve
 objective = 'reward'        # reward: a model that gives scores; dpo: a policy
 beta = 0.1                  # dpo: score of a nat of difference from the SFT model
 epochs = 1                  # passes over the training data
@@ -111,6 +112,7 @@ for name in ('dropout', 'momentum', 'beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
 for name, allowed in (('judge', ('labeller', 'human', 'file')), ('objective', ('reward', 'dpo'))):
     assert config[name] in allowed, f'{name} must be one of {allowed}, not {config[name]!r}'
+assert 0 < share <= 1, f'share must be above 0 and at most 1, not {share}'
 assert judge != 'human' or 0 < sample_prompts and sample_answers <= len(LETTERS), (
     f'judge=human needs prompts (--sample_prompts=100) and at most {len(LETTERS)} answers to each')
 
@@ -253,6 +255,16 @@ def read_example(row):
         gold=torch.tensor(gold), n_same=len(places) - len(listed),
         length=max(len(ids) for ids in answers), n_tokens=sum(len(ids) for ids in answers))
 
+def read_rankings(path):
+    """(line number, object) of a preferences file, without the verdicts that a person took back."""
+    rows = list(read_jsonl(path))
+    taken_back = [row['undo'] for _, row in rows if 'undo' in row]
+    for line, row in rows:
+        if row in taken_back:
+            taken_back.remove(row) # another session may have said the same
+        elif 'undo' not in row:
+            yield line, row
+
 def load_examples(split):
     """All examples of the split that are not too long: a list of what read_example returns."""
     paths = [os.path.join(data_dir, f'preferences_{split}.jsonl')]
@@ -267,7 +279,7 @@ def load_examples(split):
     n_bad = 0
     n_same = 0
     for path in found:
-        for line, row in read_jsonl(path):
+        for line, row in read_rankings(path):
             try:
                 example = read_example(row)
             except (TypeError, ValueError) as e:
@@ -277,7 +289,7 @@ def load_examples(split):
             n_same += example.n_same
             if example.length > max_length:
                 n_too_long += 1
-            elif len(example.answers) > 1:
+            elif len(example.answers) > 1 and 'repeat' not in row:
                 examples.append(example)
 
     if n_too_long + n_bad + n_same:
@@ -312,7 +324,7 @@ def get_pairs(scores, rankings):
     margins = torch.cat(margins)
     return margins, torch.cat(targets).to(margins.device), torch.cat(weights).to(margins.device)
 
-def share(margins):
+def share_above(margins):
     """Share of the margins above 0; those that are 0 count half."""
     return 0.5 + 0.5 * margins.sign().float().mean().item()
 
@@ -334,8 +346,8 @@ def report(scores):
     is_right = (margins[is_pair] > 0).float()
     n = len(is_right)
     found = dict(n_pairs=n, interval=wilson(is_right.mean().item(), n))
-    found['always_longer'] = share(longer[is_pair]) # what simple rules would reach
-    found['always_first'] = share(earlier[is_pair])
+    found['always_longer'] = share_above(longer[is_pair]) # what simple rules would reach
+    found['always_first'] = share_above(earlier[is_pair])
     # calibration: how sure is it, from 0.5 to 1, and how often is it right? In ten bins
     sure = margins[is_pair].abs().sigmoid()
     bins = (20 * (sure - 0.5)).long().clamp(max=9)
@@ -345,7 +357,7 @@ def report(scores):
     found['length_correlation'] = both.corrcoef()[0, 1].nan_to_num().item() # NaN: all as long
     known = is_pair & (gold != 0)
     if known.any():
-        found['ceiling'] = share(gold[known]) # of a perfect model: the labeller errs in the rest
+        found['ceiling'] = share_above(gold[known]) # of a perfect model: the labeller errs in the rest
         is_gold = ((margins > 0) == (gold > 0))[known].float()
         by_gap = gold[known].abs().argsort().chunk(3)
         found['by_gap'] = [is_gold[part].mean().item() for part in by_gap] # small, middle, large
@@ -370,7 +382,7 @@ def report(scores):
 # answers of the SFT model, ranked by the simulated labeller or by a person
 def read_human(path):
     """The verdicts of a person in a preferences file, if there is one."""
-    rows = read_jsonl(path) if os.path.exists(path) else []
+    rows = read_rankings(path) if os.path.exists(path) else []
     return [row for _, row in rows if row.get('judge') == 'human']
 
 def sample_rankings(split):
@@ -437,8 +449,8 @@ def sample_rankings(split):
 
 HELP = 'b>a=c: b is the best, a and c are equally good; s skip, u undo, q stop'
 
-def read_verdict(n):
-    """A person's verdict on n answers, from the terminal: a ranking, or one of 's', 'u', 'q'."""
+def read_verdict(shown):
+    """A person's verdict on the answers shown (indices): a ranking, or one of 's', 'u', 'q'."""
     while True:
         try:
             text = input('> ').replace(' ', '').lower()
@@ -449,63 +461,92 @@ def read_verdict(n):
         try:
             ranking = []
             for place in text.split('>'):
-                tied = [LETTERS.index(letter) for letter in place.split('=')]
+                tied = [shown[LETTERS.index(letter)] for letter in place.split('=')]
                 ranking.append(tied if len(tied) > 1 else tied[0])
-            get_places(ranking, n)
+            get_places(ranking, len(shown))
             return ranking
-        except ValueError: # no such letter, or one twice
+        except (IndexError, ValueError): # no such letter, or one twice
             print(HELP)
+
+def append_row(path, row):
+    """Append an object to a .jsonl in one write: two programs never mix their lines."""
+    with open(path, 'ab', buffering=0) as f:
+        f.write((json.dumps(row, ensure_ascii=False) + '\n').encode('utf-8', 'replace'))
 
 def ask_person(answered):
     """
     A person ranks answers in the terminal. Each verdict is appended to preferences_train.jsonl at
-    once, so the next session goes on where this one stopped.
+    once, so the next session goes on where this one stopped. Every tenth question comes again,
+    with its answers in reverse order: its second verdict holds the first one as "repeat".
     """
     path = os.path.join(out_dir, 'preferences_train.jsonl')
     verdicts = read_human(path)
     n_old = len(verdicts)
     asked = [(row['messages'], row['completions']) for row in verdicts]
-    waiting = []
-    for row in answered:
-        is_new = (row['messages'], row['completions']) not in asked
-        if is_new and len(row['completions']) > 1:
-            waiting.append(row)
+    waiting = [row for row in answered if len(row['completions']) > 1]
+    waiting = [row for row in waiting if (row['messages'], row['completions']) not in asked]
     print(HELP)
     while waiting:
         row = waiting.pop(0)
         print(f'\n{len(waiting)} left:', row['messages'][-1]['content'])
-        for letter, text in zip(LETTERS, row['completions']):
-            print(f'  {letter}) {text}')
-        verdict = read_verdict(len(row['completions']))
+        shown = sorted(range(len(row['completions'])), reverse='repeat' in row)
+        for letter, i in zip(LETTERS, shown):
+            print(f'  {letter}) {row["completions"][i]}')
+        verdict = read_verdict(shown)
         if verdict == 'q':
             break
         if verdict == 'u':
             waiting.insert(0, row)
             if len(verdicts) > n_old:
-                waiting.insert(0, verdicts.pop())
-                write_jsonl(path, [row for _, row in read_jsonl(path) if row != waiting[0]])
+                row = verdicts.pop()
+                append_row(path, dict(undo=row)) # a new file could lose what others append now
+                again = {**row, 'repeat': row['ranking']}
+                waiting = [row] + [other for other in waiting if other != again]
         elif verdict != 's':
             row = {**row, 'ranking': verdict, 'judge': 'human'}
-            line = json.dumps(row, ensure_ascii=False) + '\n'
-            with open(path, 'ab', buffering=0) as f: # one write: two programs never mix their lines
-                f.write(line.encode('utf-8', 'replace'))
+            append_row(path, row)
             verdicts.append(row)
+            if len(verdicts) % 10 == 0 and 'repeat' not in row:
+                waiting.insert(5, {**row, 'repeat': verdict}) # after five others
     compare(verdicts)
 
+def agreement(one, two):
+    """Two judges of the same pairs; one, two: their margins (n_pairs,), 0 for a tie. Returns the
+    share ordered alike and kappa (Cohen 1960): 1 if all are, 0 if as many as by chance."""
+    alike = (one.sign() == two.sign()).float().mean().item()
+    ties = [(margins == 0).float().mean().item() for margins in (one, two)]
+    # read both ways, each pair that is not tied is once "better" and once "worse"
+    chance = ties[0] * ties[1] + 2 * (1 - ties[0]) / 2 * (1 - ties[1]) / 2
+    return alike, (alike - chance) / max(1e-9, 1 - chance)
+
 def compare(verdicts):
-    """Print how often a person agrees with the simulated labeller and with the last reward model."""
-    examples = [read_example(row) for row in verdicts]
-    judges = {}
-    if any(row.get('checks') for row in verdicts):
-        judges['labeller'] = [e.gold + labeller_noise * torch.randn(e.gold.shape) for e in examples]
+    """Print how often a person agrees with a first verdict, the labeller, the last reward model."""
+    firsts = [row for row in verdicts if 'repeat' not in row]
+    repeats = [row for row in verdicts if 'repeat' in row]
+    before = []
+    for row in repeats:
+        places = get_places(row['repeat'], len(row['completions']))
+        scores = [-places.get(i, math.nan) for i in read_example(row).indices]
+        before.append(torch.tensor(scores)) # NaN: ranked the second time only
+    judges = {'yourself': ([read_example(row) for row in repeats], before)}
+    checked = [read_example(row) for row in firsts if row.get('checks')]
+    seen = []
+    for example in checked:
+        gold, groups = example.gold.unique(return_inverse=True) # equal gold scores stay tied
+        seen.append((gold + labeller_noise * torch.randn(gold.shape))[groups])
+    judges['the labeller'] = (checked, seen)
     if objective == 'reward' and os.path.exists(out_path):
         trained = load_checkpoint(out_path, [stage], f'python reward.py --out_dir={out_dir}')
         last_model = load_model(trained, run.device, ScalarModel).eval()
-        judges['last reward model'] = score_all(last_model, examples)
-    for name, scores in judges.items():
-        margins, targets, _ = get_pairs(scores, examples)
-        margins = margins[targets == 1] # without ties
-        print(f'you agree with the {name} on {share(margins):.0%} of {len(margins)} pairs')
+        examples = [read_example(row) for row in firsts]
+        judges['the last reward model'] = (examples, score_all(last_model, examples))
+    for name, (examples, scores) in judges.items():
+        if examples:
+            yours, _, _ = get_pairs([-example.places for example in examples], examples)
+            theirs, _, _ = get_pairs(scores, examples)
+            known = ~theirs.isnan()
+            alike, kappa = agreement(yours[known], theirs[known])
+            print(f'you agree with {name} on {alike:.0%} of {known.sum()} pairs, kappa {kappa:.2f}')
 
 t0 = time.time()
 sampled = {} # stays empty if nothing is sampled, or if it was before an interruption
@@ -528,6 +569,9 @@ if judge != 'file' and sample_prompts and not saved:
 # data
 train = load_examples('train')
 val = load_examples('val')
+# the first of one shuffled order: what a small share holds is in every larger one
+order = np.random.default_rng(seed).permutation(len(train))
+train = [train[i] for i in sorted(order[:round(share * len(train))])]
 step_size = batch_size * gradient_accumulation_steps * run.world_size # examples in a step
 assert len(train) >= step_size, (
     f'{len(train)} examples do not fill one step of {step_size} (batch_size {batch_size} x '

@@ -259,7 +259,7 @@ def session(chain, scripts, out, typed, *flags):
     return scripts.ok(*command(chain, out, *more), stdin=typed).out
 
 def human_rows(out):
-    return [row for _, row in read_jsonl(out / 'preferences_train.jsonl') if row.get('judge') == 'human']
+    return definitions('reward.py').read_human(out / 'preferences_train.jsonl')
 
 def test_a_person_ranks(chain, scripts, tmp_path):
     """Nonsense is asked again, a skipped question is not written, an undone one is asked again; then it goes on."""
@@ -268,8 +268,9 @@ def test_a_person_ranks(chain, scripts, tmp_path):
     assert said.count('b is the best') == 1 + 4 # at the start, and after each nonsense
     first = human_rows(out)
     assert [row['ranking'] for row in first] == [[1, 0], [[1, 0]], [1, 0]]
-    assert re.search(r'you agree with the labeller on \d+% of 2 pairs', said)
-    assert re.search(r'you agree with the last reward model on \d+% of 2 pairs', said)
+    assert re.search(r'you agree with the labeller on \d+% of 3 pairs, kappa ', said)
+    assert re.search(r'you agree with the last reward model on \d+% of 3 pairs, kappa ', said)
+    assert 'with yourself' not in said
     assert load(out / 'reward.pt')['config']['judge'] == 'human' # and it has learned from them
     before = (out / 'preferences_train.jsonl').read_bytes()
     left = int(re.findall(r'(\d+) left', said)[0])
@@ -290,13 +291,113 @@ builtins.input = ask
 """
 
 def test_what_was_typed_is_safe(chain, scripts, tmp_path):
-    """A session that is killed, then two at once: each verdict is a whole line of the file."""
+    """A session that is killed, then two at once: each verdict is a whole line of the file, and undo takes only its own."""
     out = stocked(tmp_path, chain, 'sft')
     words = command(chain, out, '--judge=human', '--sample_prompts=8', '--max_new_tokens=6')
     scripts.ok(*words, before=KILLED.format(['a>b', 'b>a']))
     assert [row['ranking'] for row in human_rows(out)] == [[0, 1], [1, 0]] and not (out / 'reward.pt').exists()
-    scripts.both((words, dict(before=KILLED.format(['a>b'] * 3))), (words, dict(before=KILLED.format(['b>a'] * 3))))
+    scripts.both((words, dict(before=KILLED.format(['a>b', 'u'] * 6 + ['a>b'] * 3))), (words, dict(before=KILLED.format(['b>a'] * 3))))
     assert sorted(row['ranking'] for row in human_rows(out)[2:]) == [[0, 1]] * 3 + [[1, 0]] * 3
+
+def test_kappa_by_hand():
+    """Eight pairs, five of them ordered alike; then against the textbook's table of both ways to read each pair."""
+    s = definitions('reward.py')
+    one = torch.tensor([1.0, 2, 3, -1, -1, 1, 0, 0])
+    two = torch.tensor([9.0, 1, -1, -2, -1, 0, 0, 3])
+    alike, kappa = s.agreement(one, two)
+    # ties: 2/8 and 1/4 of them; better by chance: 6/16 times 6/16, and worse as often
+    assert alike == 5 / 8 and kappa == pytest.approx((5 / 8 - 22 / 64) / (1 - 22 / 64))
+    table = {}
+    for a, b in [*zip(one.sign().tolist(), two.sign().tolist()), *zip((-one).sign().tolist(), (-two).sign().tolist())]:
+        table[a, b] = table.get((a, b), 0) + 1 / 16
+    observed = sum(p for (a, b), p in table.items() if a == b)
+    chance = sum(sum(p for (a, _), p in table.items() if a == v) * sum(p for (_, b), p in table.items() if b == v)
+                 for v in (-1, 0, 1))
+    assert kappa == pytest.approx((observed - chance) / (1 - chance))
+    assert s.agreement(one, one) == (1, 1) and s.agreement(one[:6], -one[:6]) == (0, -1)
+    assert s.agreement(one[6:], one[6:])[0] == 1 # only ties: no division by zero
+
+def test_agreement_after_a_session(tmp_path, capsys):
+    """With the labeller, who is without noise here, with a model, and with oneself."""
+    rows = [dict(messages=user('Say'), completions=['owl', 'cat', 'dog'], ranking=[0, [2, 1]], judge='human',
+                 checks=dict(contains=['owl'])),
+            {**RANKED, 'ranking': [1, 0], 'judge': 'human', 'checks': dict(contains=['owl'])},
+            {**RANKED, 'judge': 'human'}, # without checks: the labeller has no opinion
+            dict(messages=user('Say'), completions=['owl', 'cat', 'dog'], ranking=[0, [1, 2]], repeat=[1, 0], judge='human')]
+    (tmp_path / 'reward.pt').touch()
+    scores = [torch.tensor([3.0, 1.0, 2.0]), torch.tensor([5.0, 5.0]), torch.tensor([0.0, 1.0])]
+    s = definitions('reward.py', tok=Tokenizer(make_spec()), run=CPU, out_path=tmp_path / 'reward.pt', stage='reward',
+                    labeller_noise=0.0, load_checkpoint=lambda *_: None, load_model=lambda *_: torch.nn.Identity(),
+                    score_all=lambda model, examples: scores[:len(examples)])
+    s.compare(rows)
+    assert capsys.readouterr().out.splitlines() == [
+        'you agree with yourself on 0% of 1 pairs, kappa -1.00', # the dog was ranked only once
+        # 0 > 1, 0 > 2, 1 = 2 and 1 > 0: all but the last. Chance 1/16 + 2 (3/8)^2 = 22/64
+        f'you agree with the labeller on 75% of 4 pairs, kappa {(48 - 22) / (64 - 22):.2f}',
+        # of five: 0 > 1 and 0 > 2; a tie each, but another pair. Chance 1/25 + 2 (4/10)^2 = 9/25
+        f'you agree with the last reward model on 40% of 5 pairs, kappa {(10 - 9) / (25 - 9):.2f}']
+    s.compare([]) # stopped at once
+    assert capsys.readouterr().out == ''
+
+def ranks(tmp_path, monkeypatch, typed, n=16):
+    """A person ranks n new questions with three answers in this process; typed: verdicts, or a function of the output."""
+    s = definitions('reward.py', tok=Tokenizer(make_spec()), run=CPU, out_dir=str(tmp_path), out_path='none',
+                    max_length=48)
+    answered = [dict(messages=user('Say' + '!' * i), completions=['owl', 'cat', 'dog']) for i in range(n)]
+    typed = iter(typed)
+    monkeypatch.setattr('builtins.input', lambda _: next(typed, 'q'))
+    s.ask_person(answered)
+    return s, s.read_human(tmp_path / 'preferences_train.jsonl')
+
+def test_every_tenth_question_comes_again(tmp_path, monkeypatch, capsys):
+    """In reverse order: who always prefers the first answer contradicts himself, who prefers the owl does not."""
+    s, rows = ranks(tmp_path, monkeypatch, ['a>b=c'] * 15 + ['c>a=b'] + ['a>b=c'])
+    out = capsys.readouterr().out
+    asked = re.findall(r'left: (.*)\n  a\) (.*)\n  b\) (.*)\n  c\) (.*)', out)
+    assert asked[9] == ('Say!!!!!!!!!', 'owl', 'cat', 'dog') and asked[15] == ('Say!!!!!!!!!', 'dog', 'cat', 'owl')
+    assert len(asked) == len(rows) == 17 and len({row['messages'][0]['content'] for row in rows}) == 16
+    assert [row['ranking'] for row in rows if 'repeat' in row] == [[0, [2, 1]]]
+    assert 'you agree with yourself on 100% of 3 pairs, kappa 1.00' in out
+    s.space['judge'] = 'file'
+    assert len(s.load_examples('train')) == 16 # the second verdict is not learned from
+    (tmp_path / 'preferences_train.jsonl').unlink()
+    ranks(tmp_path, monkeypatch, ['a>b=c'] * 17)
+    # 0 > 1, 0 > 2, 1 = 2 and then 2 > 0, 2 > 1, 1 = 0: never alike. Chance 1/9 + 2 (1/3)^2 = 1/3
+    assert 'you agree with yourself on 0% of 3 pairs, kappa -0.50' in capsys.readouterr().out
+
+def test_undo_of_what_comes_again(tmp_path, monkeypatch, capsys):
+    """The tenth verdict is undone and given anew: it comes again once. A repeat can be undone and skipped too."""
+    _, rows = ranks(tmp_path, monkeypatch, ['a>b'] * 10 + ['u', 'b>a'] + ['a>b'] * 5 + ['a>b', 'u', 'b>a'])
+    assert [(row['repeat'], row['ranking']) for row in rows if 'repeat' in row] == [([1, 0], [1, 2])]
+    assert [row['ranking'] for row in rows].count([1, 0]) == 1 and len(rows) == 16
+    assert len(re.findall(r'left: Say!{9}\n', capsys.readouterr().out)) == 4 # twice each
+
+def test_undo_loses_nothing_of_another_program(tmp_path, monkeypatch):
+    """It has the file open since before the undo, and writes the very same verdict before and another after it."""
+    path = tmp_path / 'preferences_train.jsonl'
+    mine = dict(messages=user('Say'), completions=['owl', 'cat', 'dog'], ranking=[0, 1], judge='human')
+    with open(path, 'ab', buffering=0) as other:
+        def typed():
+            yield 'a>b'
+            other.write(json.dumps(mine).encode() + b'\n')
+            yield 'u'
+            other.write(json.dumps({**mine, 'ranking': [2, 1]}).encode() + b'\n')
+            yield 'b>a'
+        _, rows = ranks(tmp_path, monkeypatch, typed())
+    assert [row['ranking'] for row in rows] == [[0, 1], [2, 1], [1, 0]]
+    assert rows[0] == mine
+
+def test_a_smaller_share_is_a_part_of_a_larger_one():
+    """share=1.0 changes nothing; the examples keep their order."""
+    import numpy as np
+    order_of, train_of = formulas('reward.py', 'order')[0], formulas('reward.py', 'train')[-1]
+    parts = {}
+    for share in (0.1, 0.3, 1.0):
+        names = dict(np=np, seed=1, share=share, train=list(range(50)))
+        names['order'] = eval(order_of, names)
+        parts[share] = eval(train_of, names)
+    assert parts[1.0] == list(range(50)) and [len(part) for part in parts.values()] == [5, 15, 50]
+    assert set(parts[0.1]) < set(parts[0.3]) and parts[0.3] == sorted(parts[0.3]) != list(range(15))
 
 # -----------------------------------------------------------------------------
 # resume and processes
@@ -432,7 +533,8 @@ BAD = [
     (lambda data, out: write_rows(data / 'preferences_train.jsonl', [{**RANKED, 'messages': user('x' * 99)}]), [],
      r'preferences_train\.jsonl: no example fits'),
     (None, ['--device=toaster'], 'toaster'), (None, ['--sample_answers=0'], 'sample_answers must be positive'),
-    (None, ['--judge=human'], 'judge=human needs prompts'), (None, ['--objective=ppo'], 'objective must be one of'),
+    (None, ['--judge=human'], 'judge=human needs prompts'),
+    (None, ['--share=0'], 'share must be above 0 and at most 1, not 0'), (None, ['--objective=ppo'], 'objective must be one of'),
     (lambda data, out: (data / 'prompts_train.jsonl').unlink(), ['--sample_prompts=4', '--max_new_tokens=6'],
      r'prompts_train\.jsonl.*prepare_data\.py'),
     (lambda data, out: replace_line(data / 'prompts_train.jsonl', dict(messages=user('x'))),
