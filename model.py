@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # -----------------------------------------------------------------------------
 # 1. GPT
@@ -109,7 +110,10 @@ class Attention(nn.Module):
         q, k = qk.split([H, H_kv], dim=1)
         if cache is not None: # keys and values of the earlier tokens, when generating
             k, v = cache.append(layer, k, v)              # (B, H_kv, S, D)
-        if H_kv != H: # grouped-query attention (Ainslie et al. 2023): H / H_kv queries share a key
+        # grouped-query attention (Ainslie et al. 2023): H / H_kv queries share a key
+        if cache is not None and cache.at is not None:
+            q = q.reshape(B, H_kv, H // H_kv, D)          # T is 1: they stand in its place
+        elif H_kv != H:
             k = k.repeat_interleave(H // H_kv, dim=1)     # (B, H, S, D)
             v = v.repeat_interleave(H // H_kv, dim=1)
         # The usual scale is 1 / sqrt(D). Normed queries and keys have length sqrt(D), so 12 / D
@@ -119,7 +123,7 @@ class Attention(nn.Module):
         is_causal = False if T == 1 else mask is None     # a single query may see all keys
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
                                            is_causal=is_causal, scale=scale)
-        y = y.transpose(1, 2).reshape(B, T, C)            # put the heads side by side
+        y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, C) # put the heads side by side
         return F.dropout(self.proj(y), config.dropout, self.training)
 
 class MLP(nn.Module):
@@ -257,6 +261,8 @@ def make_attention_mask(start, S, mask, device):
     """Which of the keys 0..S-1 may the queries start..S-1 see? mask: see GPT.hidden."""
     if mask is None and (start == 0 or S - start == 1):
         return None # no mask needed: `is_causal` does it, or a single query sees all keys
+    if mask is not None and mask.dim() == 4:
+        return mask # static_steps has made it
     queries = torch.arange(start, S, device=device)[:, None]
     keys = torch.arange(S, device=device)[None, :]
     seen = keys <= queries                                # (T, S)
@@ -283,11 +289,17 @@ class KVCache:
         last = (config.n_layer, batch_size, config.n_kv_head - config.n_kv_head // 2, 1, D)
         self.last_keys = torch.zeros(last, device=device, dtype=dtype) # key_shift: before the shift
         self.n = 0 # number of tokens in the cache
+        self.at = None # static_steps: n as a tensor (1,)
 
     def append(self, layer, k, v):
         S = self.n + k.size(2) # k, v (B, H_kv, T, D) are new; the results are (B, H_kv, S, D)
-        self.keys[layer, :, :, self.n:S] = k
-        self.values[layer, :, :, self.n:S] = v
+        if self.at is None:
+            self.keys[layer, :, :, self.n:S] = k
+            self.values[layer, :, :, self.n:S] = v
+        else:
+            S = self.n_read # more than are filled: a mask hides the others
+            self.keys[layer].index_copy_(2, self.at, k)
+            self.values[layer].index_copy_(2, self.at, v)
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
 
     def keep(self, rows):
@@ -295,17 +307,78 @@ class KVCache:
         self.values = self.values[:, rows]
         self.last_keys = self.last_keys[:, rows]
 
-def sample(probs):
+DIVERGED = 'the model has diverged (NaN): lower --learning_rate'
+
+def sample(probs, u=None):
     """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). Faster than
-    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it."""
+    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it.
+    u (B, 1): the random numbers, in [0, 1). Whoever gives them must look for NaN, too."""
     if probs.device.type != 'mps':
         probs = probs.double()
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    assert total.isfinite().all(), 'the model has diverged (NaN): lower --learning_rate'
+    if u is None:
+        assert total.isfinite().all(), DIVERGED
+        u = torch.rand_like(total)
     # slightly below the total, so that rounding never picks a last id of probability 0
-    u = torch.rand_like(total) * total * (1 - 1e-7)
+    u = u * total * (1 - 1e-7)
     return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
+
+STATIC_DEVICES = {'cuda'} # where generate uses static_steps
+# in this order: cuDNN pads one query to 128
+STEP_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+def static_steps(model, cache, idx, first, next_ids):
+    """The steps of `generate` on a GPU; yields ids (B, 1) and logits (B, V) without end. Python
+    starts the 250 kernels of a step more slowly than a GPU runs them. A CUDA graph starts all of
+    them at once, but always the same on the same memory: whatever changes must be in a tensor."""
+    n = cache.n
+    cache.at = torch.tensor([n], device=idx.device)
+    idx = idx.clone()                                     # (B, 1) each step reads and overwrites it
+    u = torch.empty(idx.shape, dtype=torch.float64, device=idx.device)
+
+    def step():
+        keys = torch.arange(cache.n_read, device=idx.device)
+        seen = (keys >= first) & (keys <= cache.at)       # (B, S)
+        mask = torch.zeros(seen.shape, dtype=cache.keys.dtype, device=idx.device)
+        mask = mask.masked_fill(~seen, -math.inf)[:, None, None] # (B, 1, 1, S), is added to scores
+        with sdpa_kernel(STEP_KERNELS, set_priority=True):
+            logits = model(idx, cache.at - first, mask, cache)[:, -1]
+        idx.copy_(next_ids(logits, u))
+        cache.at.add_(1)
+        return logits
+
+    while True:
+        run = step # the first step is no graph: some kernels must be loaded before a capture
+        n_first = n
+        cache.n_read = 64 * (n // 64 + 1) # a longer prefix needs another graph
+        while n < cache.n_read:
+            if n == n_first + 1:
+                run = capture(step)
+            u.uniform_()
+            logits = run()
+            n += 1
+            cache.n = n
+            yield idx.clone(), logits
+
+def capture(step):
+    """Record the kernels of step() as a CUDA graph -> a function that runs it."""
+    if 'cuda' not in STATIC_DEVICES:
+        return step
+    try:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.stream(torch.cuda.current_stream()) # comes back to it after an error
+        with stream, torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            result = step()
+    except RuntimeError as e:
+        STATIC_DEVICES.remove('cuda') # do not try again
+        print0(f'generation is slower, without a CUDA graph: {str(e).splitlines()[0]}')
+        return step
+
+    def replay():
+        graph.replay()
+        return result # the graph always writes to this tensor
+    return replay
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncate_probs=None,
@@ -326,40 +399,62 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
     real = torch.arange(block_size, device=device) >= first # (B, block_size)
     is_autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_autocast else model.wte.weight.dtype
-    cache = KVCache(model.config, len(prompts), P + max_new_tokens, device, dtype)
+    length = 64 * math.ceil((P + max_new_tokens) / 64)    # static_steps reads multiples of 64
+    cache = KVCache(model.config, len(prompts), length, device, dtype)
     outputs = [[] for _ in prompts]
-    rows = torch.arange(len(prompts), device=device)      # (B,) the prompt that a row continues
+    rows = list(range(len(prompts)))                      # (B,) the prompt that a row continues
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        S = cache.n + idx.size(1)
-        pos, mask = None, None
-        if max(n_padding) > 0:
-            # positions count from the first real token, as if there were no padding
-            pos = (torch.arange(cache.n, S, device=device) - first).clamp(min=0) # (B, T)
-            mask = real[:, :S]
-        x = model.hidden(idx, pos, mask, cache)           # (B, T, C)
-        logits = model.head(x[:, -1]).float()             # (B, V)
+
+    def next_ids(logits, u=None):
         if temperature == 0:
-            idx = logits.argmax(-1, keepdim=True)         # (B, 1)
+            return logits.argmax(-1, keepdim=True)        # (B, 1)
+        if temperature != 1:
+            logits = logits.float() / temperature
+        probs = F.softmax(logits, dim=-1, dtype=torch.float32)
+        return sample(truncate_probs(probs) if truncate_probs else probs, u)
+
+    is_static = device.type in STATIC_DEVICES
+    steps = None
+    unread = [] # ids that Python has not seen yet: to look at them, it must wait for the GPU
+    for i in range(max_new_tokens):
+        if is_static and i > 0:
+            if steps is None:
+                steps = static_steps(model, cache, idx, first, next_ids)
+            idx, logits = next(steps)
         else:
-            probs = F.softmax(logits / temperature, dim=-1)
-            idx = sample(truncate_probs(probs) if truncate_probs else probs)
-        new_ids = idx[~done, 0].tolist()
-        for row, token in zip(rows[~done].tolist(), new_ids):
-            outputs[row].append(token)
+            S = cache.n + idx.size(1)
+            pos, mask = None, None
+            if max(n_padding) > 0:
+                # positions count from the first real token, as if there were no padding
+                pos = (torch.arange(cache.n, S, device=device) - first).clamp(min=0) # (B, T)
+                mask = real[:, :S]
+            x = model.hidden(idx, pos, mask, cache)       # (B, T, C)
+            logits = model.head(x[:, -1])                 # (B, V)
+            idx = next_ids(logits)
         if on_token is not None:
-            on_token(new_ids)
+            on_token(idx[~done, 0].tolist())
         done = done | (idx[:, 0] == (-1 if stop is None else stop))
+        unread.append(idx)
+        if is_static and on_token is None and len(unread) < 16 and i < max_new_tokens - 1:
+            continue
+        assert steps is None or logits.isfinite().all(), DIVERGED
+        for row, ids in zip(rows, torch.cat(unread, dim=1).tolist()):
+            outputs[row].extend(ids)
+        unread = []
         if done.all():
             break
         # Drop finished rows. This copies the whole cache, so wait until they are a quarter of all.
         if 4 * done.sum() >= len(done):
             cache.keep(~done)
+            rows = [row for row, is_done in zip(rows, done.tolist()) if not is_done]
             idx = idx[~done]
-            rows = rows[~done]
             first = first[~done]
             real = real[~done]
             done = done[~done]
+            steps = None # a graph cannot change its shapes
+    for output in outputs:
+        if stop in output: # what a row says after its end is not part of the answer
+            del output[output.index(stop) + 1:]
     return outputs
 
 # -----------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model
 from conftest import ROOT, definitions, fails, make_spec, user, write_rows
@@ -272,6 +274,8 @@ def test_sample():
     assert ((share - p[0]).abs() <= 4 * (p[0] * (1 - p[0]) / len(drawn)).sqrt()).all()
     with fails('diverged.*--learning_rate'):
         sample(torch.tensor([[0.5, float('nan')]]))
+    u = torch.tensor([[0.0], [0.499], [0.501], [0.799], [0.801], [1 - 1e-12]])
+    assert sample(p[:1].repeat(6, 1), u).flatten().tolist() == [0, 0, 2, 2, 3, 3] # the cumulative sums: 0.5, 0.8, 1
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_rows_that_stop_leave_without_changing_the_others(kind):
@@ -286,6 +290,88 @@ def test_rows_that_stop_leave_without_changing_the_others(kind):
         assert calls == [[r[i] for r in want if len(r) > i] for i in range(max(map(len, want)))]
         lengths.update(map(len, want))
     assert min(lengths) < 12 == max(lengths) # some left early, some stayed
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does, on the CPU: it records operators, and repeats them on the same memory without Python."""
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.calls = step, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default # .item(): what Python reads would never change
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def run(self):
+        if not self.calls: # a capture runs nothing, so this is the first run
+            with self:
+                self.result = self.step()
+            return self.result
+        for func, args, kwargs, out in self.calls:
+            olds, news = tree_leaves(out), tree_leaves(func(*args, **kwargs))
+            for old, new in zip(olds, news):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr(): # neither a view nor in place
+                    old.copy_(new)
+        return self.result
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Generate by static steps, recorded and repeated -> the list of recordings."""
+    made = []
+    def capture(step):
+        made.append(Recording(step))
+        return made[-1].run
+    monkeypatch.setattr(model, 'STATIC_DEVICES', {'cpu'})
+    monkeypatch.setattr(model, 'capture', capture)
+    return made
+
+@pytest.mark.parametrize('kind', KINDS, ids=str)
+def test_static_steps(kind, recordings, monkeypatch):
+    """The tokens of the plain steps: with padding, with rows that end early, sampled, over the border at 64 keys."""
+    net = wild(**kind, block_size=100)
+    prompts = [ids(n, seed=n).tolist() for n in (9, 1, 4, 9, 2)]
+    equal = [ids(9, seed=n).tolist() for n in range(3)]
+    def both(*args, **options):
+        found = []
+        for devices in set(), {'cpu'}:
+            monkeypatch.setattr(model, 'STATIC_DEVICES', devices)
+            torch.manual_seed(0)
+            found.append(generate(net, *args, **options))
+        assert found[0] == found[1]
+        return found[1]
+
+    free = both(prompts, 70, temperature=0)
+    # tokens 9 to 63 and 64 to 78: in each block the first step is not recorded
+    assert len(recordings) == 2 and all(len(row) == 70 for row in free)
+    both(equal, 40, temperature=0)
+    both(prompts, 40, temperature=1.5, truncate_probs=top_k(5))
+    stopped = [both(prompts, 40, row[10], temperature=0) for row in free]
+    lengths = {len(row) for rows in stopped for row in rows}
+    assert min(lengths) < 17 and max(lengths) == 40 # some left at the first look
+    seen = []
+    assert generate(net, prompts[:1], 12, temperature=0, on_token=seen.append) == [free[0][:12]]
+    assert seen == [[token] for token in free[0][:12]] # each at once
+
+def test_static_steps_find_nan(recordings):
+    net = wild()
+    with torch.no_grad():
+        net.wpe.weight[5] = float('nan') # the third token has this position
+    with fails('diverged.*--learning_rate'):
+        generate(net, [[1, 2, 3]], 10)
+
+def test_without_a_cuda_graph(monkeypatch, capsys):
+    """If capturing fails, one line says so, the tokens are the same, and nobody tries again."""
+    net, prompts = wild(block_size=100), [[1, 2, 3], [4]]
+    want = generate(net, prompts, 80, temperature=0)
+    def fail():
+        raise RuntimeError('no graph here\nmore')
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', fail)
+    monkeypatch.setattr(model, 'STATIC_DEVICES', {'cpu', 'cuda'})
+    assert generate(net, prompts, 80, temperature=0) == want
+    assert model.STATIC_DEVICES == {'cpu'}
+    said = capsys.readouterr().out
+    assert said.count('\n') == 1 and 'without a CUDA graph: no graph here' in said
 
 def test_prompt_longer_than_the_context_is_cropped():
     net, x = wild(), ids(40).tolist()
