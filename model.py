@@ -298,8 +298,8 @@ class KVCache:
             self.values[layer, :, :, self.n:S] = v
         else:
             S = self.n_read # more than are filled: a mask hides the others
-            self.keys[layer].index_copy_(2, self.at, k)
-            self.values[layer].index_copy_(2, self.at, v)
+            self.keys[layer].index_copy_(2, self.at, k.type_as(self.keys))
+            self.values[layer].index_copy_(2, self.at, v.type_as(self.values))
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
 
     def keep(self, rows):
@@ -307,41 +307,38 @@ class KVCache:
         self.values = self.values[:, rows]
         self.last_keys = self.last_keys[:, rows]
 
-DIVERGED = 'the model has diverged (NaN): lower --learning_rate'
-
 def sample(probs, u=None):
     """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). Faster than
-    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it.
-    u (B, 1): the random numbers, in [0, 1). Whoever gives them must look for NaN, too."""
+    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it. u (B, 1):
+    the random numbers, from [0, 1)."""
     if probs.device.type != 'mps':
         probs = probs.double()
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
     if u is None:
-        assert total.isfinite().all(), DIVERGED
         u = torch.rand_like(total)
     # slightly below the total, so that rounding never picks a last id of probability 0
     u = u * total * (1 - 1e-7)
     return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
 
 STATIC_DEVICES = {'cuda'} # where generate uses static_steps
-# in this order: cuDNN pads one query to 128
+# The kernels for one query a row, best first. Flash attention on GPUs takes no mask.
 STEP_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 def static_steps(model, cache, idx, first, next_ids):
-    """The steps of `generate` on a GPU; yields ids (B, 1) and logits (B, V) without end. Python
-    starts the 250 kernels of a step more slowly than a GPU runs them. A CUDA graph starts all of
-    them at once, but always the same on the same memory: whatever changes must be in a tensor."""
+    """The steps of `generate` on a GPU: yields ids (B, 1) and logits (B, V) without end. Python is
+    slower to start the 250 kernels of a step than a GPU is to run them. A CUDA graph starts them
+    all at once, but always the same on the same memory: what changes must be in a tensor."""
     n = cache.n
     cache.at = torch.tensor([n], device=idx.device)
-    idx = idx.clone()                                     # (B, 1) each step reads and overwrites it
+    idx = idx.clone()                                     # (B, 1) a step reads and overwrites it
     u = torch.empty(idx.shape, dtype=torch.float64, device=idx.device)
 
     def step():
         keys = torch.arange(cache.n_read, device=idx.device)
         seen = (keys >= first) & (keys <= cache.at)       # (B, S)
-        mask = torch.zeros(seen.shape, dtype=cache.keys.dtype, device=idx.device)
-        mask = mask.masked_fill(~seen, -math.inf)[:, None, None] # (B, 1, 1, S), is added to scores
+        mask = torch.zeros(seen.shape, device=idx.device, dtype=cache.keys.dtype)
+        mask = mask.masked_fill(~seen, -math.inf)[:, None, None] # (B, 1, 1, S), added to the scores
         with sdpa_kernel(STEP_KERNELS, set_priority=True):
             logits = model(idx, cache.at - first, mask, cache)[:, -1]
         idx.copy_(next_ids(logits, u))
@@ -349,17 +346,16 @@ def static_steps(model, cache, idx, first, next_ids):
         return logits
 
     while True:
-        run = step # the first step is no graph: some kernels must be loaded before a capture
-        n_first = n
-        cache.n_read = 64 * (n // 64 + 1) # a longer prefix needs another graph
-        while n < cache.n_read:
-            if n == n_first + 1:
+        cache.n_read = 64 * (n // 64 + 1) # reading all of the cache takes longer than a new graph
+        run = step # once without a graph: some kernels must be loaded before they can be captured
+        for i in range(n, cache.n_read):
+            if i == n + 1:
                 run = capture(step)
             u.uniform_()
             logits = run()
-            n += 1
-            cache.n = n
+            cache.n = i + 1
             yield idx.clone(), logits
+        n = cache.n
 
 def capture(step):
     """Record the kernels of step() as a CUDA graph -> a function that runs it."""
@@ -377,7 +373,7 @@ def capture(step):
 
     def replay():
         graph.replay()
-        return result # the graph always writes to this tensor
+        return result # the graph always writes to the same tensor
     return replay
 
 @torch.no_grad()
@@ -396,7 +392,6 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
     padded_rows = [[0] * n + prompt[-P:] for n, prompt in zip(n_padding, prompts)]
     idx = torch.tensor(padded_rows, device=device)        # (B, P)
     first = torch.tensor(n_padding, device=device)[:, None] # (B, 1) index of the first real token
-    real = torch.arange(block_size, device=device) >= first # (B, block_size)
     is_autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_autocast else model.wte.weight.dtype
     length = 64 * math.ceil((P + max_new_tokens) / 64)    # static_steps reads multiples of 64
@@ -427,7 +422,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
             if max(n_padding) > 0:
                 # positions count from the first real token, as if there were no padding
                 pos = (torch.arange(cache.n, S, device=device) - first).clamp(min=0) # (B, T)
-                mask = real[:, :S]
+                mask = torch.arange(S, device=device) >= first # (B, S)
             x = model.hidden(idx, pos, mask, cache)       # (B, T, C)
             logits = model.head(x[:, -1])                 # (B, V)
             idx = next_ids(logits)
@@ -437,7 +432,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
         unread.append(idx)
         if is_static and on_token is None and len(unread) < 16 and i < max_new_tokens - 1:
             continue
-        assert steps is None or logits.isfinite().all(), DIVERGED
+        assert logits.isfinite().all(), 'the model has diverged (NaN): lower --learning_rate'
         for row, ids in zip(rows, torch.cat(unread, dim=1).tolist()):
             outputs[row].extend(ids)
         unread = []
@@ -449,7 +444,6 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
             rows = [row for row, is_done in zip(rows, done.tolist()) if not is_done]
             idx = idx[~done]
             first = first[~done]
-            real = real[~done]
             done = done[~done]
             steps = None # a graph cannot change its shapes
     for output in outputs:

@@ -272,8 +272,6 @@ def test_sample():
     share = torch.bincount(drawn[:, 0], minlength=5) / len(drawn)
     assert share[[1, 4]].tolist() == [0, 0] and (drawn[:, 1] == 3).all()
     assert ((share - p[0]).abs() <= 4 * (p[0] * (1 - p[0]) / len(drawn)).sqrt()).all()
-    with fails('diverged.*--learning_rate'):
-        sample(torch.tensor([[0.5, float('nan')]]))
     u = torch.tensor([[0.0], [0.499], [0.501], [0.799], [0.801], [1 - 1e-12]])
     assert sample(p[:1].repeat(6, 1), u).flatten().tolist() == [0, 0, 2, 2, 3, 3] # the cumulative sums: 0.5, 0.8, 1
 
@@ -295,7 +293,7 @@ class Recording(TorchDispatchMode):
     """What a CUDA graph does, on the CPU: it records operators, and repeats them on the same memory without Python."""
     def __init__(self, step):
         super().__init__()
-        self.step, self.calls = step, []
+        self.step, self.calls, self.n_runs = step, [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default # .item(): what Python reads would never change
@@ -304,6 +302,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def run(self):
+        self.n_runs += 1
         if not self.calls: # a capture runs nothing, so this is the first run
             with self:
                 self.result = self.step()
@@ -326,39 +325,66 @@ def recordings(monkeypatch):
     monkeypatch.setattr(model, 'capture', capture)
     return made
 
+def plain_and_static(net, monkeypatch, *args, **options):
+    """Tokens that are the same by plain and by static steps, for one seed."""
+    found = []
+    for devices in set(), {'cpu'}:
+        monkeypatch.setattr(model, 'STATIC_DEVICES', devices)
+        torch.manual_seed(0)
+        found.append(generate(net, *args, **options))
+    assert found[0] == found[1]
+    return found[0]
+
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_static_steps(kind, recordings, monkeypatch):
-    """The tokens of the plain steps: with padding, with rows that end early, sampled, over the border at 64 keys."""
-    net = wild(**kind, block_size=100)
-    prompts = [ids(n, seed=n).tolist() for n in (9, 1, 4, 9, 2)]
-    equal = [ids(9, seed=n).tolist() for n in range(3)]
-    def both(*args, **options):
-        found = []
-        for devices in set(), {'cpu'}:
-            monkeypatch.setattr(model, 'STATIC_DEVICES', devices)
-            torch.manual_seed(0)
-            found.append(generate(net, *args, **options))
-        assert found[0] == found[1]
-        return found[1]
-
-    free = both(prompts, 70, temperature=0)
-    # tokens 9 to 63 and 64 to 78: in each block the first step is not recorded
-    assert len(recordings) == 2 and all(len(row) == 70 for row in free)
-    both(equal, 40, temperature=0)
-    both(prompts, 40, temperature=1.5, truncate_probs=top_k(5))
-    stopped = [both(prompts, 40, row[10], temperature=0) for row in free]
-    lengths = {len(row) for rows in stopped for row in rows}
-    assert min(lengths) < 17 and max(lengths) == 40 # some left at the first look
+    """The tokens of the plain steps: with padding, without it, sampled, with rows that end early."""
+    net = wild(**kind)
+    prompts = [ids(n, seed=n).tolist() for n in (5, 1, 3, 5, 2)] # two rows end together: they leave the batch
+    free = plain_and_static(net, monkeypatch, prompts, 18, temperature=0)
+    assert len(recordings) == 1 and recordings[0].n_runs == 16 # of 18 steps; before it the prompt, and one to warm up
+    plain_and_static(net, monkeypatch, [prompts[0], prompts[0][::-1]], 5, temperature=0)
+    plain_and_static(net, monkeypatch, prompts, 10, temperature=1.5, truncate_probs=top_k(5))
+    recordings.clear()
+    lengths = set()
+    for stop in {row[5] for row in free}:
+        lengths.update(map(len, plain_and_static(net, monkeypatch, prompts, 18, stop, temperature=0)))
+    assert min(lengths) <= 16 < max(lengths) # some leave at the first look
     seen = []
-    assert generate(net, prompts[:1], 12, temperature=0, on_token=seen.append) == [free[0][:12]]
-    assert seen == [[token] for token in free[0][:12]] # each at once
+    assert generate(net, prompts[:1], 8, temperature=0, on_token=seen.append) == [free[0][:8]]
+    assert seen == [[token] for token in free[0][:8]] # each at once
 
-def test_static_steps_find_nan(recordings):
+def test_static_steps_over_a_border(recordings, monkeypatch):
+    """A graph reads 64 keys, the next one 128. The rows that stay after the look at 16 tokens get a new one, too."""
+    net = wild(block_size=100)
+    prompts = [ids(n, seed=n).tolist() for n in (9, 1, 4, 9, 2)]
+    free = plain_and_static(net, monkeypatch, prompts, 70, temperature=0)
+    # token 1 comes from the prompt (9 keys), 2 to 56 from graph 1, 57 to 70 from graph 2; the first of each warms up
+    assert [r.n_runs for r in recordings] == [54, 13]
+    # rows 0 and 3, which are equal, leave at the first look
+    recordings.clear()
+    others = {token for i in (1, 2, 4) for token in free[i][:40]}
+    stop = next(token for token in free[0][:16] if token not in others)
+    plain_and_static(net, monkeypatch, prompts, 40, stop, temperature=0)
+    assert [r.n_runs for r in recordings] == [14, 23] # 16 and 24 tokens
+
+def test_static_cache_takes_another_dtype():
+    """Under autocast, keys can be fp32 (norms are) where the cache is bf16."""
+    cache = KVCache(config(), 2, 4, 'cpu', torch.bfloat16)
+    cache.at, cache.n_read = torch.tensor([2]), 3
+    k = torch.randn(2, 4, 1, 8)
+    keys, values = cache.append(1, k, 2 * k)
+    assert torch.equal(keys[:, :, 2:], k.bfloat16()) and torch.equal(values[:, :, 2:], 2 * k.bfloat16())
+    assert keys.shape == (2, 4, 3, 8) and (keys[:, :, :2] == 0).all() and (cache.keys[0] == 0).all()
+
+def test_nan_is_found(monkeypatch):
     net = wild()
     with torch.no_grad():
-        net.wpe.weight[5] = float('nan') # the third token has this position
-    with fails('diverged.*--learning_rate'):
-        generate(net, [[1, 2, 3]], 10)
+        net.wpe.weight[5] = float('nan') # the position of the third new token
+    for devices in set(), {'cpu'}:
+        monkeypatch.setattr(model, 'STATIC_DEVICES', devices)
+        assert len(generate(net, [[1, 2, 3]], 3)[0]) == 3
+        with fails('diverged.*--learning_rate'):
+            generate(net, [[1, 2, 3]], 10)
 
 def test_without_a_cuda_graph(monkeypatch, capsys):
     """If capturing fails, one line says so, the tokens are the same, and nobody tries again."""

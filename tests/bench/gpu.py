@@ -364,7 +364,16 @@ def shape_124m():
         return dict(vocab_size=512, block_size=256, n_layer=2, n_head=2, n_embd=32)
     return dict(vocab_size=50304)
 
+def part(name, work, *args):
+    """A part of a phase; what it returns, or None if it fails: the others still run."""
+    try:
+        return work(*args)
+    except Exception as e:
+        say(f'FAILED {name}: {type(e).__name__}: {str(e).splitlines()[0][:300]}')
+        print(''.join(traceback.format_tb(e.__traceback__, limit=-2)), flush=True)
+
 def rollout(folder):
+    import model
     import torch
     from model import GPT, GPTConfig, generate
     torch.manual_seed(0)
@@ -380,51 +389,216 @@ def rollout(folder):
     n_read = sum(weights + n_rows * row * (n_prompt + i) for i in range(1, n_new + 1))
     name = torch.cuda.get_device_name() if DEVICE == 'cuda' else 'cpu'
     bandwidth = next((rate for gpu, rate in BANDWIDTH.items() if gpu in name), 3.35e12)
+    say(f'{name}, {bandwidth / 1e12} TB/s, torch {torch.__version__}')
+    real_attention, real_sample = torch.nn.functional.scaled_dot_product_attention, model.sample
+    real_kernels = model.STEP_KERNELS
 
-    def timed(prompts, n_new, stop=None, passes=2):
+    def timed(prompts, n_new, *args, passes=2, **options):
         times = []
         for _ in range(passes):
             synchronize()
             t0 = time.time()
-            with torch.autocast(DEVICE, torch.bfloat16):
-                answers = generate(net, prompts, n_new, stop)
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=net.wte.weight.dtype != torch.bfloat16):
+                answers = generate(net, prompts, n_new, *args, **options)
             synchronize()
             times.append(time.time() - t0)
-        return min(times), sum(len(answer) for answer in answers)
+        return min(times), answers
 
-    timed(prompts, 8, passes=1)
-    for kind, rows in (('prompts of one length', prompts), ('prompts of many lengths', uneven)):
-        seconds, n_tokens = timed(rows, n_new)
-        say(f'rollout, {kind}: {n_rows} x {n_prompt} + {n_new} tokens in {seconds:.3f} s, '
-            f'{n_tokens / seconds:,.0f} tok/s, {seconds / n_new * 1000:.2f} ms a step, '
-            f'{n_read / bandwidth / seconds:.1%} of the bandwidth limit on {name}')
+    def speed(name, rows, *args, passes=2, **options):
+        seconds, answers = timed(rows, n_new, *args, passes=passes, **options)
+        n_tokens = sum(len(answer) for answer in answers)
+        limit = ''
+        if len(rows) == n_rows and n_tokens == n_rows * n_new:
+            limit = f', {n_read / bandwidth / seconds:.1%} of the bandwidth limit'
+        say(f'{name}: {n_tokens / seconds:,.0f} tok/s, {seconds:.3f} s, '
+            f'{seconds / n_new * 1000:.2f} ms a step{limit}')
+
+    def static(name, *args, **options):
+        model.STATIC_DEVICES = {DEVICE}
+        part(name, speed, f'static, {name}', *args)
+        if DEVICE not in model.STATIC_DEVICES:
+            say(f'FAILED {name}: no graph was captured')
+
+    def plain(name, *args):
+        model.STATIC_DEVICES = set()
+        part(name, speed, f'plain, {name}', *args)
+
+    part('warm up', timed, prompts[:4], 40)
+    static('one length', prompts)
+    static('many lengths', uneven)
+    static('one conversation', prompts[:1])
+    part('profile', profile_steps, lambda n: timed(uneven, n, passes=1))
     # a random id as the stop: a row ends with probability 1 / 50304 at each token
-    seconds, n_tokens = timed(uneven, n_new, stop=7)
-    say(f'rollout, with a stop token: {n_tokens / seconds:,.0f} tok/s')
-    seconds, n_tokens = timed(prompts[:1], n_new)
-    say(f'one conversation: {n_tokens / seconds:,.0f} tok/s')
-    if DEVICE == 'cuda':
-        count_kernels(lambda n: timed(uneven, n, passes=1))
+    static('many lengths with a stop token', uneven, 7)
+    plain('one conversation', prompts[:1])
+    plain('one length', prompts)
 
-def count_kernels(work):
-    """Kernels and busy time of a decoding step: the difference of two runs."""
+    def equal_tokens(dtype, temperature, n_rows, n_new):
+        """Without autocast: the weights have this type."""
+        found = []
+        for devices in set(), {DEVICE}, {DEVICE}:
+            model.STATIC_DEVICES = devices
+            torch.manual_seed(1)
+            found.append(generate(net.to(dtype), uneven[:n_rows], n_new, None, temperature))
+        net.float()
+        n_equal = 0
+        for a, b in zip(found[0], found[1]):
+            n_equal += sum(x == y for x, y in zip(a, b))
+        say(f'{dtype}, temperature {temperature}: plain and static agree in {n_equal} of {n_rows * n_new} tokens; '
+            f'static twice with one seed: {"equal" if found[1] == found[2] else "DIFFERENT"}')
+    part('equal tokens', equal_tokens, torch.float32, 0, 32, n_new)
+    part('equal tokens', equal_tokens, torch.float32, 1.0, 32, n_new)
+
+    # alternatives: what would be faster?
+    part('attention', attention_kernels, n_rows, config)
+    backends = torch.nn.attention.SDPBackend
+    for backend in backends.CUDNN_ATTENTION, backends.MATH:
+        model.STEP_KERNELS = [backend, backends.MATH]
+        static(f'one length, attention by {backend.name}', prompts)
+    model.STEP_KERNELS = real_kernels
+
+    def attention_by_products(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        if q.size(2) > 1:
+            return real_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+        scores = (q * (scale or q.size(-1) ** -0.5)) @ k.transpose(2, 3)
+        return (scores + attn_mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+    torch.nn.functional.scaled_dot_product_attention = attention_by_products
+    static('one length, attention by two matrix products', prompts)
+    static('one conversation, attention by two matrix products', prompts[:1])
+    torch.nn.functional.scaled_dot_product_attention = real_attention
+
+    def sample_by_blocks(probs, u=None, width=128):
+        """The same draw: first the block of 128 ids, then the id in it."""
+        blocks = torch.nn.functional.pad(probs, (0, -probs.size(-1) % width)) if probs.size(-1) % width else probs
+        blocks = blocks.view(len(probs), -1, width)
+        sums = blocks.sum(-1, dtype=torch.float64)
+        cdf = sums.cumsum(-1)
+        u = torch.rand_like(cdf[:, -1:]) if u is None else u
+        u = u * cdf[:, -1:] * (1 - 1e-7)
+        block = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.size(-1) - 1)
+        u = u - (cdf - sums).gather(1, block)
+        inside = blocks.gather(1, block[..., None].expand(-1, -1, width))[:, 0].double().cumsum(-1)
+        u = u.clamp(min=0).minimum(inside[:, -1:] * (1 - 1e-7))
+        return block * width + torch.searchsorted(inside, u, right=True)
+    model.sample = sample_by_blocks
+    static('one length, sample by blocks', prompts)
+    torch.nn.functional.scaled_dot_product_attention = attention_by_products
+    static('one length, sample by blocks, two products', prompts)
+    torch.nn.functional.scaled_dot_product_attention = real_attention
+    net.bfloat16()
+    static('one length, sample by blocks, all weights bf16', prompts)
+    static('one conversation, sample by blocks, all weights bf16', prompts[:1])
+    net.float()
+    model.sample = real_sample
+
+    def failing_capture():
+        """.item() cannot be captured: one line is printed, and the tokens are the plain ones."""
+        def reads(probs):
+            return probs * (probs.sum().item() > 0)
+        found = []
+        for devices in set(), {DEVICE}:
+            model.STATIC_DEVICES = devices
+            torch.manual_seed(1)
+            found.append(generate(net, uneven[:8], 40, None, 1.0, reads))
+        say(f'a capture that fails: STATIC_DEVICES is {model.STATIC_DEVICES}, tokens '
+            f'{"equal" if found[0] == found[1] else "DIFFERENT"}')
+        x = torch.rand(100, device=DEVICE).sum().item()
+        say(f'the GPU still works: {x:.1f}')
+    if DEVICE == 'cuda':
+        part('failing capture', failing_capture)
+    say('rollout: end')
+
+def attention_kernels(n_rows, config):
+    """Microseconds of attention of one query a row, in one layer, and the bytes/s of its keys and values."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    H, D, L = config.n_head, config.n_embd // config.n_head, 256
+    half = dict(device=DEVICE, dtype=torch.bfloat16)
+    keys, values = torch.randn(2, n_rows, H, L, D, **half)
+    q = torch.randn(n_rows, H, 1, D, **half)
+
+    def sdpa(backend, S, masked=True):
+        k, v = keys[:, :, :S], values[:, :, :S]
+        mask = torch.zeros(n_rows, 1, 1, S, **half) if masked else None
+        def call():
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return call
+
+    def products(S, out_dtype=None):
+        k, v = keys[:, :, :S], values[:, :, :S]
+        mask = torch.zeros(n_rows, 1, 1, S, **half)
+        def call():
+            if out_dtype is None:
+                scores = (q * D ** -0.5) @ k.transpose(2, 3)
+            else:
+                flat = torch.bmm((q * D ** -0.5).view(-1, 1, D), k.reshape(-1, S, D).transpose(1, 2), out_dtype=out_dtype)
+                scores = flat.view(n_rows, H, 1, S)
+            return (scores + mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return call
+
+    def varlen(S):
+        k = keys.transpose(1, 2).reshape(n_rows * L, H, D)
+        v = values.transpose(1, 2).reshape(n_rows * L, H, D)
+        cu_q = torch.arange(n_rows + 1, device=DEVICE, dtype=torch.int32)
+        used = torch.full((n_rows,), S, device=DEVICE, dtype=torch.int32)
+        def call():
+            return torch.ops.aten._flash_attention_forward(
+                q.view(n_rows, H, D), k, v, cu_q, cu_q * L, 1, L, 0.0, False, False, seqused_k=used)
+        return call
+
+    def measure(name, make, S):
+        call = make(S)
+        for _ in range(3):
+            call()
+        synchronize()
+        n = 2 if TINY else 50
+        t0 = time.time()
+        for _ in range(n):
+            call()
+        synchronize()
+        us = (time.time() - t0) / n * 1e6
+        say(f'attention {name}, {S} keys: {us:.0f} us, {2 * n_rows * H * S * D * 2 / us / 1e6:.2f} TB/s')
+    kinds = {
+        'efficient, mask': lambda S: sdpa(SDPBackend.EFFICIENT_ATTENTION, S),
+        'efficient, no mask': lambda S: sdpa(SDPBackend.EFFICIENT_ATTENTION, S, False),
+        'flash, no mask': lambda S: sdpa(SDPBackend.FLASH_ATTENTION, S, False),
+        'cudnn, mask': lambda S: sdpa(SDPBackend.CUDNN_ATTENTION, S),
+        'cudnn, no mask': lambda S: sdpa(SDPBackend.CUDNN_ATTENTION, S, False),
+        'two products': products,
+        'two products, fp32 scores': lambda S: products(S, torch.float32),
+        'flash, lengths on the GPU': varlen,
+    }
+    for name, make in kinds.items():
+        for S in 128, 192:
+            part(name, measure, name, make, S)
+
+def profile_steps(work):
+    """Kernels of a static step: the difference of two runs, by name."""
     import torch
     from torch.profiler import ProfilerActivity, profile
+    if DEVICE != 'cuda':
+        return
     results = []
     for n in (4, 20):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
             work(n)
-        kernels = [e for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        waits = [e for e in p.events() if 'Synchronize' in e.name]
-        busy = sum(e.time_range.elapsed_us() for e in kernels)
-        results.append((len(kernels), len(waits), busy))
-    step = [(b - a) / 16 for a, b in zip(*results)]
-    say(f'a decoding step has {step[0]:.0f} kernels, {step[1]:.1f} waits, and keeps the GPU busy '
-        f'for {step[2] / 1000:.2f} ms')
-    table = p.key_averages().table(sort_by='self_device_time_total', row_limit=12,
-                                   max_name_column_width=60)
-    if os.environ.get('OUT'):
-        Path(os.environ['OUT'], 'kernels.txt').write_text(table)
+        total = {}
+        for e in p.events():
+            if e.device_type == torch.autograd.DeviceType.CUDA:
+                count, us = total.get(e.name, (0, 0.0))
+                total[e.name] = (count + 1, us + e.time_range.elapsed_us())
+        results.append(total)
+    few, many = results
+    rows = []
+    for name, (count, us) in many.items():
+        old_count, old_us = few.get(name, (0, 0.0))
+        rows.append(((us - old_us) / 16, (count - old_count) / 16, name))
+    rows.sort(reverse=True)
+    say(f'a static step: {sum(row[1] for row in rows):.0f} kernels, busy {sum(row[0] for row in rows) / 1000:.2f} ms')
+    for us, count, name in rows[:22]:
+        print(f'{us:9.1f} us {count:6.1f} x  {name[:110]}', flush=True)
 
 def update(folder):
     import torch
