@@ -307,18 +307,15 @@ class KVCache:
         self.values = self.values[:, rows]
         self.last_keys = self.last_keys[:, rows]
 
-def sample(probs, u=None):
+def sample(probs):
     """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). Faster than
-    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it. u (B, 1):
-    the random numbers, from [0, 1)."""
+    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it."""
     if probs.device.type != 'mps':
         probs = probs.double()
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    if u is None:
-        u = torch.rand_like(total)
     # slightly below the total, so that rounding never picks a last id of probability 0
-    u = u * total * (1 - 1e-7)
+    u = torch.rand_like(total) * total * (1 - 1e-7)
     return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
 
 STATIC_DEVICES = {'cuda'} # where generate uses static_steps
@@ -329,10 +326,8 @@ def static_steps(model, cache, idx, first, next_ids):
     """The steps of `generate` on a GPU: yields ids (B, 1) and logits (B, V) without end. Python is
     slower to start the 250 kernels of a step than a GPU is to run them. A CUDA graph starts them
     all at once, but always the same on the same memory: what changes must be in a tensor."""
-    n = cache.n
-    cache.at = torch.tensor([n], device=idx.device)
+    cache.at = torch.tensor([cache.n], device=idx.device)
     idx = idx.clone()                                     # (B, 1) a step reads and overwrites it
-    u = torch.empty(idx.shape, dtype=torch.float64, device=idx.device)
 
     def step():
         keys = torch.arange(cache.n_read, device=idx.device)
@@ -341,40 +336,26 @@ def static_steps(model, cache, idx, first, next_ids):
         mask = mask.masked_fill(~seen, -math.inf)[:, None, None] # (B, 1, 1, S), added to the scores
         with sdpa_kernel(STEP_KERNELS, set_priority=True):
             logits = model(idx, cache.at - first, mask, cache)[:, -1]
-        idx.copy_(next_ids(logits, u))
+        idx.copy_(next_ids(logits))
         cache.at.add_(1)
         return logits
 
     while True:
-        cache.n_read = 64 * (n // 64 + 1) # reading all of the cache takes longer than a new graph
-        run = step # once without a graph: some kernels must be loaded before they can be captured
-        for i in range(n, cache.n_read):
-            if i == n + 1:
-                run = capture(step)
-            u.uniform_()
-            logits = run()
-            cache.n = i + 1
-            yield idx.clone(), logits
-        n = cache.n
-
-def capture(step):
-    """Record the kernels of step() as a CUDA graph -> a function that runs it."""
-    if 'cuda' not in STATIC_DEVICES:
-        return step
-    try:
+        # a new graph for each 64 keys: to read the whole cache at every step would take longer
+        cache.n_read = 64 * (cache.n // 64 + 1)
+        logits = step() # without a graph: kernels must be loaded before they can be recorded
+        yield idx.clone(), logits
+        n_before = cache.n
+        if n_before == cache.n_read:
+            continue
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.stream(torch.cuda.current_stream()) # comes back to it after an error
+        stream = torch.cuda.stream(torch.cuda.current_stream()) # to return to it after an error
         with stream, torch.cuda.graph(graph, capture_error_mode='thread_local'):
-            result = step()
-    except RuntimeError as e:
-        STATIC_DEVICES.remove('cuda') # do not try again
-        print0(f'generation is slower, without a CUDA graph: {str(e).splitlines()[0]}')
-        return step
-
-    def replay():
-        graph.replay()
-        return result # the graph always writes to the same tensor
-    return replay
+            logits = step() # runs nothing; the graph will always write to this tensor
+        for n in range(n_before, cache.n_read):
+            graph.replay()
+            cache.n = n + 1
+            yield idx.clone(), logits
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncate_probs=None,
@@ -400,23 +381,33 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
     rows = list(range(len(prompts)))                      # (B,) the prompt that a row continues
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
-    def next_ids(logits, u=None):
+    def next_ids(logits):
         if temperature == 0:
             return logits.argmax(-1, keepdim=True)        # (B, 1)
         if temperature != 1:
             logits = logits.float() / temperature
         probs = F.softmax(logits, dim=-1, dtype=torch.float32)
-        return sample(truncate_probs(probs) if truncate_probs else probs, u)
+        return sample(truncate_probs(probs) if truncate_probs else probs)
 
     is_static = device.type in STATIC_DEVICES
     steps = None
     unread = [] # ids that Python has not seen yet: to look at them, it must wait for the GPU
     for i in range(max_new_tokens):
         if is_static and i > 0:
-            if steps is None:
-                steps = static_steps(model, cache, idx, first, next_ids)
-            idx, logits = next(steps)
-        else:
+            try:
+                if steps is None:
+                    steps = static_steps(model, cache, idx, first, next_ids)
+                idx, logits = next(steps)
+            except RuntimeError as e:
+                print0(f'generation is slower, without a CUDA graph: {str(e).splitlines()[0]}')
+                STATIC_DEVICES.clear() # do not try again
+                is_static = False
+                cache.n = P + i - 1
+                cache.at = None
+                # they still expect a capture; their copies do not
+                for generator in torch.cuda.default_generators:
+                    generator.graphsafe_set_state(generator.clone_state())
+        if i == 0 or not is_static:
             S = cache.n + idx.size(1)
             pos, mask = None, None
             if max(n_padding) > 0:
@@ -432,7 +423,8 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
         unread.append(idx)
         if is_static and on_token is None and len(unread) < 16 and i < max_new_tokens - 1:
             continue
-        assert logits.isfinite().all(), 'the model has diverged (NaN): lower --learning_rate'
+        total = logits.sum(dtype=torch.float32)
+        assert total.isfinite(), 'the model has diverged (NaN): lower --learning_rate'
         for row, ids in zip(rows, torch.cat(unread, dim=1).tolist()):
             outputs[row].extend(ids)
         unread = []

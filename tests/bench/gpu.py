@@ -398,7 +398,8 @@ def rollout(folder):
         for _ in range(passes):
             synchronize()
             t0 = time.time()
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=net.wte.weight.dtype != torch.bfloat16):
+            is_mixed = net.wte.weight.dtype == torch.float32
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=is_mixed):
                 answers = generate(net, prompts, n_new, *args, **options)
             synchronize()
             times.append(time.time() - t0)
@@ -423,8 +424,24 @@ def rollout(folder):
         model.STATIC_DEVICES = set()
         part(name, speed, f'plain, {name}', *args)
 
+    class TimedGraph(torch.cuda.graph):
+        seconds = []
+
+        def __enter__(self):
+            self.t0 = time.time()
+            super().__enter__()
+
+        def __exit__(self, *error):
+            super().__exit__(*error)
+            self.seconds.append(time.time() - self.t0)
+    torch.cuda.graph = TimedGraph
+
+    n_keys = sum(64 * ((n_prompt + i) // 64 + 1) for i in range(n_new))
+    exact = sum(n_prompt + i + 1 for i in range(n_new))
+    say(f'static steps read {n_keys / exact:.2f}x the keys and values that are filled')
     part('warm up', timed, prompts[:4], 40)
     static('one length', prompts)
+    say('seconds to capture:', ' '.join(f'{seconds:.3f}' for seconds in TimedGraph.seconds))
     static('many lengths', uneven)
     static('one conversation', prompts[:1])
     part('profile', profile_steps, lambda n: timed(uneven, n, passes=1))
@@ -444,8 +461,9 @@ def rollout(folder):
         n_equal = 0
         for a, b in zip(found[0], found[1]):
             n_equal += sum(x == y for x, y in zip(a, b))
-        say(f'{dtype}, temperature {temperature}: plain and static agree in {n_equal} of {n_rows * n_new} tokens; '
-            f'static twice with one seed: {"equal" if found[1] == found[2] else "DIFFERENT"}')
+        repeated = 'equal' if found[1] == found[2] else 'DIFFERENT'
+        say(f'{dtype}, temperature {temperature}: plain and static agree in {n_equal} of '
+            f'{sum(map(len, found[0]))} tokens; static twice with one seed: {repeated}')
     part('equal tokens', equal_tokens, torch.float32, 0, 32, n_new)
     part('equal tokens', equal_tokens, torch.float32, 1.0, 32, n_new)
 
@@ -461,20 +479,22 @@ def rollout(folder):
         if q.size(2) > 1:
             return real_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
         scores = (q * (scale or q.size(-1) ** -0.5)) @ k.transpose(2, 3)
-        return (scores + attn_mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        if attn_mask is not None:
+            scores = scores + attn_mask
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     torch.nn.functional.scaled_dot_product_attention = attention_by_products
     static('one length, attention by two matrix products', prompts)
     static('one conversation, attention by two matrix products', prompts[:1])
     torch.nn.functional.scaled_dot_product_attention = real_attention
 
-    def sample_by_blocks(probs, u=None, width=128):
+    def sample_by_blocks(probs, width=128):
         """The same draw: first the block of 128 ids, then the id in it."""
-        blocks = torch.nn.functional.pad(probs, (0, -probs.size(-1) % width)) if probs.size(-1) % width else probs
-        blocks = blocks.view(len(probs), -1, width)
+        if probs.size(-1) % width:
+            probs = torch.nn.functional.pad(probs, (0, -probs.size(-1) % width))
+        blocks = probs.view(len(probs), -1, width)
         sums = blocks.sum(-1, dtype=torch.float64)
         cdf = sums.cumsum(-1)
-        u = torch.rand_like(cdf[:, -1:]) if u is None else u
-        u = u * cdf[:, -1:] * (1 - 1e-7)
+        u = torch.rand_like(cdf[:, -1:]) * cdf[:, -1:] * (1 - 1e-7)
         block = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.size(-1) - 1)
         u = u - (cdf - sums).gather(1, block)
         inside = blocks.gather(1, block[..., None].expand(-1, -1, width))[:, 0].double().cumsum(-1)
@@ -509,7 +529,7 @@ def rollout(folder):
     say('rollout: end')
 
 def attention_kernels(n_rows, config):
-    """Microseconds of attention of one query a row, in one layer, and the bytes/s of its keys and values."""
+    """Attention of one query a row, in one layer: microseconds, and bytes/s of keys and values."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -533,8 +553,9 @@ def attention_kernels(n_rows, config):
             if out_dtype is None:
                 scores = (q * D ** -0.5) @ k.transpose(2, 3)
             else:
-                flat = torch.bmm((q * D ** -0.5).view(-1, 1, D), k.reshape(-1, S, D).transpose(1, 2), out_dtype=out_dtype)
-                scores = flat.view(n_rows, H, 1, S)
+                flat_q = (q * D ** -0.5).view(-1, 1, D)
+                flat_k = k.flatten(0, 1).transpose(1, 2)
+                scores = torch.bmm(flat_q, flat_k, out_dtype=out_dtype).view(n_rows, H, 1, S)
             return (scores + mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
         return call
 
@@ -559,7 +580,8 @@ def attention_kernels(n_rows, config):
             call()
         synchronize()
         us = (time.time() - t0) / n * 1e6
-        say(f'attention {name}, {S} keys: {us:.0f} us, {2 * n_rows * H * S * D * 2 / us / 1e6:.2f} TB/s')
+        speed = 2 * n_rows * H * S * D * 2 / us / 1e6
+        say(f'attention {name}, {S} keys: {us:.0f} us, {speed:.2f} TB/s')
     kinds = {
         'efficient, mask': lambda S: sdpa(SDPBackend.EFFICIENT_ATTENTION, S),
         'efficient, no mask': lambda S: sdpa(SDPBackend.EFFICIENT_ATTENTION, S, False),
@@ -596,9 +618,11 @@ def profile_steps(work):
         old_count, old_us = few.get(name, (0, 0.0))
         rows.append(((us - old_us) / 16, (count - old_count) / 16, name))
     rows.sort(reverse=True)
-    say(f'a static step: {sum(row[1] for row in rows):.0f} kernels, busy {sum(row[0] for row in rows) / 1000:.2f} ms')
-    for us, count, name in rows[:22]:
-        print(f'{us:9.1f} us {count:6.1f} x  {name[:110]}', flush=True)
+    n_kernels = sum(row[1] for row in rows)
+    busy = sum(row[0] for row in rows) / 1000
+    say(f'a static step: {n_kernels:.0f} kernels, busy {busy:.2f} ms')
+    for us, count, name in rows[:24]:
+        print(f'{us:9.1f} us {count:6.1f} x  {name[:100]}', flush=True)
 
 def update(folder):
     import torch
