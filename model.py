@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # -----------------------------------------------------------------------------
 # 1. GPT
@@ -110,20 +109,20 @@ class Attention(nn.Module):
         q, k = qk.split([H, H_kv], dim=1)
         if cache is not None: # keys and values of the earlier tokens, when generating
             k, v = cache.append(layer, k, v)              # (B, H_kv, S, D)
-        # grouped-query attention (Ainslie et al. 2023): H / H_kv queries share a key
-        if cache is not None and cache.at is not None:
-            q = q.reshape(B, H_kv, H // H_kv, D)          # T is 1: they stand in its place
-        elif H_kv != H:
-            k = k.repeat_interleave(H // H_kv, dim=1)     # (B, H, S, D)
-            v = v.repeat_interleave(H // H_kv, dim=1)
         # The usual scale is 1 / sqrt(D). Normed queries and keys have length sqrt(D), so 12 / D
         # bounds their scores by +-12: enough to single out one token.
-        scale = 12 / D if config.qk_norm else None
-        dropout = config.dropout if self.training else 0.0
-        is_causal = False if T == 1 else mask is None     # a single query may see all keys
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                           is_causal=is_causal, scale=scale)
-        y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, C) # put the heads side by side
+        scale = 12 / D if config.qk_norm else 1 / math.sqrt(D)
+        if cache is not None and cache.mask is not None:
+            y = static_attention(q, k, v, cache.mask, scale)
+        else:
+            if H_kv != H: # grouped-query attention (Ainslie et al. 2023): queries share keys
+                k = k.repeat_interleave(H // H_kv, dim=1) # (B, H, S, D)
+                v = v.repeat_interleave(H // H_kv, dim=1)
+            dropout = config.dropout if self.training else 0.0
+            is_causal = False if T == 1 else mask is None # a single query may see all keys
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                               is_causal=is_causal, scale=scale)
+        y = y.transpose(1, 2).reshape(B, T, C)            # put the heads side by side
         return F.dropout(self.proj(y), config.dropout, self.training)
 
 class MLP(nn.Module):
@@ -261,8 +260,6 @@ def make_attention_mask(start, S, mask, device):
     """Which of the keys 0..S-1 may the queries start..S-1 see? mask: see GPT.hidden."""
     if mask is None and (start == 0 or S - start == 1):
         return None # no mask needed: `is_causal` does it, or a single query sees all keys
-    if mask is not None and mask.dim() == 4:
-        return mask # static_steps has made it
     queries = torch.arange(start, S, device=device)[:, None]
     keys = torch.arange(S, device=device)[None, :]
     seen = keys <= queries                                # (T, S)
@@ -289,11 +286,11 @@ class KVCache:
         last = (config.n_layer, batch_size, config.n_kv_head - config.n_kv_head // 2, 1, D)
         self.last_keys = torch.zeros(last, device=device, dtype=dtype) # key_shift: before the shift
         self.n = 0 # number of tokens in the cache
-        self.at = None # static_steps: n as a tensor (1,)
+        self.mask = None # static_steps sets it, and also `at` and `n_read`
 
     def append(self, layer, k, v):
         S = self.n + k.size(2) # k, v (B, H_kv, T, D) are new; the results are (B, H_kv, S, D)
-        if self.at is None:
+        if self.mask is None:
             self.keys[layer, :, :, self.n:S] = k
             self.values[layer, :, :, self.n:S] = v
         else:
@@ -318,44 +315,21 @@ def sample(probs):
     u = torch.rand_like(total) * total * (1 - 1e-7)
     return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
 
-STATIC_DEVICES = {'cuda'} # where generate uses static_steps
-# The kernels for one query a row, best first. Flash attention on GPUs takes no mask.
-STEP_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-
-def static_steps(model, cache, idx, first, next_ids):
-    """The steps of `generate` on a GPU: yields ids (B, 1) and logits (B, V) without end. Python is
-    slower to start the 250 kernels of a step than a GPU is to run them. A CUDA graph starts them
-    all at once, but always the same on the same memory: what changes must be in a tensor."""
-    cache.at = torch.tensor([cache.n], device=idx.device)
-    idx = idx.clone()                                     # (B, 1) a step reads and overwrites it
-
-    def step():
-        keys = torch.arange(cache.n_read, device=idx.device)
-        seen = (keys >= first) & (keys <= cache.at)       # (B, S)
-        mask = torch.zeros(seen.shape, device=idx.device, dtype=cache.keys.dtype)
-        mask = mask.masked_fill(~seen, -math.inf)[:, None, None] # (B, 1, 1, S), added to the scores
-        with sdpa_kernel(STEP_KERNELS, set_priority=True):
-            logits = model(idx, cache.at - first, mask, cache)[:, -1]
-        idx.copy_(next_ids(logits))
-        cache.at.add_(1)
-        return logits
-
+def plain_steps(model, cache, idx, first, next_ids):
+    """The steps of `generate`, without end: yields ids (B, 1) and the logits (B, V) behind them.
+    idx (B, T) is not in the cache yet: the prompts, or an id a row. first: see generate."""
+    is_padded = first.any()
     while True:
-        # a new graph for each 64 keys: to read the whole cache at every step would take longer
-        cache.n_read = 64 * (cache.n // 64 + 1)
-        logits = step() # without a graph: kernels must be loaded before they can be recorded
-        yield idx.clone(), logits
-        n_before = cache.n
-        if n_before == cache.n_read:
-            continue
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.stream(torch.cuda.current_stream()) # to return to it after an error
-        with stream, torch.cuda.graph(graph, capture_error_mode='thread_local'):
-            logits = step() # runs nothing; the graph will always write to this tensor
-        for n in range(n_before, cache.n_read):
-            graph.replay()
-            cache.n = n + 1
-            yield idx.clone(), logits
+        S = cache.n + idx.size(1)
+        pos, mask = None, None
+        if is_padded:
+            # positions count from the first real token, as if there were no padding
+            pos = (torch.arange(cache.n, S, device=idx.device) - first).clamp(min=0) # (B, T)
+            mask = torch.arange(S, device=idx.device) >= first # (B, S)
+        x = model.hidden(idx, pos, mask, cache)           # (B, T, C)
+        logits = model.head(x[:, -1])                     # (B, V)
+        idx = next_ids(logits)                            # (B, 1)
+        yield idx, logits
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncate_probs=None,
@@ -377,9 +351,6 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
     dtype = torch.get_autocast_dtype(device.type) if is_autocast else model.wte.weight.dtype
     length = 64 * math.ceil((P + max_new_tokens) / 64)    # static_steps reads multiples of 64
     cache = KVCache(model.config, len(prompts), length, device, dtype)
-    outputs = [[] for _ in prompts]
-    rows = list(range(len(prompts)))                      # (B,) the prompt that a row continues
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
     def next_ids(logits):
         if temperature == 0:
@@ -390,58 +361,100 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
         return sample(truncate_probs(probs) if truncate_probs else probs)
 
     is_static = device.type in STATIC_DEVICES
-    steps = None
-    unread = [] # ids that Python has not seen yet: to look at them, it must wait for the GPU
+    make_steps = static_steps if is_static else plain_steps
+    steps = make_steps(model, cache, idx, first, next_ids)
+    # to look at ids, Python waits for the GPU, which then waits for Python: not at every step
+    interval = 16 if is_static and on_token is None else 1
+    answers = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
+    rows = torch.arange(len(prompts), device=device)      # (B,) the prompt that a row continues
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
-        if is_static and i > 0:
-            try:
-                if steps is None:
-                    steps = static_steps(model, cache, idx, first, next_ids)
-                idx, logits = next(steps)
-            except RuntimeError as e:
-                print0(f'generation is slower, without a CUDA graph: {str(e).splitlines()[0]}')
-                STATIC_DEVICES.clear() # do not try again
-                is_static = False
-                cache.n = P + i - 1
-                cache.at = None
-                # they still expect a capture; their copies do not
-                for generator in torch.cuda.default_generators:
-                    generator.graphsafe_set_state(generator.clone_state())
-        if i == 0 or not is_static:
-            S = cache.n + idx.size(1)
-            pos, mask = None, None
-            if max(n_padding) > 0:
-                # positions count from the first real token, as if there were no padding
-                pos = (torch.arange(cache.n, S, device=device) - first).clamp(min=0) # (B, T)
-                mask = torch.arange(S, device=device) >= first # (B, S)
-            x = model.hidden(idx, pos, mask, cache)       # (B, T, C)
-            logits = model.head(x[:, -1])                 # (B, V)
-            idx = next_ids(logits)
+        idx, logits = next(steps)
+        answers[rows, i] = idx[:, 0]
         if on_token is not None:
             on_token(idx[~done, 0].tolist())
         done = done | (idx[:, 0] == (-1 if stop is None else stop))
-        unread.append(idx)
-        if is_static and on_token is None and len(unread) < 16 and i < max_new_tokens - 1:
+        if (i + 1) % interval > 0 and i + 1 < max_new_tokens:
             continue
         total = logits.sum(dtype=torch.float32)
         assert total.isfinite(), 'the model has diverged (NaN): lower --learning_rate'
-        for row, ids in zip(rows, torch.cat(unread, dim=1).tolist()):
-            outputs[row].extend(ids)
-        unread = []
         if done.all():
             break
         # Drop finished rows. This copies the whole cache, so wait until they are a quarter of all.
         if 4 * done.sum() >= len(done):
             cache.keep(~done)
-            rows = [row for row, is_done in zip(rows, done.tolist()) if not is_done]
-            idx = idx[~done]
+            rows = rows[~done]
             first = first[~done]
+            steps = make_steps(model, cache, idx[~done], first, next_ids)
             done = done[~done]
-            steps = None # a graph cannot change its shapes
+    outputs = answers.tolist()
     for output in outputs:
         if stop in output: # what a row says after its end is not part of the answer
             del output[output.index(stop) + 1:]
     return outputs
+
+# generate on a GPU: skip it on a first read
+
+STATIC_DEVICES = {'cuda'} # where generate uses static_steps
+
+def static_steps(model, cache, idx, first, next_ids):
+    """plain_steps for a GPU, which runs the 250 kernels of a step faster than Python starts them. A
+    CUDA graph starts all at once, always the same on the same memory: what changes is a tensor."""
+    if cache.n == 0: # the prompts
+        idx, logits = next(plain_steps(model, cache, idx, first, next_ids))
+        yield idx, logits
+    cache.at = torch.tensor([cache.n], device=idx.device)
+    idx = idx.clone()                                     # (B, 1) a step reads and overwrites it
+
+    def step():
+        keys = torch.arange(cache.n_read, device=idx.device)
+        seen = (keys >= first) & (keys <= cache.at)       # (B, S)
+        mask = torch.zeros(seen.shape, device=idx.device, dtype=cache.keys.dtype)
+        cache.mask = mask.masked_fill(~seen, -math.inf)[:, None, None] # (B, 1, 1, S)
+        logits = model(idx, cache.at - first, cache=cache)[:, -1]
+        idx.copy_(next_ids(logits))
+        cache.at.add_(1)
+        return logits
+
+    while True:
+        # a new graph for each 64 keys: to read the whole cache at every step would take longer
+        start = cache.n
+        cache.n_read = 64 * (start // 64 + 1)
+        run = step # once without a graph: kernels must be loaded before they can be recorded
+        for n in range(start, cache.n_read):
+            if n == start + 1 and STATIC_DEVICES:
+                run = capture(step)
+            cache.n = n # recording has changed it
+            logits = run()
+            cache.n = n + 1 # a graph does not change it
+            yield idx.clone(), logits
+
+def capture(step):
+    """A CUDA graph of what step() does -> a function that repeats it; `step` itself on an error."""
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.stream(torch.cuda.current_stream()) # to return to it after an error
+    try:
+        with stream, torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            logits = step() # runs nothing; the graph will always write to this tensor
+    except RuntimeError as e:
+        print0(f'generation is slower, without a CUDA graph: {str(e).splitlines()[0]}')
+        STATIC_DEVICES.clear() # do not try again
+        for generator in torch.cuda.default_generators: # they still expect a capture
+            generator.graphsafe_set_state(generator.clone_state())
+        return step
+
+    def replay():
+        graph.replay()
+        return logits
+    return replay
+
+def static_attention(q, k, v, mask, scale):
+    """One query a row: two products read k and v (B, H_kv, S, D) faster than one fused kernel.
+    q and the result (B, H, 1, D); mask (B, 1, 1, S) is added to the scores."""
+    grouped = q.reshape(len(q), k.size(1), -1, q.size(3)) # (B, H_kv, H / H_kv, D)
+    scores = (grouped * scale) @ k.transpose(2, 3) + mask # (B, H_kv, H / H_kv, S)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v).reshape(q.shape)
 
 # -----------------------------------------------------------------------------
 # 3. ScalarModel

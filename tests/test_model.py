@@ -378,7 +378,7 @@ def test_static_steps_over_a_border(recordings, monkeypatch):
 def test_static_cache_takes_another_dtype():
     """Under autocast, keys can be fp32 (norms are) where the cache is bf16."""
     cache = KVCache(config(), 2, 4, 'cpu', torch.bfloat16)
-    cache.at, cache.n_read = torch.tensor([2]), 3
+    cache.mask, cache.at, cache.n_read = torch.zeros(2, 1, 1, 3), torch.tensor([2]), 3
     k = torch.randn(2, 4, 1, 8)
     keys, values = cache.append(1, k, 2 * k)
     assert torch.equal(keys[:, :, 2:], k.bfloat16()) and torch.equal(values[:, :, 2:], 2 * k.bfloat16())
@@ -396,24 +396,29 @@ def test_nan_is_found(recordings, monkeypatch):
 
 @pytest.mark.parametrize('when', ['at once', 'at the end'])
 def test_without_a_cuda_graph(when, monkeypatch, capsys):
-    """If capturing fails, one line says so, the tokens are the same, and nobody tries again."""
-    net, prompts = wild(key_shift=True), [[1, 2, 3], [4]]
-    def want():
-        torch.manual_seed(0)
-        return generate(net, prompts, 20)
+    """If capturing fails, one line says so, the tokens are the same, and nobody tries again: neither at the next 64
+    keys, nor when rows leave, nor in the next call."""
+    net, prompts = wild(key_shift=True, block_size=100), [[1, 2, 3], [4], [1, 2, 3]]
+    attempts = []
     class Broken(Recording):
         def __enter__(self):
+            attempts.append(1)
             if when == 'at once':
                 raise RuntimeError('no graph here\nmore')
             return super().__enter__()
         def __exit__(self, *error):
             super().__exit__(*error)
             raise RuntimeError('no graph here\nmore')
-    plain = want()
     pretend_cuda(monkeypatch, Broken)
-    assert want() == plain and model.STATIC_DEVICES == set()
-    said = capsys.readouterr().out
-    assert said.count('\n') == 1 and 'without a CUDA graph: no graph here' in said
+    plain_and_static(net, monkeypatch, prompts, 70)
+    free = plain_and_static(net, monkeypatch, prompts, 70, temperature=0)
+    stop = next(token for token in free[0] if token not in free[1]) # rows 0 and 2 leave the batch
+    assert len(plain_and_static(net, monkeypatch, prompts, 70, stop, temperature=0)[1]) == 70
+    assert len(attempts) == 3 # one a call, since plain_and_static puts the device back
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3 and 'without a CUDA graph: no graph here' in said[0]
+    generate(net, prompts, 5)
+    assert len(attempts) == 3 and model.STATIC_DEVICES == set()
 
 def test_prompt_longer_than_the_context_is_cropped():
     net, x = wild(), ids(40).tolist()
