@@ -431,9 +431,9 @@ def static_steps(model, cache, idx, first, next_ids):
 
 def capture(step):
     """A CUDA graph of what step() does -> a function that repeats it; `step` itself on an error."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.stream(torch.cuda.current_stream()) # to return to it after an error
     try:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.stream(torch.cuda.current_stream()) # to return to it after an error
         with stream, torch.cuda.graph(graph, capture_error_mode='thread_local'):
             logits = step() # runs nothing; the graph will always write to this tensor
     except RuntimeError as e:

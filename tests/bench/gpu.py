@@ -364,14 +364,6 @@ def shape_124m():
         return dict(vocab_size=512, block_size=256, n_layer=2, n_head=2, n_embd=32)
     return dict(vocab_size=50304)
 
-def part(name, work, *args):
-    """A part of a phase; what it returns, or None if it fails: the others still run."""
-    try:
-        return work(*args)
-    except Exception as e:
-        say(f'FAILED {name}: {type(e).__name__}: {str(e).splitlines()[0][:300]}')
-        print(''.join(traceback.format_tb(e.__traceback__, limit=-2)), flush=True)
-
 def rollout(folder):
     import model
     import torch
@@ -390,211 +382,64 @@ def rollout(folder):
     name = torch.cuda.get_device_name() if DEVICE == 'cuda' else 'cpu'
     bandwidth = next((rate for gpu, rate in BANDWIDTH.items() if gpu in name), 3.35e12)
     say(f'{name}, {bandwidth / 1e12} TB/s, torch {torch.__version__}')
-    real_attention, real_sample = torch.nn.functional.scaled_dot_product_attention, model.sample
-    real_kernels = model.STEP_KERNELS
 
-    def timed(prompts, n_new, *args, passes=2, **options):
+    def timed(prompts, n_new, stop=None, passes=2):
         times = []
         for _ in range(passes):
             synchronize()
             t0 = time.time()
-            is_mixed = net.wte.weight.dtype == torch.float32
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=is_mixed):
-                answers = generate(net, prompts, n_new, *args, **options)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                answers = generate(net, prompts, n_new, stop)
             synchronize()
             times.append(time.time() - t0)
-        return min(times), answers
+        return min(times), sum(len(answer) for answer in answers)
 
-    def speed(name, rows, *args, passes=2, **options):
-        seconds, answers = timed(rows, n_new, *args, passes=passes, **options)
-        n_tokens = sum(len(answer) for answer in answers)
+    def speed(name, devices, prompts, stop=None):
+        model.STATIC_DEVICES = set(devices)
+        seconds, n_tokens = timed(prompts, n_new, stop)
         limit = ''
-        if len(rows) == n_rows and n_tokens == n_rows * n_new:
+        if n_tokens == n_rows * n_new:
             limit = f', {n_read / bandwidth / seconds:.1%} of the bandwidth limit'
         say(f'{name}: {n_tokens / seconds:,.0f} tok/s, {seconds:.3f} s, '
             f'{seconds / n_new * 1000:.2f} ms a step{limit}')
 
-    def static(name, *args, **options):
-        model.STATIC_DEVICES = {DEVICE}
-        part(name, speed, f'static, {name}', *args)
-        if DEVICE not in model.STATIC_DEVICES:
-            say(f'FAILED {name}: no graph was captured')
-
-    def plain(name, *args):
-        model.STATIC_DEVICES = set()
-        part(name, speed, f'plain, {name}', *args)
-
-    class TimedGraph(torch.cuda.graph):
-        seconds = []
-
-        def __enter__(self):
-            self.t0 = time.time()
-            super().__enter__()
-
-        def __exit__(self, *error):
-            super().__exit__(*error)
-            self.seconds.append(time.time() - self.t0)
-    torch.cuda.graph = TimedGraph
-
-    n_keys = sum(64 * ((n_prompt + i) // 64 + 1) for i in range(n_new))
-    exact = sum(n_prompt + i + 1 for i in range(n_new))
-    say(f'static steps read {n_keys / exact:.2f}x the keys and values that are filled')
-    part('warm up', timed, prompts[:4], 40)
-    static('one length', prompts)
-    say('seconds to capture:', ' '.join(f'{seconds:.3f}' for seconds in TimedGraph.seconds))
-    static('many lengths', uneven)
-    static('one conversation', prompts[:1])
-    part('profile', profile_steps, lambda n: timed(uneven, n, passes=1))
+    timed(prompts[:4], 40) # to warm up
+    speed('static, one length', [DEVICE], prompts)
+    speed('static, many lengths', [DEVICE], uneven)
     # a random id as the stop: a row ends with probability 1 / 50304 at each token
-    static('many lengths with a stop token', uneven, 7)
-    plain('one conversation', prompts[:1])
-    plain('one length', prompts)
+    speed('static, many lengths with a stop token', [DEVICE], uneven, 7)
+    speed('static, one conversation', [DEVICE], prompts[:1])
+    speed('plain, one length', [], prompts)
+    speed('plain, one conversation', [], prompts[:1])
+    model.STATIC_DEVICES = {DEVICE}
+    profile_steps(lambda n: timed(uneven, n, passes=1))
 
-    def equal_tokens(dtype, temperature, n_rows, n_new):
-        """Without autocast: the weights have this type."""
+    def plain_and_static(*args):
+        """fp32 answers to 32 prompts by plain steps, and twice by static ones, with one seed."""
         found = []
         for devices in set(), {DEVICE}, {DEVICE}:
             model.STATIC_DEVICES = devices
             torch.manual_seed(1)
-            found.append(generate(net.to(dtype), uneven[:n_rows], n_new, None, temperature))
-        net.float()
+            found.append(generate(net, uneven[:32], n_new, *args))
+        return found
+
+    for temperature in (0, 1.0):
+        plain, static, again = plain_and_static(None, temperature)
         n_equal = 0
-        for a, b in zip(found[0], found[1]):
+        for a, b in zip(plain, static):
             n_equal += sum(x == y for x, y in zip(a, b))
-        repeated = 'equal' if found[1] == found[2] else 'DIFFERENT'
-        say(f'{dtype}, temperature {temperature}: plain and static agree in {n_equal} of '
-            f'{sum(map(len, found[0]))} tokens; static twice with one seed: {repeated}')
-    part('equal tokens', equal_tokens, torch.float32, 0, 32, n_new)
-    part('equal tokens', equal_tokens, torch.float32, 1.0, 32, n_new)
+        repeated = 'equal' if static == again else 'DIFFERENT'
+        say(f'temperature {temperature}: plain and static agree in {n_equal} of '
+            f'{sum(map(len, plain))} tokens; static twice with one seed: {repeated}')
 
-    # alternatives: what would be faster?
-    part('attention', attention_kernels, n_rows, config)
-    backends = torch.nn.attention.SDPBackend
-    for backend in backends.CUDNN_ATTENTION, backends.MATH:
-        model.STEP_KERNELS = [backend, backends.MATH]
-        static(f'one length, attention by {backend.name}', prompts)
-    model.STEP_KERNELS = real_kernels
-
-    def attention_by_products(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        if q.size(2) > 1:
-            return real_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
-        scores = (q * (scale or q.size(-1) ** -0.5)) @ k.transpose(2, 3)
-        if attn_mask is not None:
-            scores = scores + attn_mask
-        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-    torch.nn.functional.scaled_dot_product_attention = attention_by_products
-    static('one length, attention by two matrix products', prompts)
-    static('one conversation, attention by two matrix products', prompts[:1])
-    torch.nn.functional.scaled_dot_product_attention = real_attention
-
-    def sample_by_blocks(probs, width=128):
-        """The same draw: first the block of 128 ids, then the id in it."""
-        if probs.size(-1) % width:
-            probs = torch.nn.functional.pad(probs, (0, -probs.size(-1) % width))
-        blocks = probs.view(len(probs), -1, width)
-        sums = blocks.sum(-1, dtype=torch.float64)
-        cdf = sums.cumsum(-1)
-        u = torch.rand_like(cdf[:, -1:]) * cdf[:, -1:] * (1 - 1e-7)
-        block = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.size(-1) - 1)
-        u = u - (cdf - sums).gather(1, block)
-        inside = blocks.gather(1, block[..., None].expand(-1, -1, width))[:, 0].double().cumsum(-1)
-        u = u.clamp(min=0).minimum(inside[:, -1:] * (1 - 1e-7))
-        return block * width + torch.searchsorted(inside, u, right=True)
-    model.sample = sample_by_blocks
-    static('one length, sample by blocks', prompts)
-    torch.nn.functional.scaled_dot_product_attention = attention_by_products
-    static('one length, sample by blocks, two products', prompts)
-    torch.nn.functional.scaled_dot_product_attention = real_attention
-    net.bfloat16()
-    static('one length, sample by blocks, all weights bf16', prompts)
-    static('one conversation, sample by blocks, all weights bf16', prompts[:1])
-    net.float()
-    model.sample = real_sample
-
-    def failing_capture():
-        """.item() cannot be captured: one line is printed, and the tokens are the plain ones."""
-        def reads(probs):
-            return probs * (probs.sum().item() > 0)
-        found = []
-        for devices in set(), {DEVICE}:
-            model.STATIC_DEVICES = devices
-            torch.manual_seed(1)
-            found.append(generate(net, uneven[:8], 40, None, 1.0, reads))
-        say(f'a capture that fails: STATIC_DEVICES is {model.STATIC_DEVICES}, tokens '
-            f'{"equal" if found[0] == found[1] else "DIFFERENT"}')
-        x = torch.rand(100, device=DEVICE).sum().item()
-        say(f'the GPU still works: {x:.1f}')
+    def reads(probs): # .item() cannot be captured
+        return probs * (probs.sum().item() > 0)
     if DEVICE == 'cuda':
-        part('failing capture', failing_capture)
-    say('rollout: end')
-
-def attention_kernels(n_rows, config):
-    """Attention of one query a row, in one layer: microseconds, and bytes/s of keys and values."""
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    H, D, L = config.n_head, config.n_embd // config.n_head, 256
-    half = dict(device=DEVICE, dtype=torch.bfloat16)
-    keys, values = torch.randn(2, n_rows, H, L, D, **half)
-    q = torch.randn(n_rows, H, 1, D, **half)
-
-    def sdpa(backend, S, masked=True):
-        k, v = keys[:, :, :S], values[:, :, :S]
-        mask = torch.zeros(n_rows, 1, 1, S, **half) if masked else None
-        def call():
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return call
-
-    def products(S, out_dtype=None):
-        k, v = keys[:, :, :S], values[:, :, :S]
-        mask = torch.zeros(n_rows, 1, 1, S, **half)
-        def call():
-            if out_dtype is None:
-                scores = (q * D ** -0.5) @ k.transpose(2, 3)
-            else:
-                flat_q = (q * D ** -0.5).view(-1, 1, D)
-                flat_k = k.flatten(0, 1).transpose(1, 2)
-                scores = torch.bmm(flat_q, flat_k, out_dtype=out_dtype).view(n_rows, H, 1, S)
-            return (scores + mask).softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-        return call
-
-    def varlen(S):
-        k = keys.transpose(1, 2).reshape(n_rows * L, H, D)
-        v = values.transpose(1, 2).reshape(n_rows * L, H, D)
-        cu_q = torch.arange(n_rows + 1, device=DEVICE, dtype=torch.int32)
-        used = torch.full((n_rows,), S, device=DEVICE, dtype=torch.int32)
-        def call():
-            return torch.ops.aten._flash_attention_forward(
-                q.view(n_rows, H, D), k, v, cu_q, cu_q * L, 1, L, 0.0, False, False, seqused_k=used)
-        return call
-
-    def measure(name, make, S):
-        call = make(S)
-        for _ in range(3):
-            call()
-        synchronize()
-        n = 2 if TINY else 50
-        t0 = time.time()
-        for _ in range(n):
-            call()
-        synchronize()
-        us = (time.time() - t0) / n * 1e6
-        speed = 2 * n_rows * H * S * D * 2 / us / 1e6
-        say(f'attention {name}, {S} keys: {us:.0f} us, {speed:.2f} TB/s')
-    kinds = {
-        'efficient, mask': lambda S: sdpa(SDPBackend.EFFICIENT_ATTENTION, S),
-        'efficient, no mask': lambda S: sdpa(SDPBackend.EFFICIENT_ATTENTION, S, False),
-        'flash, no mask': lambda S: sdpa(SDPBackend.FLASH_ATTENTION, S, False),
-        'cudnn, mask': lambda S: sdpa(SDPBackend.CUDNN_ATTENTION, S),
-        'cudnn, no mask': lambda S: sdpa(SDPBackend.CUDNN_ATTENTION, S, False),
-        'two products': products,
-        'two products, fp32 scores': lambda S: products(S, torch.float32),
-        'flash, lengths on the GPU': varlen,
-    }
-    for name, make in kinds.items():
-        for S in 128, 192:
-            part(name, measure, name, make, S)
+        plain, static, _ = plain_and_static(None, 1.0, reads)
+        verdict = 'equal' if plain == static else 'DIFFERENT'
+        x = torch.rand(100, device=DEVICE).sum().item()
+        say(f'a capture that fails: STATIC_DEVICES is {model.STATIC_DEVICES}, tokens {verdict}; '
+            f'the GPU still works: {x:.1f}')
 
 def profile_steps(work):
     """Kernels of a static step: the difference of two runs, by name."""
