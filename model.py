@@ -109,16 +109,19 @@ class Attention(nn.Module):
         q, k = qk.split([H, H_kv], dim=1)
         if cache is not None: # keys and values of the earlier tokens, when generating
             k, v = cache.append(layer, k, v)              # (B, H_kv, S, D)
-        if H_kv != H: # grouped-query attention (Ainslie et al. 2023): H / H_kv queries share a key
-            k = k.repeat_interleave(H // H_kv, dim=1)     # (B, H, S, D)
-            v = v.repeat_interleave(H // H_kv, dim=1)
         # The usual scale is 1 / sqrt(D). Normed queries and keys have length sqrt(D), so 12 / D
         # bounds their scores by +-12: enough to single out one token.
-        scale = 12 / D if config.qk_norm else None
-        dropout = config.dropout if self.training else 0.0
-        is_causal = False if T == 1 else mask is None     # a single query may see all keys
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
-                                           is_causal=is_causal, scale=scale)
+        scale = 12 / D if config.qk_norm else 1 / math.sqrt(D)
+        if cache is not None and cache.mask is not None:
+            y = static_attention(q, k, v, cache.mask, scale)
+        else:
+            if H_kv != H: # grouped-query attention (Ainslie et al. 2023): queries share keys
+                k = k.repeat_interleave(H // H_kv, dim=1) # (B, H, S, D)
+                v = v.repeat_interleave(H // H_kv, dim=1)
+            dropout = config.dropout if self.training else 0.0
+            is_causal = False if T == 1 else mask is None # a single query may see all keys
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout,
+                                               is_causal=is_causal, scale=scale)
         y = y.transpose(1, 2).reshape(B, T, C)            # put the heads side by side
         return F.dropout(self.proj(y), config.dropout, self.training)
 
@@ -283,11 +286,17 @@ class KVCache:
         last = (config.n_layer, batch_size, config.n_kv_head - config.n_kv_head // 2, 1, D)
         self.last_keys = torch.zeros(last, device=device, dtype=dtype) # key_shift: before the shift
         self.n = 0 # number of tokens in the cache
+        self.mask = None # static_steps sets it, and also `at` and `n_read`
 
     def append(self, layer, k, v):
         S = self.n + k.size(2) # k, v (B, H_kv, T, D) are new; the results are (B, H_kv, S, D)
-        self.keys[layer, :, :, self.n:S] = k
-        self.values[layer, :, :, self.n:S] = v
+        if self.mask is None:
+            self.keys[layer, :, :, self.n:S] = k
+            self.values[layer, :, :, self.n:S] = v
+        else:
+            S = self.n_read # more than are filled: a mask hides the others
+            self.keys[layer].index_copy_(2, self.at, k.type_as(self.keys))
+            self.values[layer].index_copy_(2, self.at, v.type_as(self.values))
         return self.keys[layer, :, :, :S], self.values[layer, :, :, :S]
 
     def keep(self, rows):
@@ -302,10 +311,25 @@ def sample(probs):
         probs = probs.double()
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
-    assert total.isfinite().all(), 'the model has diverged (NaN): lower --learning_rate'
     # slightly below the total, so that rounding never picks a last id of probability 0
     u = torch.rand_like(total) * total * (1 - 1e-7)
     return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
+
+def plain_steps(model, cache, idx, first, next_ids):
+    """The steps of `generate`, without end: yields ids (B, 1) and the logits (B, V) behind them.
+    idx (B, T) is not in the cache yet: the prompts, or an id a row. first: see generate."""
+    is_padded = first.any()
+    while True:
+        S = cache.n + idx.size(1)
+        pos, mask = None, None
+        if is_padded:
+            # positions count from the first real token, as if there were no padding
+            pos = (torch.arange(cache.n, S, device=idx.device) - first).clamp(min=0) # (B, T)
+            mask = torch.arange(S, device=idx.device) >= first # (B, S)
+        x = model.hidden(idx, pos, mask, cache)           # (B, T, C)
+        logits = model.head(x[:, -1])                     # (B, V)
+        idx = next_ids(logits)                            # (B, 1)
+        yield idx, logits
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncate_probs=None,
@@ -323,44 +347,114 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
     padded_rows = [[0] * n + prompt[-P:] for n, prompt in zip(n_padding, prompts)]
     idx = torch.tensor(padded_rows, device=device)        # (B, P)
     first = torch.tensor(n_padding, device=device)[:, None] # (B, 1) index of the first real token
-    real = torch.arange(block_size, device=device) >= first # (B, block_size)
     is_autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_autocast else model.wte.weight.dtype
-    cache = KVCache(model.config, len(prompts), P + max_new_tokens, device, dtype)
-    outputs = [[] for _ in prompts]
+    length = 64 * math.ceil((P + max_new_tokens) / 64)    # static_steps reads multiples of 64
+    cache = KVCache(model.config, len(prompts), length, device, dtype)
+
+    def next_ids(logits):
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)        # (B, 1)
+        if temperature != 1:
+            logits = logits.float() / temperature
+        probs = F.softmax(logits, dim=-1, dtype=torch.float32)
+        return sample(truncate_probs(probs) if truncate_probs else probs)
+
+    is_static = device.type in STATIC_DEVICES
+    make_steps = static_steps if is_static else plain_steps
+    steps = make_steps(model, cache, idx, first, next_ids)
+    # to look at ids, Python waits for the GPU, which then waits for Python: not at every step
+    interval = 16 if is_static and on_token is None else 1
+    answers = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)      # (B,) the prompt that a row continues
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        S = cache.n + idx.size(1)
-        pos, mask = None, None
-        if max(n_padding) > 0:
-            # positions count from the first real token, as if there were no padding
-            pos = (torch.arange(cache.n, S, device=device) - first).clamp(min=0) # (B, T)
-            mask = real[:, :S]
-        x = model.hidden(idx, pos, mask, cache)           # (B, T, C)
-        logits = model.head(x[:, -1]).float()             # (B, V)
-        if temperature == 0:
-            idx = logits.argmax(-1, keepdim=True)         # (B, 1)
-        else:
-            probs = F.softmax(logits / temperature, dim=-1)
-            idx = sample(truncate_probs(probs) if truncate_probs else probs)
-        new_ids = idx[~done, 0].tolist()
-        for row, token in zip(rows[~done].tolist(), new_ids):
-            outputs[row].append(token)
+    for i in range(max_new_tokens):
+        idx, logits = next(steps)
+        answers[rows, i] = idx[:, 0]
         if on_token is not None:
-            on_token(new_ids)
+            on_token(idx[~done, 0].tolist())
         done = done | (idx[:, 0] == (-1 if stop is None else stop))
+        if (i + 1) % interval > 0 and i + 1 < max_new_tokens:
+            continue
+        total = logits.sum(dtype=torch.float32)
+        assert total.isfinite(), 'the model has diverged (NaN): lower --learning_rate'
         if done.all():
             break
         # Drop finished rows. This copies the whole cache, so wait until they are a quarter of all.
         if 4 * done.sum() >= len(done):
             cache.keep(~done)
-            idx = idx[~done]
             rows = rows[~done]
             first = first[~done]
-            real = real[~done]
+            steps = make_steps(model, cache, idx[~done], first, next_ids)
             done = done[~done]
+    outputs = answers.tolist()
+    for output in outputs:
+        if stop in output: # what a row says after its end is not part of the answer
+            del output[output.index(stop) + 1:]
     return outputs
+
+# generate on a GPU: skip it on a first read
+
+STATIC_DEVICES = {'cuda'} # where generate uses static_steps
+
+def static_steps(model, cache, idx, first, next_ids):
+    """plain_steps for a GPU, which runs the 250 kernels of a step faster than Python starts them. A
+    CUDA graph starts all at once, always the same on the same memory: what changes is a tensor."""
+    if cache.n == 0: # the prompts
+        idx, logits = next(plain_steps(model, cache, idx, first, next_ids))
+        yield idx, logits
+    cache.at = torch.tensor([cache.n], device=idx.device)
+    idx = idx.clone()                                     # (B, 1) a step reads and overwrites it
+
+    def step():
+        keys = torch.arange(cache.n_read, device=idx.device)
+        seen = (keys >= first) & (keys <= cache.at)       # (B, S)
+        mask = torch.zeros(seen.shape, device=idx.device, dtype=cache.keys.dtype)
+        cache.mask = mask.masked_fill(~seen, -math.inf)[:, None, None] # (B, 1, 1, S)
+        logits = model(idx, cache.at - first, cache=cache)[:, -1]
+        idx.copy_(next_ids(logits))
+        cache.at.add_(1)
+        return logits
+
+    while True:
+        # a new graph for each 64 keys: to read the whole cache at every step would take longer
+        start = cache.n
+        cache.n_read = 64 * (start // 64 + 1)
+        run = step # once without a graph: kernels must be loaded before they can be recorded
+        for n in range(start, cache.n_read):
+            if n == start + 1 and STATIC_DEVICES:
+                run = capture(step)
+            cache.n = n # recording has changed it
+            logits = run()
+            cache.n = n + 1 # a graph does not change it
+            yield idx.clone(), logits
+
+def capture(step):
+    """A CUDA graph of what step() does -> a function that repeats it; `step` itself on an error."""
+    try:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.stream(torch.cuda.current_stream()) # to return to it after an error
+        with stream, torch.cuda.graph(graph, capture_error_mode='thread_local'):
+            logits = step() # runs nothing; the graph will always write to this tensor
+    except RuntimeError as e:
+        print0(f'generation is slower, without a CUDA graph: {str(e).splitlines()[0]}')
+        STATIC_DEVICES.clear() # do not try again
+        for generator in torch.cuda.default_generators: # they still expect a capture
+            generator.graphsafe_set_state(generator.clone_state())
+        return step
+
+    def replay():
+        graph.replay()
+        return logits
+    return replay
+
+def static_attention(q, k, v, mask, scale):
+    """One query a row: two products read k and v (B, H_kv, S, D) faster than one fused kernel.
+    q and the result (B, H, 1, D); mask (B, 1, 1, S) is added to the scores."""
+    grouped = q.reshape(len(q), k.size(1), -1, q.size(3)) # (B, H_kv, H / H_kv, D)
+    scores = (grouped * scale) @ k.transpose(2, 3) + mask # (B, H_kv, H / H_kv, S)
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v).reshape(q.shape)
 
 # -----------------------------------------------------------------------------
 # 3. ScalarModel

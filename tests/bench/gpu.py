@@ -365,6 +365,7 @@ def shape_124m():
     return dict(vocab_size=50304)
 
 def rollout(folder):
+    import model
     import torch
     from model import GPT, GPTConfig, generate
     torch.manual_seed(0)
@@ -380,6 +381,7 @@ def rollout(folder):
     n_read = sum(weights + n_rows * row * (n_prompt + i) for i in range(1, n_new + 1))
     name = torch.cuda.get_device_name() if DEVICE == 'cuda' else 'cpu'
     bandwidth = next((rate for gpu, rate in BANDWIDTH.items() if gpu in name), 3.35e12)
+    say(f'{name}, {bandwidth / 1e12} TB/s, torch {torch.__version__}')
 
     def timed(prompts, n_new, stop=None, passes=2):
         times = []
@@ -392,39 +394,82 @@ def rollout(folder):
             times.append(time.time() - t0)
         return min(times), sum(len(answer) for answer in answers)
 
-    timed(prompts, 8, passes=1)
-    for kind, rows in (('prompts of one length', prompts), ('prompts of many lengths', uneven)):
-        seconds, n_tokens = timed(rows, n_new)
-        say(f'rollout, {kind}: {n_rows} x {n_prompt} + {n_new} tokens in {seconds:.3f} s, '
-            f'{n_tokens / seconds:,.0f} tok/s, {seconds / n_new * 1000:.2f} ms a step, '
-            f'{n_read / bandwidth / seconds:.1%} of the bandwidth limit on {name}')
-    # a random id as the stop: a row ends with probability 1 / 50304 at each token
-    seconds, n_tokens = timed(uneven, n_new, stop=7)
-    say(f'rollout, with a stop token: {n_tokens / seconds:,.0f} tok/s')
-    seconds, n_tokens = timed(prompts[:1], n_new)
-    say(f'one conversation: {n_tokens / seconds:,.0f} tok/s')
-    if DEVICE == 'cuda':
-        count_kernels(lambda n: timed(uneven, n, passes=1))
+    def speed(name, devices, prompts, stop=None):
+        model.STATIC_DEVICES = set(devices)
+        seconds, n_tokens = timed(prompts, n_new, stop)
+        limit = ''
+        if n_tokens == n_rows * n_new:
+            limit = f', {n_read / bandwidth / seconds:.1%} of the bandwidth limit'
+        say(f'{name}: {n_tokens / seconds:,.0f} tok/s, {seconds:.3f} s, '
+            f'{seconds / n_new * 1000:.2f} ms a step{limit}')
 
-def count_kernels(work):
-    """Kernels and busy time of a decoding step: the difference of two runs."""
+    timed(prompts[:4], 40) # to warm up
+    speed('static, one length', [DEVICE], prompts)
+    speed('static, many lengths', [DEVICE], uneven)
+    # a random id as the stop: a row ends with probability 1 / 50304 at each token
+    speed('static, many lengths with a stop token', [DEVICE], uneven, 7)
+    speed('static, one conversation', [DEVICE], prompts[:1])
+    speed('plain, one length', [], prompts)
+    speed('plain, one conversation', [], prompts[:1])
+    model.STATIC_DEVICES = {DEVICE}
+    profile_steps(lambda n: timed(uneven, n, passes=1))
+
+    def plain_and_static(*args):
+        """fp32 answers to 32 prompts by plain steps, and twice by static ones, with one seed."""
+        found = []
+        for devices in set(), {DEVICE}, {DEVICE}:
+            model.STATIC_DEVICES = devices
+            torch.manual_seed(1)
+            found.append(generate(net, uneven[:32], n_new, *args))
+        return found
+
+    for temperature in (0, 1.0):
+        plain, static, again = plain_and_static(None, temperature)
+        n_equal = 0
+        for a, b in zip(plain, static):
+            n_equal += sum(x == y for x, y in zip(a, b))
+        repeated = 'equal' if static == again else 'DIFFERENT'
+        say(f'temperature {temperature}: plain and static agree in {n_equal} of '
+            f'{sum(map(len, plain))} tokens; static twice with one seed: {repeated}')
+
+    def reads(probs):
+        assert probs.sum().item() > 0 # .item() cannot be captured
+        return probs
+
+    if DEVICE == 'cuda':
+        plain, static, _ = plain_and_static(None, 1.0, reads)
+        verdict = 'equal' if plain == static else 'DIFFERENT'
+        x = torch.rand(100, device=DEVICE).sum().item()
+        say(f'a capture that fails: STATIC_DEVICES is {model.STATIC_DEVICES}, tokens {verdict}; '
+            f'the GPU still works: {x:.1f}')
+
+def profile_steps(work):
+    """Kernels of a static step: the difference of two runs, by name."""
     import torch
     from torch.profiler import ProfilerActivity, profile
+    if DEVICE != 'cuda':
+        return
     results = []
     for n in (4, 20):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p:
             work(n)
-        kernels = [e for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        waits = [e for e in p.events() if 'Synchronize' in e.name]
-        busy = sum(e.time_range.elapsed_us() for e in kernels)
-        results.append((len(kernels), len(waits), busy))
-    step = [(b - a) / 16 for a, b in zip(*results)]
-    say(f'a decoding step has {step[0]:.0f} kernels, {step[1]:.1f} waits, and keeps the GPU busy '
-        f'for {step[2] / 1000:.2f} ms')
-    table = p.key_averages().table(sort_by='self_device_time_total', row_limit=12,
-                                   max_name_column_width=60)
-    if os.environ.get('OUT'):
-        Path(os.environ['OUT'], 'kernels.txt').write_text(table)
+        total = {}
+        for e in p.events():
+            if e.device_type == torch.autograd.DeviceType.CUDA:
+                count, us = total.get(e.name, (0, 0.0))
+                total[e.name] = (count + 1, us + e.time_range.elapsed_us())
+        results.append(total)
+    few, many = results
+    rows = []
+    for name, (count, us) in many.items():
+        old_count, old_us = few.get(name, (0, 0.0))
+        rows.append(((us - old_us) / 16, (count - old_count) / 16, name))
+    rows.sort(reverse=True)
+    n_kernels = sum(row[1] for row in rows)
+    busy = sum(row[0] for row in rows) / 1000
+    say(f'a static step: {n_kernels:.0f} kernels, busy {busy:.2f} ms')
+    for us, count, name in rows[:24]:
+        print(f'{us:9.1f} us {count:6.1f} x  {name[:100]}', flush=True)
 
 def update(folder):
     import torch
