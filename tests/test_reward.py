@@ -291,12 +291,13 @@ builtins.input = ask
 """
 
 def test_what_was_typed_is_safe(chain, scripts, tmp_path):
-    """A session that is killed, then two at once: each verdict is a whole line of the file, and undo takes only its own."""
+    """A session that is killed, then two at once: each verdict is a whole line, and an undo takes only its own."""
     out = stocked(tmp_path, chain, 'sft')
     words = command(chain, out, '--judge=human', '--sample_prompts=8', '--max_new_tokens=6')
     scripts.ok(*words, before=KILLED.format(['a>b', 'b>a']))
     assert [row['ranking'] for row in human_rows(out)] == [[0, 1], [1, 0]] and not (out / 'reward.pt').exists()
-    scripts.both((words, dict(before=KILLED.format(['a>b', 'u'] * 6 + ['a>b'] * 3))), (words, dict(before=KILLED.format(['b>a'] * 3))))
+    scripts.both((words, dict(before=KILLED.format(['a>b', 'u'] * 6 + ['a>b'] * 3))),
+                 (words, dict(before=KILLED.format(['b>a'] * 3))))
     assert sorted(row['ranking'] for row in human_rows(out)[2:]) == [[0, 1]] * 3 + [[1, 0]] * 3
 
 def test_kappa_by_hand():
@@ -323,7 +324,8 @@ def test_agreement_after_a_session(tmp_path, capsys):
                  checks=dict(contains=['owl'])),
             {**RANKED, 'ranking': [1, 0], 'judge': 'human', 'checks': dict(contains=['owl'])},
             {**RANKED, 'judge': 'human'}, # without checks: the labeller has no opinion
-            dict(messages=user('Say'), completions=['owl', 'cat', 'dog'], ranking=[0, [1, 2]], repeat=[1, 0], judge='human')]
+            dict(messages=user('Say'), completions=['owl', 'cat', 'dog'], ranking=[0, [1, 2]], repeat=[1, 0],
+                 judge='human')]
     (tmp_path / 'reward.pt').touch()
     scores = [torch.tensor([3.0, 1.0, 2.0]), torch.tensor([5.0, 5.0]), torch.tensor([0.0, 1.0])]
     s = definitions('reward.py', tok=Tokenizer(make_spec()), run=CPU, out_path=tmp_path / 'reward.pt', stage='reward',
@@ -340,7 +342,7 @@ def test_agreement_after_a_session(tmp_path, capsys):
     assert capsys.readouterr().out == ''
 
 def ranks(tmp_path, monkeypatch, typed, n=16):
-    """A person ranks n new questions with three answers in this process; typed: verdicts, or a function of the output."""
+    """A person is asked n questions with three answers each, in this process -> its functions, the verdicts."""
     s = definitions('reward.py', tok=Tokenizer(make_spec()), run=CPU, out_dir=str(tmp_path), out_path='none',
                     max_length=48)
     answered = [dict(messages=user('Say' + '!' * i), completions=['owl', 'cat', 'dog']) for i in range(n)]
@@ -534,7 +536,8 @@ BAD = [
      r'preferences_train\.jsonl: no example fits'),
     (None, ['--device=toaster'], 'toaster'), (None, ['--sample_answers=0'], 'sample_answers must be positive'),
     (None, ['--judge=human'], 'judge=human needs prompts'),
-    (None, ['--share=0'], 'share must be above 0 and at most 1, not 0'), (None, ['--objective=ppo'], 'objective must be one of'),
+    (None, ['--share=0'], 'share must be above 0 and at most 1, not 0'),
+    (None, ['--objective=ppo'], 'objective must be one of'),
     (lambda data, out: (data / 'prompts_train.jsonl').unlink(), ['--sample_prompts=4', '--max_new_tokens=6'],
      r'prompts_train\.jsonl.*prepare_data\.py'),
     (lambda data, out: replace_line(data / 'prompts_train.jsonl', dict(messages=user('x'))),
