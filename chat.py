@@ -26,6 +26,7 @@ import collections
 import copy
 import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -431,7 +432,7 @@ if not web:
 # the engine: one thread computes, the threads of the connections only wait for it
 engine = ThreadPoolExecutor(1)
 places = threading.BoundedSemaphore(64) # requests that may run or wait at a time
-batches = {} # name -> (time of the file, Batch)
+loaded = {} # path -> (time of the file, what was made of it)
 
 class Refused(Exception):
     """A reply with an HTTP status of its own. What an `assert` says is a reply with status 400."""
@@ -439,16 +440,20 @@ class Refused(Exception):
         super().__init__(message)
         self.status = status
 
+def load(path, make):
+    """make(path), once. Only the engine calls it, as everything that touches a model."""
+    changed = os.path.getmtime(path)
+    if path not in loaded or loaded[path][0] != changed: # it has been trained again
+        loaded[path] = changed, make(path)
+    return loaded[path][1]
+
 def get_batch(name=None):
-    """The model of this name, the default one for None. Only the engine calls it."""
+    """The Batch of a model, of the default one for None."""
     paths = find_models()
     name = name or list(paths)[-1]
     if name not in paths:
         raise Refused(404, f'no model {name!r}, there are: {", ".join(paths)}')
-    changed = os.path.getmtime(paths[name])
-    if name not in batches or batches[name][0] != changed: # it has been trained again
-        batches[name] = changed, Batch(paths[name])
-    return batches[name][1]
+    return load(paths[name], Batch)
 
 def run_steps(batch):
     """One step, and then others for as long as there is work. Several batches take turns."""
@@ -571,10 +576,11 @@ def get_health(request, handler):
 
 # -----------------------------------------------------------------------------
 # the page
+HERE = os.path.dirname(os.path.abspath(__file__))
 human_dir = os.path.join(out_dir, 'human')
 
 def get_page(request, handler):
-    with open(os.path.join(os.path.dirname(__file__), 'chat.html'), 'rb') as f:
+    with open(os.path.join(HERE, 'chat.html'), 'rb') as f:
         return f.read()
 
 def get_info(request, handler):
@@ -619,10 +625,259 @@ def post_answers(request, handler):
     random.shuffle(completions)
     return dict(completions=completions)
 
+# ---- rank
+writing = threading.Lock() # the files of rankings
+ab_path = os.path.join(out_dir, 'preferences_ab.jsonl')
+verdict_paths = [os.path.join(human_dir, f'preferences_{split}.jsonl') for split in ('train', 'val')]
+
+def read_rows(path):
+    return [row for _, row in read_jsonl(path)] if os.path.exists(path) else []
+
+def append_row(path, row):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(row) + '\n')
+
+def get_places(ranking, n):
+    """[2, [0, 1], 3] -> {2: 0, 0: 1, 1: 1, 3: 2}, the place of each of n answers that is ranked."""
+    places = {}
+    for place, tied in enumerate(ranking):
+        for i in tied if isinstance(tied, list) else [tied]:
+            assert type(i) is int and 0 <= i < n and i not in places, f'bad ranking {ranking}'
+            places[i] = place
+    assert len(places) > 1, f'ranking {ranking} must name two answers or more'
+    return places
+
+def load_reward(path):
+    ckpt = load_checkpoint(path, ['reward'], 'python reward.py')
+    return SimpleNamespace(model=load_model(ckpt, run.device, ScalarModel).eval(),
+                           tok=Tokenizer(ckpt['tokenizer']))
+
+def get_reward():
+    """The reward model that has learned from your rankings, or else that of the run, or None."""
+    for folder in (human_dir, out_dir):
+        path = os.path.join(folder, 'reward.pt')
+        if os.path.exists(path):
+            return load(path, load_reward)
+    return None
+
+@torch.no_grad()
+def judge(verdicts):
+    """On how many pairs does the reward model agree with the verdicts? -> (agreed, pairs)"""
+    reward = get_reward()
+    n_agreed = 0
+    n_pairs = 0
+    for row in verdicts:
+        places = get_places(row['ranking'], len(row['completions']))
+        if not reward:
+            continue
+        rows = []
+        for text in row['completions']:
+            turns = row['messages'] + [dict(role='assistant', content=text)]
+            rows.append(reward.tok.render(turns)[0])
+        with run.autocast():
+            scores = reward.model(pad_right(rows, reward.tok.pad, run.device))
+        scores = last_token(scores, rows).tolist()
+        for a, b in itertools.combinations(places, 2): # a stands before b, or they are tied
+            if places[a] < places[b]:
+                n_pairs += 1
+                n_agreed += scores[a] > scores[b]
+    return n_agreed, n_pairs
+
+def get_rank(request, handler):
+    verdicts = []
+    for path in verdict_paths:
+        verdicts += read_rows(path)
+    n_agreed, n_pairs = engine.submit(judge, verdicts).result()
+    agreement = n_agreed / n_pairs if n_pairs else None
+    return dict(count=len(verdicts), agreement=agreement, n_pairs=n_pairs)
+
+def post_rank(request, handler):
+    row = dict(messages=request['messages'], completions=request['completions'],
+               ranking=request['ranking'], judge='human')
+    engine.submit(judge, [row]).result() # reward.py could not read a bad row later
+    tok = engine.submit(get_batch).result().tok
+    tok.render(row['messages'], prompt=True)
+    with writing:
+        number = 1 + sum(len(read_rows(path)) for path in verdict_paths)
+        append_row(verdict_paths[number % 5 == 0], row) # every fifth is for validation
+    return get_rank(request, handler)
+
+def post_undo(request, handler):
+    with writing:
+        number = sum(len(read_rows(path)) for path in verdict_paths)
+        if number:
+            path = verdict_paths[number % 5 == 0]
+            write_jsonl(path, read_rows(path)[:-1])
+    return get_rank(request, handler)
+
+def get_preference(request, handler):
+    return dict(count=len(read_rows(ab_path)))
+
+def post_preference(request, handler):
+    assert request['winner'] in (0, 1, None), 'winner must be 0, 1 or null'
+    names = ('messages', 'models', 'completions', 'winner')
+    with writing:
+        append_row(ab_path, {name: request[name] for name in names})
+    return get_preference(request, handler)
+
+# ---- train
+training = SimpleNamespace(what=None, commands=[], lines=collections.deque(maxlen=200),
+                           process=None, running=False, failed=False)
+profiles = [word for word in sys.argv[1:] if word.endswith('.py')] or ['config/tiny.py']
+
+def get_commands(what):
+    """Everything is written to out_dir/human, so the finished run stays as it is."""
+    common = [*profiles, f'--out_dir={human_dir}', f'--device={device}', '--resume=false']
+    reward = ['reward.py', *common, f'--data_dir={human_dir}', '--sample_prompts=0',
+              '--batch_size=4', '--epochs=8', '--warmup_iters=4', '--log_interval=2']
+    if what == 'dpo':
+        return [reward + ['--objective=dpo']]
+    assert what == 'reward+rlhf', f"what must be 'dpo' or 'reward+rlhf', not {what!r}"
+    return [reward, ['rlhf.py', *common, f'--data_dir={data_dir}']]
+
+def run_commands(commands):
+    for words in commands:
+        training.lines.append('$ python ' + ' '.join(words))
+        script = os.path.join(HERE, words[0])
+        env = dict(os.environ, PYTHONUNBUFFERED='1')
+        training.process = subprocess.Popen(
+            [sys.executable, script, *words[1:]], env=env, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, encoding='utf-8', errors='replace')
+        for line in training.process.stdout:
+            training.lines.append(line.rstrip())
+        if training.process.wait() != 0:
+            training.failed = True
+            break
+    training.running = False
+
+def get_train(request, handler):
+    return dict(what=training.what, running=training.running, commands=training.commands,
+                lines=list(training.lines), failed=training.failed)
+
+def post_train(request, handler):
+    if not handler.is_local():
+        raise Refused(403, 'only the computer that runs chat.py may start training')
+    commands = get_commands(request.get('what'))
+    with writing:
+        if training.running:
+            raise Refused(409, 'a training is running')
+        os.makedirs(human_dir, exist_ok=True)
+        shutil.copy(os.path.join(out_dir, 'sft.pt'), human_dir)
+        training.running = True
+    training.what = request['what']
+    training.failed = False
+    training.commands = ['python ' + ' '.join(words) for words in commands]
+    training.lines.clear()
+    threading.Thread(target=run_commands, args=[commands], daemon=True).start()
+    return dict(commands=training.commands)
+
+def stop_training(request, handler):
+    if not handler.is_local():
+        raise Refused(403, 'only the computer that runs chat.py may stop training')
+    if training.running:
+        training.process.terminate()
+    return get_train(request, handler)
+
+# ---- inside
+class WatchAttention(TorchFunctionMode):
+    """While it is active, it keeps the attention weights (B, H, T, T) of each layer in maps."""
+    def __init__(self):
+        super().__init__()
+        self.maps = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q, k = args[:2]
+            scale = kwargs['scale'] or q.size(-1) ** -0.5
+            scores = (q @ k.mT).float() * scale
+            is_future = torch.ones(scores.shape[-2:], device=q.device).triu(1) > 0
+            self.maps.append(scores.masked_fill(is_future, -math.inf).softmax(-1))
+        return function(*args, **kwargs)
+
+def get_merges(tok, ranks, i):
+    """How byte-pair encoding makes a token: its pieces after each merge, beginning with bytes."""
+    if i >= len(tok.tokens) or tok.spec['kind'] == 'char':
+        return [[tok.decode([i])]]
+    pieces = [bytes([b]) for b in tok.tokens[i]]
+    steps = [pieces]
+    while len(pieces) > 1:
+        pairs = [ranks.get(a + b, math.inf) for a, b in zip(pieces, pieces[1:])]
+        k = pairs.index(min(pairs)) # the pair that was learned first
+        pieces = pieces[:k] + [pieces[k] + pieces[k + 1]] + pieces[k + 2:]
+        steps.append(pieces)
+    return [[piece.decode('utf-8', 'replace') for piece in pieces] for pieces in steps]
+
+@torch.no_grad()
+def look_inside(request):
+    names = request['models']
+    batch = get_batch(names[0])
+    tok = batch.tok
+    text = request['text']
+    if request.get('chat'):
+        question, _, answer = text.partition('\n---\n')
+        turns = [dict(role='user', content=question), dict(role='assistant', content=answer)]
+        ids, _ = tok.render(turns) if answer else tok.render(turns[:1], prompt=True)
+    else:
+        ids = [tok.eot] + tok.encode(text)
+    assert 1 < len(ids) <= batch.block_size, \
+        f'the text has {len(ids)} tokens, it must have from 1 to {batch.block_size}'
+    idx = torch.tensor([ids], device=run.device)          # (1, T)
+
+    logprobs = {}
+    attention = None
+    watched = request.get('attention_of') or names[-1]
+    paths = find_models()
+    for name in dict.fromkeys(names + [name for name in ('sft', 'rlhf') if name in paths]):
+        with run.autocast(), WatchAttention() as watch:
+            logits = get_batch(name).model(idx)[0, :-1].float() # (T-1, V)
+        logprobs[name] = logits.log_softmax(-1)
+        if name == watched and request.get('layer') is not None:
+            weights = watch.maps[request['layer']][0, request.get('head') or 0] # (T, T)
+            attention = weights.tolist()
+
+    models = {}
+    for name in names:
+        surprise = -logprobs[name].gather(1, idx[0, 1:, None])[:, 0] # (T-1,)
+        values, best = logprobs[name].exp().topk(5)       # (T-1, 5)
+        top = []
+        for row_ids, row in zip(best.tolist(), values.tolist()):
+            top.append([[tok.decode([i]), value] for i, value in zip(row_ids, row)])
+        models[name] = dict(surprise=[None] + surprise.tolist(), top=[[]] + top)
+    kl = None
+    if 'sft' in logprobs and 'rlhf' in logprobs:
+        p = logprobs['rlhf']
+        kl = [None] + (p.exp() * (p - logprobs['sft'])).sum(-1).tolist()
+    reward = get_reward()
+    ranks = {token: i for i, token in enumerate(tok.tokens)}
+    return dict(tokens=[tok.decode([i]) for i in ids], models=models, kl=kl, attention=attention,
+                merges=[get_merges(tok, ranks, i) for i in ids],
+                reward=reward.model(idx)[0].tolist() if reward else None)
+
+def post_inside(request, handler):
+    return engine.submit(look_inside, request).result()
+
+def get_curves(request, handler):
+    """The logs of the run, and those that the profile had when it was shipped."""
+    runs = {}
+    for name in (*STAGES, 'reward', 'human/reward', 'human/dpo', 'human/rlhf'):
+        path = os.path.join(out_dir, f'{name}.jsonl')
+        if os.path.exists(path):
+            runs[name] = [row for _, row in read_jsonl(path, is_log=True)]
+    with open(os.path.join(HERE, 'config', 'curves.json'), encoding='utf-8') as f:
+        expected = json.load(f).get(os.path.basename(profiles[0]), {})
+    return dict(runs=runs, expected=expected)
+
 ROUTES = {
     'GET /': get_page, 'GET /health': get_health, 'GET /v1/models': list_models,
     'POST /v1/chat/completions': create_completion, 'POST /v1/completions': create_completion,
-    'GET /api/info': get_info, 'GET /api/prompts': get_prompts, 'POST /api/answers': post_answers}
+    'GET /api/info': get_info, 'GET /api/prompts': get_prompts, 'POST /api/answers': post_answers,
+    'GET /api/rank': get_rank, 'POST /api/rank': post_rank, 'POST /api/undo': post_undo,
+    'GET /api/preference': get_preference, 'POST /api/preference': post_preference,
+    'GET /api/train': get_train, 'POST /api/train': post_train,
+    'POST /api/train/stop': stop_training, 'POST /api/inside': post_inside,
+    'GET /api/curves': get_curves}
 
 # -----------------------------------------------------------------------------
 # the server
