@@ -500,7 +500,7 @@ def make_answers(batch, request, messages, complete=False):
     stop = request.get('stop') or []
     stop = [stop] if isinstance(stop, str) else stop
     assert all(isinstance(text, str) and text for text in stop), 'stop must be texts'
-    n = request.get('n') or 1
+    n = request.get('n', 1)
     assert type(n) is int and 1 <= n <= 16, f'n must be from 1 to 16, not {n!r}'
     n_top = None
     if request.get('logprobs'):
@@ -605,6 +605,7 @@ def post_answers(request, handler):
     names = request['models']
     n = request.get('n', 4)
     assert type(n) is int and 1 <= n <= 26, f'n must be from 1 to 26, not {n!r}'
+    assert names, 'models must name one or more'
     found = {} # text -> name of the model
     for i in range(4 * n): # some come twice
         if len(found) < n:
