@@ -5,6 +5,7 @@ and a real mouse, against a real chat.py with tiny random models. Skipped where 
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,7 @@ class Browser:
         os.write(self.to, json.dumps(command).encode() + b'\0')
         while True:
             while b'\0' not in self.rest:
+                assert select.select([self.back], [], [], 60)[0], f'Chromium does not answer to {method}'
                 piece = os.read(self.back, 1 << 20)
                 assert piece, 'Chromium has ended'
                 self.rest += piece
@@ -356,6 +358,18 @@ def test_rank_with_the_mouse(page, folder):
     page.click('#save')
     page.until('$("progress").value === 1')
     assert read_rows(folder / 'out' / 'human' / 'preferences_train.jsonl')[-1]['ranking'] == [[2, 3], 0, 1]
+
+def test_rank_with_a_finger(page):
+    """A finger on the number drags the answer, a finger on its text does not."""
+    get_answers(page)
+    for part, groups in (('.text', []), ('.number', [[1], [2], [0], [3]])):
+        x, y = page.place(f'.card[data-answer="0"] {part}')
+        to_y = page.place('.card[data-answer="2"]', 0.9)[1]
+        page.do('Input.dispatchTouchEvent', type='touchStart', touchPoints=[dict(x=x, y=y)])
+        for share in (0.5, 1):
+            page.do('Input.dispatchTouchEvent', type='touchMove', touchPoints=[dict(x=x, y=y + share * (to_y - y))])
+        page.do('Input.dispatchTouchEvent', type='touchEnd', touchPoints=[])
+        assert page.js('groups') == groups
 
 def test_blind_comparison(page, folder):
     page.key('r', 'b', 'B') # A is sft, B is rlhf
