@@ -285,11 +285,17 @@ def test_same_seed_same_answer(page):
 
 def test_stop(page):
     """A stream that never ends: Esc stops it, and what came stays."""
-    say_fake(page, ['So ', 'far'], ends=False)
-    page.until('document.querySelector(".message.assistant .text")?.textContent === "So far"')
+    say_fake(page, ['So\x07 ', 'far'], ends=False)
+    page.until('document.querySelector(".message.assistant .text")?.textContent === "So\\\\u0007 far"')
     page.key('Escape')
     page.until(ANSWERED)
-    assert page.js('messages[1].content') == 'So far' and 'stopped' in page.js('messages[1].note')
+    assert page.js('messages[1].content') == 'So\x07 far' and 'stopped' in page.js('messages[1].note')
+
+def test_reload_in_the_middle_of_an_answer(page, address):
+    say_fake(page, ['So ', 'far'], ends=False)
+    page.until('messages[1]?.content === "So far"')
+    page.open(address)
+    assert page.js('messages.map(({content}) => content)') == ['Say', 'So far']
 
 def test_a_stream_that_breaks_off(page):
     page.js('window.real ??= window.fetch, window.fetch = async () => new Response("data: {\\"choices\\": []}\\n\\n")')
