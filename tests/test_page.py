@@ -201,7 +201,7 @@ def page(browser, address):
     """The page as on the first visit. At the end of a test, nothing may have gone wrong in it."""
     browser.open(address)
     browser.js('localStorage.clear(), messages = []')
-    browser.open(address + '/#')
+    browser.open(address)
     browser.js('document.activeElement.blur()')
     browser.errors.clear()
     yield browser
@@ -247,7 +247,10 @@ ANSWERED = 'talking === null && messages.at(-1)?.role === "assistant"'
 
 def test_chat(page, address):
     """An answer is streamed, shown, told its speed, and survives a reload; retry and edit replace."""
-    say(page, 'Say a word.')
+    page.open(address)
+    page.until('document.activeElement === $("write")') # ready to write, without a key or a click
+    page.write('Say a word.')
+    page.key('Enter')
     page.until(ANSWERED)
     first = page.js('messages[1].content')
     shown = page.js('document.querySelector(".message.assistant .text").textContent')
