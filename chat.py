@@ -85,6 +85,8 @@ seed = 0                    # random seed of the sampling; 0 = a different one e
 config = configure(globals())
 
 STAGES = ['base', 'mid', 'sft', 'dpo', 'rlhf']
+if checkpoint: # the other models of the run lie beside it
+    out_dir = os.path.dirname(checkpoint)
 SAMPLING = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
                 max_new_tokens=max_new_tokens)
 LIMITS = dict(temperature=(0.0, 100.0), top_k=(0, 10**6), top_p=(1e-6, 1.0), min_p=(0.0, 1.0),
@@ -442,7 +444,8 @@ def load(path, make):
 def get_batch(name=None):
     """The Batch of a model; None means the last stage of the run."""
     paths = find_models()
-    name = name or [stage for stage in paths if '/' not in stage][-1]
+    assert paths, f'no checkpoint in {out_dir}: make it with `bash speedrun.sh`'
+    name = name or [stage for stage in STAGES if stage in paths][-1]
     if name not in paths:
         raise Refused(404, f'no model {name!r}, there are: {", ".join(paths)}')
     return ENGINE.submit(load, paths[name], Batch).result()
@@ -712,12 +715,12 @@ def get_commands(what):
     assert what in ('dpo', 'reward+rlhf'), f"what must be 'dpo' or 'reward+rlhf', not {what!r}"
     common = [*PROFILES, f'--out_dir={HUMAN_DIR}', f'--device={device}', '--resume=false']
     reward = ['reward.py', *common, f'--data_dir={HUMAN_DIR}', '--sample_prompts=0',
-              '--batch_size=4', '--epochs=8', '--warmup_iters=4', '--log_interval=2']
-    if what == 'dpo':
-        return [reward + ['--objective=dpo']]
-    # few updates, so that a lesson is long enough to see what a taste does to the model
+              '--batch_size=4', '--warmup_iters=4', '--log_interval=2']
+    if what == 'dpo': # with more epochs on so few rankings it would forget how to answer
+        return [reward + ['--objective=dpo', '--epochs=4']]
+    # few updates: a lesson is short, and they are enough to see a taste
     few = ['--max_iters=10', '--eval_interval=5', '--eval_prompts=50', '--sample_interval=5']
-    return [reward, ['rlhf.py', *common, f'--data_dir={data_dir}', *few]]
+    return [reward + ['--epochs=8'], ['rlhf.py', *common, f'--data_dir={data_dir}', *few]]
 
 def run_commands(commands):
     """Run them one after the other, until one fails."""
@@ -757,13 +760,21 @@ def stop_training(request, handler):
         TRAINING.process.terminate() # the stage saves what it has and ends
     return get_train(request, handler)
 
+def drop_nan(row):
+    """JSON has no NaN and no infinity; Python writes them all the same, and no browser reads them."""
+    def is_json(value):
+        return not isinstance(value, float) or math.isfinite(value)
+
+    return {name: value for name, value in row.items() if is_json(value)}
+
 def get_curves(request, handler):
     """The logs of the run, and those of the profile as it was shipped."""
     runs = {}
     for name in (*STAGES, 'reward', 'human/reward', 'human/dpo', 'human/rlhf'):
         path = os.path.join(out_dir, f'{name}.jsonl')
         if os.path.exists(path):
-            runs[name] = [row for _, row in read_jsonl(path, is_log=True)]
+            rows = read_jsonl(path, is_log=True) # the last line may be only half written
+            runs[name] = [drop_nan(row) for _, row in rows]
     with open(os.path.join(HERE, 'config', 'curves.json'), encoding='utf-8') as f:
         expected = json.load(f).get(os.path.basename(PROFILES[0]), {})
     return dict(runs=runs, expected=expected)
@@ -960,8 +971,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 128 # connections that wait until they are accepted
 
     def process_request(self, request, client_address):
         if threading.active_count() > 400: # two for each connection
@@ -975,7 +985,10 @@ class Server(ThreadingHTTPServer):
             print(f'error: {type(error).__name__}: {error}')
 
 get_batch() # before the first request
-server = Server((host, port), Handler)
+try:
+    server = Server((host, port), Handler)
+except (OSError, OverflowError) as e:
+    raise AssertionError(f'cannot listen on {host}, port {port} ({e}): use another --port') from None
 print(f'open http://{host}:{server.server_port} in a browser; Ctrl-C ends the server')
 if host not in ('127.0.0.1', 'localhost', '::1'):
     print(f'warning: everybody who can reach {host} can talk to the model and rank; '
