@@ -272,10 +272,11 @@ class Batch:
         return part
 
     def shift(self, n):
-        """Move the tokens of all rows n places to the right."""
-        # A key got its position when it was made, so it may lie anywhere.
-        self.cache.keys = self.cache.keys.roll(n, dims=3)
-        self.cache.values = self.cache.values.roll(n, dims=3)
+        """Move the tokens of all rows in use n places to the right."""
+        B = len(self.answers)
+        for tensor in (self.cache.keys, self.cache.values):
+            # A key got its position when it was made, so it may lie anywhere.
+            tensor[:, :B] = tensor[:, :B].roll(n, dims=3)
         self.cache.n += n
         self.first += n
 
