@@ -85,6 +85,8 @@ seed = 0                    # random seed of the sampling; 0 = a different one e
 config = configure(globals())
 
 STAGES = ['base', 'mid', 'sft', 'dpo', 'rlhf']
+if checkpoint: # the other models of the run lie beside it
+    out_dir = os.path.dirname(checkpoint)
 SAMPLING = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
                 max_new_tokens=max_new_tokens)
 LIMITS = dict(temperature=(0.0, 100.0), top_k=(0, 10**6), top_p=(1e-6, 1.0), min_p=(0.0, 1.0),
@@ -127,12 +129,15 @@ def truncate_probs(probs, top_k, top_p, min_p):
 
 def choose(logits, answers):
     """Sample the next id of each answer from its row of logits (B, V), with its own settings."""
-    def column(name):
-        return torch.tensor([[a.sampling[name]] for a in answers], device=logits.device)
+    def column(name, dtype=torch.float32):
+        values = [[a.sampling[name]] for a in answers]
+        return torch.tensor(values, dtype=dtype, device=logits.device) # (B, 1)
 
-    temperature = column('temperature')                  # (B, 1)
-    probs = F.softmax(logits / temperature.clamp(min=1e-6), dim=-1)
-    probs = truncate_probs(probs, column('top_k'), column('top_p'), column('min_p'))
+    assert logits.isfinite().all(), 'the model has diverged (NaN): train it again'
+    temperature = column('temperature')
+    probs = F.softmax(logits / temperature.clamp(min=1e-6), dim=-1)    # (B, V)
+    top_k = column('top_k', torch.long)
+    probs = truncate_probs(probs, top_k, column('top_p'), column('min_p'))
     if probs.device.type != 'mps': # which has no fp64
         probs = probs.double()
     cdf = probs.cumsum(-1)
@@ -140,9 +145,13 @@ def choose(logits, answers):
     # Slightly below 1, so that rounding never picks a last id of probability 0.
     u = [[a.random.random() * (1 - 1e-7)] for a in answers]
     u = torch.tensor(u, dtype=cdf.dtype, device=cdf.device)
-    ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)
+    ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)         # (B, 1)
     ids = torch.where(temperature == 0, logits.argmax(-1, keepdim=True), ids)
     return ids[:, 0].tolist()
+
+def show_token(tok, i):
+    """The text of one token; '' for an id that only pads the vocabulary to a round number."""
+    return tok.decode([i]) if i < tok.enc.n_vocab else ''
 
 # -----------------------------------------------------------------------------
 # an answer, and the batch that it is written in
@@ -151,16 +160,17 @@ class Answer:
     def __init__(self, batch, ids, sampling, index=0, stop=(), n_top=None, pieces=None):
         self.batch = batch
         self.ids = ids            # of the prompt
-        self.sampling = sampling
+        self.sampling = sampling  # temperature, top_k, ... as in SAMPLING
         self.index = index        # among the answers to one request
         self.stop = stop          # texts that end it
         self.n_top = n_top        # send log-probabilities, and those of the n_top best tokens
-        self.pieces = pieces or queue.SimpleQueue()
+        self.pieces = pieces or queue.SimpleQueue() # one queue for all answers to a request
         self.max_tokens = min(sampling['max_new_tokens'], batch.block_size - len(ids))
         self.random = random.Random()
         if sampling['seed']:
             self.random.seed(sampling['seed'] + index)
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace') # tokens may split a character
+        # tokens may split a character
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
         self.text = ''
         self.n_sent = 0           # characters that are in the queue
         self.n_tokens = 0
@@ -174,6 +184,7 @@ class Answer:
             self.finish = 'stop'
         elif self.n_tokens == self.max_tokens:
             self.finish = 'length'
+        # at the end, half a character becomes U+FFFD
         self.text += self.decoder.decode(tok.token_bytes(token), final=self.finish is not None)
         if self.ids[-1] == tok.assistant: # the chat template begins each text with a space
             self.text = self.text.lstrip()
@@ -192,11 +203,11 @@ class Answer:
                                             finish=self.finish))
 
     def describe(self, token, logprobs):
-        """The log-probabilities of a token and of the best ones in its place, as OpenAI has them."""
+        """Log-probabilities of a token and of the best ones in its place, in OpenAI's form."""
         tok = self.batch.tok
         entries = []
         for i in [token] + logprobs.topk(self.n_top).indices.tolist():
-            entries.append(dict(token=tok.decode([i]), logprob=logprobs[i].item(),
+            entries.append(dict(token=show_token(tok, i), logprob=logprobs[i].item(),
                                 bytes=list(tok.token_bytes(i))))
         return dict(entries[0], top_logprobs=entries[1:])
 
@@ -223,9 +234,9 @@ class Batch:
 
     def make_prompt(self, messages, max_tokens, complete=False):
         """
-        Messages -> (ids, note). The context holds half of its tokens for the answer, if it may be
-        that long. What does not fit is left out: the oldest turns, then the beginning of a text that
-        alone is too long. The template around the texts always stays.
+        Messages -> (ids, note). Up to half of the context is for the answer. What does not fit into
+        the rest is left out: the oldest turns, then the beginning of a text that alone is too long.
+        The template around the texts always stays.
         """
         tok = self.tok
         room = self.block_size - min(max_tokens, self.block_size // 2)
@@ -243,8 +254,10 @@ class Batch:
         turns = ids[start:]
         excess = len(head) + len(turns) - room
         if excess > 0:
+            # a long system message gets half of the room, and the last message the rest
             from_system = min(excess, max(0, len(head) - room // 2))
-            head = head[:2] + head[2 + from_system:]
+            head = head[:2] + head[2 + from_system:] # <|endoftext|> <|system|> text <|end|>
+            # <|user|> text <|end|> <|assistant|>
             turns = turns[:1] + turns[1 + excess - from_system:]
             note = f'the message is too long: only its last {len(turns) - 3} tokens are read'
         return head + turns, note
@@ -252,16 +265,18 @@ class Batch:
     def rows(self, start, end, n):
         """Rows start .. end-1 as a cache of n tokens, in the memory of the whole one."""
         part = copy.copy(self.cache)
-        part.keys = self.cache.keys[:, start:end]
+        part.keys = self.cache.keys[:, start:end] # (n_layer, rows, H_kv, block_size, D)
         part.values = self.cache.values[:, start:end]
         part.last_keys = self.cache.last_keys[:, start:end]
         part.n = n
         return part
 
     def shift(self, n):
-        """Move the tokens of all rows n places to the right."""
-        self.cache.keys = self.cache.keys.roll(n, dims=3)
-        self.cache.values = self.cache.values.roll(n, dims=3)
+        """Move the tokens of all rows in use n places to the right."""
+        B = len(self.answers)
+        for tensor in (self.cache.keys, self.cache.values):
+            # A key got its position when it was made, so it may lie anywhere.
+            tensor[:, :B] = tensor[:, :B].roll(n, dims=3)
         self.cache.n += n
         self.first += n
 
@@ -269,19 +284,21 @@ class Batch:
         """Read a prompt into the next row, all but its last token, which is for the next step."""
         row = len(self.answers)
         ids = answer.ids[:-1]
-        if len(ids) > self.cache.n:
+        if len(ids) > self.cache.n: # all rows end at n
             self.shift(len(ids) - self.cache.n)
         first = self.cache.n - len(ids)
-        if ids:
+        if ids: # none if the prompt is one token
             idx = torch.tensor([ids], device=run.device)                  # (1, T)
             pos = torch.arange(len(ids), device=run.device)               # (T,)
             mask = torch.arange(self.cache.n, device=run.device) >= first # (S,)
+            # fills the cache; what else it returns is not needed
             self.model.hidden(idx, pos, mask[None], self.rows(row, row + 1, first))
         self.first[row] = first
         answer.last_id = answer.ids[-1]
         self.answers.append(answer)
 
     def leave(self, row):
+        """The last row takes the place of this one."""
         last = len(self.answers) - 1
         for tensor in (self.cache.keys, self.cache.values, self.cache.last_keys):
             tensor[:, row] = tensor[:, last]
@@ -296,7 +313,7 @@ class Batch:
     @torch.no_grad()
     def step(self):
         """Write the next token of each answer. Those that have ended make room for others."""
-        for row in reversed(range(len(self.answers))):
+        for row in reversed(range(len(self.answers))): # from the end, because the last row moves
             if self.answers[row].finish:
                 self.leave(row)
         if not self.answers:
@@ -304,7 +321,7 @@ class Batch:
         with run.autocast():
             while self.waiting and len(self.answers) < self.MAX_ROWS:
                 answer = self.waiting.popleft()
-                if not answer.finish:
+                if not answer.finish: # its client may have left
                     self.join(answer)
             B = len(self.answers)
             if B == 0:
@@ -315,6 +332,7 @@ class Batch:
             first = self.first[:B, None]                                    # (B, 1)
             idx = torch.tensor([[a.last_id] for a in self.answers], device=run.device)
             mask = torch.arange(n + 1, device=run.device) >= first          # (B, S)
+            # positions count from the first token of each row: n - first
             x = self.model.hidden(idx, n - first, mask, self.rows(0, B, n)) # (B, 1, C)
             logits = self.model.head(x[:, -1]).float()                      # (B, V)
         self.cache.n = n + 1
@@ -343,7 +361,7 @@ def print_answer(batch, messages):
         while not answer.finish:
             batch.step()
             times.append(time.time())
-            while not answer.pieces.empty():
+            while not answer.pieces.empty(): # a step may end within a character
                 print(answer.pieces.get().text, end='', file=answers, flush=True)
     except KeyboardInterrupt: # Ctrl-C stops this answer, not the program
         print(' ...', end='', file=answers)
@@ -403,7 +421,7 @@ def converse(batch, opening):
         elif text:
             messages.append(dict(role='user', content=text))
 
-        if messages and messages[-1]['role'] == 'user':
+        if messages and messages[-1]['role'] == 'user': # a new one, or again after /retry
             reply, stats = print_answer(batch, messages)
             messages.append(dict(role='assistant', content=reply))
 
@@ -442,7 +460,8 @@ def load(path, make):
 def get_batch(name=None):
     """The Batch of a model; None means the last stage of the run."""
     paths = find_models()
-    name = name or [stage for stage in paths if '/' not in stage][-1]
+    assert paths, f'no checkpoint in {out_dir}: make it with `bash speedrun.sh`'
+    name = name or [stage for stage in STAGES if stage in paths][-1]
     if name not in paths:
         raise Refused(404, f'no model {name!r}, there are: {", ".join(paths)}')
     return ENGINE.submit(load, paths[name], Batch).result()
@@ -455,7 +474,7 @@ def run_steps(batch):
         for answer in [*batch.answers, *batch.waiting]:
             answer.pieces.put(error)
         batch.clear()
-    if batch.answers or batch.waiting:
+    if batch.answers or batch.waiting: # behind what other requests have asked for meanwhile
         ENGINE.submit(run_steps, batch)
 
 def start(answers):
@@ -473,7 +492,7 @@ def get_pieces(handler, answers):
         n_open = len(answers)
         while n_open > 0:
             handler.check_connection()
-            try:
+            try: # not for long, to notice when the client leaves
                 piece = answers[0].pieces.get(timeout=0.1)
             except queue.Empty:
                 continue
@@ -498,6 +517,7 @@ def make_answers(batch, request, messages, complete=False):
             values['max_new_tokens'] = request[name]
     check_sampling(values)
     stop = request.get('stop') or []
+    # one text, or a list of them
     stop = [stop] if isinstance(stop, str) else stop
     assert all(isinstance(text, str) and text for text in stop), 'stop must be texts'
     n = request.get('n', 1)
@@ -533,7 +553,7 @@ def reply_to(request, handler, answers, kind):
         found = dict(index=index, finish_reason=finish, text=text)
         found['logprobs'] = dict(content=logprobs) if logprobs else None
         if kind != 'text_completion':
-            del found['text']
+            del found['text'] # a chat has it in a message, or what is new of it in a delta
             found['delta' if is_stream else 'message'] = dict(role='assistant', content=text)
         return found
 
@@ -597,6 +617,7 @@ def get_prompts(request, handler):
     if not rows:
         rows = [dict(messages=[dict(role='user', content=text)]) for text in FALLBACK_PROMPTS]
     n = max(0, int(request.get('n', 40)))
+    # without their checks: the page must not know the right answers
     chosen = random.sample(rows, min(n, len(rows)))
     return dict(prompts=[dict(messages=row['messages']) for row in chosen])
 
@@ -615,7 +636,7 @@ def post_answers(request, handler):
                 pass
             found.setdefault(answer.text.strip(), name)
     completions = [dict(text=text, model=name) for text, name in found.items()]
-    random.shuffle(completions)
+    random.shuffle(completions) # nobody can guess the model from the place
     return dict(completions=completions)
 
 def read_rows(path):
@@ -660,10 +681,11 @@ def judge(verdicts):
         rows = []
         for text in row['completions']:
             turns = row['messages'] + [dict(role='assistant', content=text)]
+            # An answer that is no text may take more tokens when it is read than it was written in.
             rows.append(reward.tok.render(turns)[0][:reward.model.config.block_size])
         with run.autocast():
             scores = reward.model(pad_right(rows, reward.tok.pad, run.device))
-        scores = last_token(scores, rows).tolist()
+        scores = last_token(scores, rows).tolist()        # (K,)
         places = get_places(row['ranking'], len(rows))
         for a, b in itertools.combinations(places, 2): # a stands before b, or they are tied
             if places[a] < places[b]:
@@ -712,12 +734,12 @@ def get_commands(what):
     assert what in ('dpo', 'reward+rlhf'), f"what must be 'dpo' or 'reward+rlhf', not {what!r}"
     common = [*PROFILES, f'--out_dir={HUMAN_DIR}', f'--device={device}', '--resume=false']
     reward = ['reward.py', *common, f'--data_dir={HUMAN_DIR}', '--sample_prompts=0',
-              '--batch_size=4', '--epochs=8', '--warmup_iters=4', '--log_interval=2']
-    if what == 'dpo':
-        return [reward + ['--objective=dpo']]
-    # few updates, so that a lesson is long enough to see what a taste does to the model
+              '--batch_size=4', '--warmup_iters=4', '--log_interval=2']
+    if what == 'dpo': # with more epochs on so few rankings it would forget how to answer
+        return [reward + ['--objective=dpo', '--epochs=4']]
+    # few updates: a lesson is short, and they are enough to see a taste
     few = ['--max_iters=10', '--eval_interval=5', '--eval_prompts=50', '--sample_interval=5']
-    return [reward, ['rlhf.py', *common, f'--data_dir={data_dir}', *few]]
+    return [reward + ['--epochs=8'], ['rlhf.py', *common, f'--data_dir={data_dir}', *few]]
 
 def run_commands(commands):
     """Run them one after the other, until one fails."""
@@ -728,7 +750,7 @@ def run_commands(commands):
             stderr=subprocess.STDOUT, encoding='utf-8', errors='replace')
         for line in TRAINING.process.stdout:
             TRAINING.lines.append(line.rstrip())
-        TRAINING.failed = TRAINING.process.wait() != 0
+        TRAINING.failed = TRAINING.process.wait() != 0 # also if it was stopped
         if TRAINING.failed:
             break
     TRAINING.running = False
@@ -763,7 +785,12 @@ def get_curves(request, handler):
     for name in (*STAGES, 'reward', 'human/reward', 'human/dpo', 'human/rlhf'):
         path = os.path.join(out_dir, f'{name}.jsonl')
         if os.path.exists(path):
-            runs[name] = [row for _, row in read_jsonl(path, is_log=True)]
+            runs[name] = []
+            for _, row in read_jsonl(path, is_log=True): # which may be growing at this moment
+                for key, value in list(row.items()):
+                    if isinstance(value, float) and not math.isfinite(value): # no browser reads NaN
+                        del row[key]
+                runs[name].append(row)
     with open(os.path.join(HERE, 'config', 'curves.json'), encoding='utf-8') as f:
         expected = json.load(f).get(os.path.basename(PROFILES[0]), {})
     return dict(runs=runs, expected=expected)
@@ -781,7 +808,7 @@ class WatchAttention(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             q, k = args[:2]
             scale = kwargs['scale'] or q.size(-1) ** -0.5
-            scores = (q @ k.mT).float() * scale
+            scores = (q @ k.mT).float() * scale           # (B, H, T, T)
             is_future = torch.ones(scores.shape[-2:], device=q.device).triu(1) > 0
             self.maps.append(scores.masked_fill(is_future, -math.inf).softmax(-1))
         return function(*args, **kwargs)
@@ -789,7 +816,7 @@ class WatchAttention(TorchFunctionMode):
 def get_merges(tok, ranks, i):
     """How byte-pair encoding makes a token: its pieces after each merge, from single bytes on."""
     if i >= len(tok.tokens) or tok.spec['kind'] == 'char':
-        return [[tok.decode([i])]]
+        return [[show_token(tok, i)]]
     pieces = [bytes([b]) for b in tok.tokens[i]]
     steps = [pieces]
     while len(pieces) > 1:
@@ -805,7 +832,7 @@ def look_inside(request, batches):
     names = request['models']
     tok = batches[names[0]].tok
     text = request['text']
-    ids = [tok.eot] + tok.encode(text)
+    ids = [tok.eot] + tok.encode(text) # a document
     if request.get('chat'):
         question, _, answer = text.partition('\n---\n')
         turns = [dict(role='user', content=question), dict(role='assistant', content=answer)]
@@ -828,13 +855,14 @@ def look_inside(request, batches):
         top = [[]]                                             # nothing predicts the first token
         for row in logprobs[name]:
             best = row.topk(5)
-            tokens = [tok.decode([i]) for i in best.indices.tolist()]
+            tokens = [show_token(tok, i) for i in best.indices.tolist()]
             top.append(list(zip(tokens, best.values.exp().tolist())))
         models[name] = dict(surprise=[None] + surprise[:, 0].tolist(), top=top)
 
     kl = None
     if 'sft' in batches and 'rlhf' in batches:
         p = logprobs['rlhf']
+        # by its definition, the sum over the whole vocabulary
         kl = [None] + (p.exp() * (p - logprobs['sft'])).sum(-1).tolist()
     attention = None
     if request.get('layer') is not None:
@@ -843,8 +871,9 @@ def look_inside(request, batches):
     reward = get_reward()
     scores = reward.model(idx)[0].tolist() if reward else None
     ranks = {token: i for i, token in enumerate(tok.tokens)}
-    return dict(tokens=[tok.decode([i]) for i in ids], merges=[get_merges(tok, ranks, i) for i in ids],
-                models=models, reward=scores, kl=kl, attention=attention)
+    merges = [get_merges(tok, ranks, i) for i in ids]
+    return dict(tokens=[show_token(tok, i) for i in ids], merges=merges, models=models, kl=kl,
+                reward=scores, attention=attention)
 
 def post_inside(request, handler):
     wanted = [name for name in ('sft', 'rlhf') if name in find_models()]
@@ -870,6 +899,7 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self):
         super().setup()
         close = [socket.SHUT_RDWR]
+        # closing the connection ends the read that waits for more
         self.deadline = threading.Timer(self.DEADLINE, self.connection.shutdown, close)
         self.deadline.start()
 
@@ -882,8 +912,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def check_connection(self):
         """Raise an error if the client has left."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+        readable, _, _ = select.select([self.connection], [], [], 0) # does not wait
+        if readable and not self.connection.recv(1, socket.MSG_PEEK): # the end of its stream
             raise ConnectionError('the client has left')
 
     def check_sender(self, path):
@@ -902,6 +932,7 @@ class Handler(BaseHTTPRequestHandler):
         """The body of a POST, or the query of a GET, as a dict."""
         if self.command == 'GET':
             return dict(urllib.parse.parse_qsl(query))
+        # a form of any site can send text/plain; for JSON a browser asks us first, and we refuse
         if self.headers.get_content_type() != 'application/json':
             raise Refused(415, 'send JSON, with Content-Type: application/json')
         length = int(self.headers.get('Content-Length', ''))
@@ -953,15 +984,14 @@ class Handler(BaseHTTPRequestHandler):
         for part in parts:
             self.wfile.write(part)
 
-    def send_error(self, code, message=None, explain=None):
+    def send_error(self, code, message=None, explain=None): # http.server calls it too
         self.send(code, dict(error=dict(message=message, type='invalid_request_error', code=code)))
 
     def log_message(self, *args):
-        pass
+        pass # no line for each request
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
+    request_queue_size = 128 # connections that wait until they are accepted
 
     def process_request(self, request, client_address):
         if threading.active_count() > 400: # two for each connection
@@ -975,7 +1005,11 @@ class Server(ThreadingHTTPServer):
             print(f'error: {type(error).__name__}: {error}')
 
 get_batch() # before the first request
-server = Server((host, port), Handler)
+try:
+    server = Server((host, port), Handler)
+except (OSError, OverflowError) as e:
+    message = f'cannot listen on {host}, port {port} ({e}): use another --port'
+    raise AssertionError(message) from None
 print(f'open http://{host}:{server.server_port} in a browser; Ctrl-C ends the server')
 if host not in ('127.0.0.1', 'localhost', '::1'):
     print(f'warning: everybody who can reach {host} can talk to the model and rank; '
