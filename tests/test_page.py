@@ -341,8 +341,8 @@ def test_rank_with_keys(page, folder):
     assert 'agrees with you on' in page.js('$("count").textContent')
 
     page.until('!$("ranking").hidden')
-    page.key('u') # takes back the saved one, and shows it again
-    page.until('$("progress").value === 0 && !$("ranking").hidden')
+    page.key('u', 'u') # takes back the saved one, and shows it again
+    page.until('$("progress").value === 0 && $("status").textContent.includes("taken back")')
     assert page.js('current.answers.map(({text}) => text)') == texts and read_rows(path) == []
     page.key('4', '4', '2') # 4 pressed twice is not ranked; the rest is tied
     assert page.js('groups') == [[1]]
