@@ -454,6 +454,16 @@ def test_curves(page, folder):
         f.write(json.dumps(dict(step=10, score=0.6, kl=2.5, entropy=0.4)) + '\n')
     page.until(f'{caption}.includes("kl 2.50")')
 
+def test_a_long_log_and_the_expected_curve(page):
+    """A log of 200,000 steps is thinned out, its last value stays; the expected curve is drawn behind."""
+    page.js('''drawCharts("charts",
+        {base: [...Array(200000).keys()].map(step => ({step, loss: 1 / (1 + step), val_loss: NaN}))},
+        {base: [{step: 0, loss: 1}, {step: 100, loss: 0.5}]})''')
+    paths = page.js('[...document.querySelectorAll("#charts path")].map(p => [p.getAttribute("class"), '
+                    'p.getAttribute("d").split("L").length])')
+    assert paths == [['expected', 2], ['expected', 1], [None, 1000]]
+    assert 'step 199999' in page.js('$("charts").textContent')
+
 def test_narrow_and_dark(page):
     """400 pixels are enough for each tab, and a dark screen gets dark paper and light letters."""
     seen = {}
