@@ -522,10 +522,10 @@ def make_answers(batch, request, messages, complete=False):
     assert all(isinstance(text, str) and text for text in stop), 'stop must be texts'
     n = request.get('n', 1)
     assert type(n) is int and 1 <= n <= 16, f'n must be from 1 to 16, not {n!r}'
-    n_top = None
-    if request.get('logprobs'):
-        n_top = request.get('top_logprobs') or 0
-        assert n_top in range(21), f'top_logprobs must be from 0 to 20, not {n_top!r}'
+    n_top = request.get('top_logprobs') or 0
+    assert type(n_top) is int and 0 <= n_top <= 20, 'top_logprobs must be from 0 to 20'
+    if not request.get('logprobs'):
+        n_top = None
     ids, _ = batch.make_prompt(messages, values['max_new_tokens'], complete)
     pieces = queue.SimpleQueue()
     return [Answer(batch, ids, values, index, stop, n_top, pieces) for index in range(n)]
@@ -675,9 +675,11 @@ def get_reward():
 def judge(verdicts):
     """On how many pairs does the reward model agree with the verdicts? -> (agreed, pairs)"""
     reward = get_reward()
+    if reward is None:
+        return 0, 0
     n_agreed = 0
     n_pairs = 0
-    for row in verdicts if reward else []:
+    for row in verdicts:
         rows = []
         for text in row['completions']:
             turns = row['messages'] + [dict(role='assistant', content=text)]

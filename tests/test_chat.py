@@ -596,6 +596,7 @@ CHAT = '/v1/chat/completions'
         dict(top_k=0.5), dict(top_k=-1), dict(top_k=10**30), dict(top_p=0), dict(top_p=2), dict(min_p=-1),
         dict(max_tokens=0), dict(max_tokens='x'), dict(max_tokens=10**9), dict(n=0), dict(n=17), dict(n='x'),
         dict(stop=5), dict(stop=['']), dict(stop=[5]), dict(seed=[1]), dict(logprobs=True, top_logprobs=99),
+        dict(logprobs=True, top_logprobs=2.0),
         dict(logprobs=True, top_logprobs='x'), dict(stream=True, stop=5), dict(temperature=True))),
     (CHAT, dict(ASK, model='gpt-4'), {}, 404), (CHAT, dict(ASK, model='../sft'), {}, 404),
     (CHAT, dict(ASK, model=['sft']), {}, 400),
