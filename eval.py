@@ -5,7 +5,7 @@ demonstrations, at the price of diversity.
 
 Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
         data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl
-Writes  out_dir/report.md, report.json, curves.svg
+Writes  out_dir/report.md, report.json, curves.svg; overoptimise.svg if there are such runs
 
 CPU        $ python eval.py config/tiny.py
 one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
@@ -14,7 +14,9 @@ one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 bits per byte  loss on the validation documents. It can be compared across tokenizers
 benchmarks     fraction of questions answered correctly; in brackets: what guessing would give
 answers        sampled for held-out prompts: all checks met, gold score, entropy, distinct n-grams
-win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half
+win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half.
+               RLHF learns the labeller's taste first, so a second row leaves out liked phrases
+best of n      the SFT model answers n times, the reward model picks one: what RLHF has to beat
 KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(answer)
 
 A base model knows no chat template. It gets the words of the prompt as the start of a document.
@@ -23,6 +25,7 @@ Left out: few-shot examples; benchmarks with sampled answers (GSM8K, HumanEval);
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import glob
+import html
 import itertools
 import json
 import math
@@ -36,12 +39,14 @@ import torch
 from torch.nn import functional as F
 
 from model import (
+    ScalarModel,
     Tokenizer,
     all_gather_list,
     all_sum,
     cleanup,
     generate,
     grade,
+    last_token,
     load_checkpoint,
     load_model,
     pad_right,
@@ -64,11 +69,13 @@ benchmarks = ''             # names of files in benchmarks/, separated by commas
 max_questions = 500         # questions per benchmark; 0 = all
 val_tokens = 100000         # validation tokens for bits per byte; 0 = skip
 n_prompts = 300             # held-out prompts to answer; 0 = skip
+pool_prompts = 100          # of these, prompts that get many answers each, for best-of-n; 0 = skip
 # sampling
 max_new_tokens = 64         # longest answer, in tokens
 temperature = 1.0           # 1 samples from the model's own distribution, 0 is greedy
 # system
 batch_size = 16             # sequences in one forward pass
+sample_batch = 64           # prompts answered at a time
 progress_seconds = 5        # print progress this often
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16
@@ -77,9 +84,9 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device and checkpoints
-for name in ('batch_size', 'max_new_tokens'):
+for name in ('batch_size', 'sample_batch', 'max_new_tokens'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('max_questions', 'val_tokens', 'n_prompts', 'progress_seconds'):
+for name in ('max_questions', 'val_tokens', 'n_prompts', 'pool_prompts', 'progress_seconds'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 # dividing the logits by a tiny temperature would overflow
 is_usable = temperature == 0 or temperature >= 0.01
@@ -104,7 +111,7 @@ assert checkpoints, \
 # -----------------------------------------------------------------------------
 # how well a model predicts given text
 
-def in_batches(items, label):
+def in_batches(items, label, batch_size=batch_size):
     """Yield batches of items. Every progress_seconds, print how many are done and the time left."""
     start = time.time()
     next_print = start + progress_seconds
@@ -317,10 +324,13 @@ def score_answers(model, answers, pad, label=''):
     # the temperature of sampling; greedy answers come from no distribution: score them at 1
     return score(model, rows, lengths, pad, temperature or 1.0, label)
 
-def answer_prompts(model, tok, is_chat, prompts, label=''):
-    """Sample an answer to each prompt -> [dict(query, ids, text, ended, logprob, entropy)]."""
+def sample_answers(model, tok, is_chat, prompts, label='', step=0):
+    """
+    Sample an answer to each prompt of this rank -> [dict(query, ids, text, ended)]. step: a number
+    of its own for each call, so that two calls draw different answers.
+    """
     mine = prompts[run.rank::run.world_size]
-    seed_step(seed, 0, run.rank) # ranks must not draw the same answers
+    seed_step(seed, step, run.rank) # ranks must not draw the same answers
     new_tokens = min(max_new_tokens, model.config.block_size - 1)
     room = model.config.block_size - new_tokens
     stop = tok.end if is_chat else tok.eot
@@ -334,19 +344,99 @@ def answer_prompts(model, tok, is_chat, prompts, label=''):
             ids = [tok.eot] + tok.encode(text + '\n')
         queries.append(ids[-room:]) # of a long prompt, the end matters most
 
-    answers = []
-    for batch in in_batches(queries, f'{label}: sampling answers'):
+    answers = [None] * len(mine)
+    order = sorted(range(len(mine)), key=lambda i: len(queries[i])) # so that little is padded
+    for batch in in_batches(order, f'{label}: sampling answers', sample_batch):
         with run.autocast():
-            new_ids = generate(model, batch, new_tokens, stop, temperature)
-        for query, ids in zip(batch, new_ids):
+            new_ids = generate(model, [queries[i] for i in batch], new_tokens, stop, temperature)
+        for i, ids in zip(batch, new_ids):
             text = tok.decode_answer(ids)
-            answers.append(dict(query=query, ids=ids, text=text, ended=ids[-1] == stop))
+            answers[i] = dict(query=queries[i], ids=ids, text=text, ended=ids[-1] == stop)
+    return answers
 
+def answer_prompts(model, tok, is_chat, prompts, label=''):
+    """Sample an answer to each prompt -> [dict(query, ids, text, ended, logprob, entropy)]."""
+    answers = sample_answers(model, tok, is_chat, prompts, label)
     scores = score_answers(model, answers, tok.pad, f'{label}: scoring answers')
     for answer, (logprob, entropy, is_greedy) in zip(answers, scores):
         answer['logprob'] = logprob
         answer['entropy'] = entropy
     return all_gather_list(answers, run)
+
+@torch.no_grad()
+def reward_scores(model, tok, prompts, texts, label=''):
+    """
+    -> the score of each text as an answer to its prompt. model and tok: those of reward.pt. It reads
+    the text that would be shown, in the chat template, so it can score models of any tokenizer.
+    """
+    rows = []
+    for prompt, text in zip(prompts, texts):
+        said = dict(role='assistant', content=text)
+        ids, mask = tok.render([*prompt['messages'], said])
+        rows.append(ids[-model.config.block_size:])
+    rows = rows[run.rank::run.world_size]
+    scores = [None] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+    for batch in in_batches(order, f'{label}: reading answers'):
+        batch_rows = [rows[i] for i in batch]
+        with run.autocast():
+            values = model(pad_right(batch_rows, tok.pad, run.device))   # (B, T)
+        for i, value in zip(batch, last_token(values, batch_rows).tolist()):
+            scores[i] = value
+    return all_gather_list(scores, run)
+
+def grade_all(prompts, texts):
+    """
+    Grade texts by the checks of their prompts -> arrays (N,): all_met; gold, the gold score; plain,
+    the same without the points for liked phrases.
+    """
+    grades = []
+    for prompt, text in zip(prompts, texts):
+        checks = prompt['checks']
+        plain_checks = {name: value for name, value in checks.items() if name != 'likes'}
+        all_met, gold = grade(checks, text)
+        grades.append((all_met, gold, grade(plain_checks, text)[1]))
+    all_met, gold, plain = np.array(grades, float).T
+    return dict(all_met=all_met, gold=gold, plain=plain)
+
+# -----------------------------------------------------------------------------
+# many answers to one prompt
+
+def best_of(scores, values, n):
+    """
+    Best-of-n: of n answers take the one with the highest score. Returns the mean of its value, over
+    all subsets of n of the N answers to each prompt. scores, values: (prompts, N) arrays.
+        best_of([[1, 2, 3]], [[10, 20, 30]], 2) -> (20 + 30 + 30) / 3
+    Its KL from the model that it samples from is at most ln n - (n - 1) / n (Beirami et al. 2024).
+    """
+    order = np.argsort(scores, axis=1) # the worst answer first
+    ordered = np.take_along_axis(np.asarray(values), order, axis=1)
+    N = ordered.shape[1]
+    # answer i is the best of a subset if all other n - 1 are among the i answers below it
+    n_subsets = [math.comb(i, n - 1) for i in range(N)]
+    weights = np.array(n_subsets) / math.comb(N, n)
+    return float((ordered * weights).sum(1).mean())
+
+def pair_accuracy(scores, gold):
+    """
+    How often do the scores order two answers to one prompt as the gold scores do? Of all pairs
+    whose gold scores differ (None if there are none); equal scores count half. scores, gold:
+    (prompts, N) arrays.
+        pair_accuracy([[1, 2, 3]], [[0, 1, 0]]) -> 0.5, right about the first two answers only
+    """
+    scores = np.asarray(scores)
+    gold = np.asarray(gold)
+    first, second = np.triu_indices(gold.shape[1], 1)
+    gaps = gold[:, first] - gold[:, second]                              # (prompts, pairs)
+    margins = scores[:, first] - scores[:, second]
+    points = 0.5 + 0.5 * np.sign(gaps) * np.sign(margins)
+    is_known = np.abs(gaps) > 1e-6
+    return float(points[is_known].mean()) if is_known.any() else None
+
+def duplicates(texts):
+    """Share of answers that repeat one before them. texts: for each prompt its N answers."""
+    n_different = sum(len(set(answers)) for answers in texts)
+    return 1 - n_different / sum(len(answers) for answers in texts)
 
 def distinct(texts, n, budget):
     """
@@ -398,9 +488,44 @@ for name in wanted:
     questions[name] = load_benchmark(paths[name])
 
 # -----------------------------------------------------------------------------
+# the reward model, if there is one: it reads the answers of all models
+reward_model = None
+path = os.path.join(out_dir, 'reward.pt')
+if prompts and os.path.exists(path):
+    ckpt = load_checkpoint(path, ['reward'], f'python reward.py --out_dir={out_dir}')
+    reward_tok = Tokenizer(ckpt['tokenizer'])
+    reward_model = load_model(ckpt, run.device, ScalarModel).eval()
+
+# many answers to each of the first prompts with checks
+N_BEST = (2, 4, 8, 16)
+POOL_SIZE = 16      # of the SFT model, for best-of-n
+SMALL_POOL_SIZE = 4 # of the other models
+checked = [i for i, prompt in enumerate(prompts) if prompt.get('checks')]
+pool_indices = checked[:pool_prompts] # in prompts
+
+def measure_pool(model, tok, size, label):
+    """
+    Sample `size` answers to each prompt of pool_indices, and grade them. Returns texts, a list for
+    each prompt, and arrays (prompts, size): all_met, gold, plain, and score if there is a reward.pt.
+    """
+    asked = []
+    for i in pool_indices:
+        asked += [prompts[i]] * size
+    answers = all_gather_list(sample_answers(model, tok, True, asked, label, step=1), run)
+    texts = [answer['text'] for answer in answers]
+    pool = grade_all(asked, texts)
+    if reward_model is not None:
+        pool['score'] = np.array(reward_scores(reward_model, reward_tok, asked, texts, label))
+    pool = {name: values.reshape(-1, size) for name, values in pool.items()}
+    pool['texts'] = [texts[first:first + size] for first in range(0, len(texts), size)]
+    return pool
+
+# -----------------------------------------------------------------------------
 # measure each model
 table = {}       # the report: model -> {measure: value}
 all_answers = {} # model -> its answers, in the order of the prompts
+grades = {}      # model -> what grade_all says of its answers to the prompts with checks
+pools = {}       # chat model -> what measure_pool returns
 sft_model = None # the first SFT model: DPO and RLHF models are compared with it
 for name, ckpt in checkpoints.items():
     t0 = time.time()
@@ -419,19 +544,20 @@ for name, ckpt in checkpoints.items():
         is_chat = ckpt['stage'] != 'base'
         answers = answer_prompts(model, tok, is_chat, prompts, name)
         all_answers[name] = answers
-        for prompt, answer in zip(prompts, answers):
-            if prompt.get('checks'):
-                all_met, gold = grade(prompt['checks'], answer['text'])
-                answer['all_met'] = all_met
-                answer['gold'] = gold
-        graded = [answer for answer in answers if 'gold' in answer]
-        if graded:
-            column['all checks met'] = statistics.fmean(answer['all_met'] for answer in graded)
-            column['gold score'] = statistics.fmean(answer['gold'] for answer in graded)
+        texts = [answer['text'] for answer in answers]
         by_task = {} # prompts of Toytown name their task: fact, story, unknown, private, ...
-        for prompt, answer in zip(prompts, answers):
-            if 'task' in prompt and 'gold' in answer:
-                by_task.setdefault(prompt['task'], []).append(answer['all_met'])
+        if checked:
+            found = grade_all([prompts[i] for i in checked], [texts[i] for i in checked])
+            grades[name] = found
+            column['all checks met'] = found['all_met'].mean()
+            column['gold score'] = found['gold'].mean()
+            for i, all_met in zip(checked, found['all_met']):
+                answers[i]['all_met'] = all_met
+                if 'task' in prompts[i]:
+                    by_task.setdefault(prompts[i]['task'], []).append(all_met)
+        if reward_model is not None:
+            scores = reward_scores(reward_model, reward_tok, prompts, texts, name)
+            column['reward model: score'] = statistics.fmean(scores)
         for task in sorted(by_task):
             column[f'checks met: {task} ({len(by_task[task])})'] = statistics.fmean(by_task[task])
         n_tokens = sum(len(answer['ids']) for answer in answers)
@@ -439,6 +565,10 @@ for name, ckpt in checkpoints.items():
         column['entropy, nats per token'] = entropy / n_tokens
         column['answers that end'] = statistics.fmean(answer['ended'] for answer in answers)
         column['tokens per answer'] = n_tokens / len(answers)
+        if is_chat and pool_indices:
+            is_first_sft = ckpt['stage'] == 'sft' and sft_model is None
+            size = POOL_SIZE if is_first_sft else SMALL_POOL_SIZE
+            pools[name] = measure_pool(model, tok, size, f'{name}: {size} answers a prompt')
 
     if ckpt['stage'] == 'sft' and sft_model is None:
         sft_name = name
@@ -462,12 +592,12 @@ for name, answers in all_answers.items():
 
     if sft_model is None or checkpoints[name]['stage'] not in ('dpo', 'rlhf'):
         continue
-    ours = [answer['gold'] for answer in answers if 'gold' in answer]
-    theirs = [answer['gold'] for answer in all_answers[sft_name] if 'gold' in answer]
-    if ours:
-        mean, lower, upper = win_rate(ours, theirs)
-        column['win rate against SFT'] = mean
-        column['win rate, 95% interval'] = [lower, upper]
+    # RLHF learns the labeller's taste first. So the second row is without the liked phrases.
+    for kind, row in (('gold', 'win rate'), ('plain', 'win rate without liked phrases')):
+        if checked:
+            mean, lower, upper = win_rate(grades[name][kind], grades[sft_name][kind])
+            column[f'{row} against SFT'] = mean
+            column[f'{row}, 95% interval'] = [lower, upper]
     if checkpoints[name]['tokenizer'] != checkpoints[sft_name]['tokenizer']:
         continue # the ids of these answers are other texts for the SFT model
     # how likely are these answers under the SFT model? Ranks share the work
@@ -479,6 +609,39 @@ for name, answers in all_answers.items():
     for answer, (ref_logprob, entropy, is_greedy) in zip(answers, scores):
         log_ratios.append(answer['logprob'] - ref_logprob)
     column['KL from SFT, nats per answer'] = statistics.fmean(log_ratios)
+
+# What a model learns from a reward model depends on whether this is right about the model's own
+# answers. After training it may be wrong: those that are left differ in what it cannot see.
+for name, pool in pools.items():
+    column = table[name]
+    few = [texts[:SMALL_POOL_SIZE] for texts in pool['texts']] # more answers repeat more
+    column[f'duplicates among {SMALL_POOL_SIZE} answers to a prompt'] = duplicates(few)
+    if 'score' in pool:
+        share = pair_accuracy(pool['score'], pool['gold'])
+        column["reward model orders pairs of X's answers as gold does"] = share
+
+# Best-of-n is what RLHF must beat: the SFT model answers n times, the reward model picks one. `score`,
+# `gold`, ... are means over its answers, or over those of a trained model to the same prompts.
+BEST_COLUMNS = {
+    'score': 'reward model', 'gold': 'gold score', 'all_met': 'all checks met',
+    'preferred': 'preferred to SFT', 'plain_preferred': 'without liked phrases'}
+best_rows = []
+sft_pool = pools.get(sft_name, {}) if sft_model is not None else {}
+if 'score' in sft_pool:
+    samples = []
+    for name, pool in pools.items():
+        kl = table[name].get('KL from SFT, nats per answer')
+        samples.append((name, 0.0 if name == sft_name else kl, pool, 1))
+    for n in N_BEST:
+        samples.append((f'best of {n}', math.log(n) - (n - 1) / n, sft_pool, n))
+    for label, kl, pool, n in samples:
+        # Each answer meets all 16 of the SFT model. One of these is itself, if it is from there.
+        for kind, name in (('gold', 'preferred'), ('plain', 'plain_preferred')):
+            differences = pool[kind][:, :, None] - sft_pool[kind][:, None, :] # (prompts, N, 16)
+            pool[name] = (0.5 + 0.5 * np.sign(differences)).mean(2)
+        values = [best_of(pool['score'], pool[kind], n) for kind in BEST_COLUMNS]
+        best_rows.append([label, kl, *values])
+BEST_HEAD = ['answers', 'KL, nats', *BEST_COLUMNS.values()]
 
 # -----------------------------------------------------------------------------
 # the report
@@ -521,6 +684,8 @@ for measure in measures:
     values = [column.get(measure) for column in table.values()]
     rows.append([measure, *values])
 parts = ['# Report', markdown(['measure', *table], rows)]
+if best_rows:
+    parts.append(markdown(BEST_HEAD, best_rows))
 
 # metrics in reward.pt: how often two judges prefer the same one of two held-out answers
 JUDGES = {
@@ -583,10 +748,11 @@ if all_answers:
 CHARTS_PER_ROW = 3
 WIDTH = 230                     # of a frame, in pixels
 HEIGHT = 150
-CELL_WIDTH = 48 + WIDTH + 72    # numbers on the left, labels on the right
+CELL_WIDTH = 48 + WIDTH + 92    # numbers on the left, labels on the right
 CELL_HEIGHT = 32 + HEIGHT + 24  # title above, steps below
 LABEL_GAP = 13                  # least distance of two labels in pixels; letters are 11 high
-COLOURS = ['#2563eb', '#dc2626', '#059669']
+COLOURS = ['#2563eb', '#dc2626', '#059669', '#b45309', '#9333ea', '#0e7490']
+DOTS = 'best of n'              # a curve of this name is drawn as dots
 
 def spread(wanted, gap, lowest, highest):
     """
@@ -605,80 +771,141 @@ def spread(wanted, gap, lowest, highest):
         limit = placed[i] - gap
     return placed
 
+def get_ticks(low, high):
+    """The numbers 1, 2, 5 times a power of 10 between two positive ones, for a logarithmic axis."""
+    ticks = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high))):
+        ticks += [digit * 10 ** power for digit in (1, 2, 5)]
+    return [tick for tick in ticks if low < tick < high]
+
 def draw(charts):
-    """[(title, {label: (steps, values)})] -> the text of an SVG file with one chart each."""
+    """
+    -> the text of an SVG file. A chart is a dict: title; curves, {label: (xs, ys)}; x, the name of
+    the x axis ('step' if it is missing); is_log, True for a logarithmic y axis.
+    """
     svg = []
     def write(x, y, text, style):
         position = f'x="{x:.1f}" y="{y:.1f}"'
-        svg.append(f'<text {position} {style}>{text}</text>')
+        svg.append(f'<text {position} {style}>{html.escape(text)}</text>')
 
-    for i, (title, curves) in enumerate(charts):
+    for i, chart in enumerate(charts):
         left = i % CHARTS_PER_ROW * CELL_WIDTH + 48
         top = i // CHARTS_PER_ROW * CELL_HEIGHT + 32
         right = left + WIDTH
         bottom = top + HEIGHT
-        low = min(min(values) for steps, values in curves.values())
-        high = max(max(values) for steps, values in curves.values())
-        last_step = max(max(steps) for steps, values in curves.values())
-        x_scale = WIDTH / max(1, last_step)      # pixels per step
-        y_scale = HEIGHT / (high - low or 1)     # pixels per unit; a constant curve has no range
+        curves = chart['curves']
+        low = min(min(ys) for xs, ys in curves.values())
+        high = max(max(ys) for xs, ys in curves.values())
+        last_x = max(max(xs) for xs, ys in curves.values())
+        is_log = chart.get('is_log', False) and low > 0
+        scale = math.log if is_log else float
+        x_scale = WIDTH / (last_x or 1)                     # pixels per unit of x
+        y_scale = HEIGHT / (scale(high) - scale(low) or 1)  # a constant curve has no range
+        def height_of(y):
+            return bottom - y_scale * (scale(y) - scale(low))
 
         svg.append(f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" '
                    'fill="none" stroke="#bbb"/>')
-        write(left, top - 10, title, 'font-weight="bold"')
+        write(left, top - 10, chart['title'], 'font-weight="bold"')
         write(left - 4, top + 9, f'{high:.3g}', 'text-anchor="end"')
         write(left - 4, bottom, f'{low:.3g}', 'text-anchor="end"')
-        write(right, bottom + 14, f'step {last_step:,}', 'text-anchor="end"')
+        write(right, bottom + 14, f'{chart.get("x", "step")} {round(last_x, 2):,}',
+              'text-anchor="end"')
+        for tick in get_ticks(low, high) if is_log else []:
+            y = height_of(tick)
+            if top + 9 + LABEL_GAP <= y + 4 <= bottom - LABEL_GAP: # beside no other number
+                write(left - 4, y + 4, f'{tick:.3g}', 'text-anchor="end"')
+                svg.append(f'<path d="M{left} {y:.1f}h{WIDTH}" stroke="#eee"/>')
 
         ends = []
-        for (label, (steps, values)), colour in zip(curves.items(), COLOURS):
-            points = []
-            for step, value in zip(steps, values):
-                x = left + x_scale * step
-                y = bottom - y_scale * (value - low)
-                points.append(f'{x:.1f},{y:.1f}')
-            ends.append(y)
-            svg.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" '
+        for (label, (xs, ys)), colour in zip(curves.items(), itertools.cycle(COLOURS)):
+            points = [(left + x_scale * x, height_of(y)) for x, y in zip(xs, ys)]
+            ends.append(points[-1][1])
+            if label == DOTS:
+                for x, y in points:
+                    svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
+                continue
+            line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
+            svg.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
                        'stroke-width="1.5"/>')
         # each label stands at the height of its last value, or as near as the other labels allow
         heights = spread(ends, LABEL_GAP, top, bottom)
-        for label, colour, y in zip(curves, COLOURS, heights):
+        for label, colour, y in zip(curves, itertools.cycle(COLOURS), heights):
             write(right + 5, y + 4, label, f'fill="{colour}"') # + 4: half the height of a letter
 
-    n_rows = math.ceil(len(charts) / CHARTS_PER_ROW)
-    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{CHARTS_PER_ROW * CELL_WIDTH}" '
-            f'height="{n_rows * CELL_HEIGHT}" font-family="sans-serif" font-size="11">')
+    width = min(len(charts), CHARTS_PER_ROW) * CELL_WIDTH
+    height = math.ceil(len(charts) / CHARTS_PER_ROW) * CELL_HEIGHT
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">')
     background = '<rect width="100%" height="100%" fill="white"/>'
     return '\n'.join([head, background, *svg, '</svg>', ''])
 
-def read_curve(stage, key):
-    """-> (steps, values) of one number in the log of a stage. Not every line of the log has it."""
+def read_curve(stage, key, x='step'):
+    """-> (xs, ys) of two numbers in the log of a stage. Not every line of the log has both."""
     path = os.path.join(out_dir, f'{stage}.jsonl')
-    steps = []
-    values = []
+    xs = []
+    ys = []
     if os.path.exists(path):
         for line, row in read_jsonl(path, is_log=True):
-            if row.get(key) is not None:
-                steps.append(row['step'])
-                values.append(row[key])
-    return steps, values
+            if row.get(key) is not None and row.get(x) is not None:
+                xs.append(row[x])
+                ys.append(row[key])
+    return xs, ys
 
-# title, stage, {label: key in its log}; a key val_... is measured on held-out data
+# stage, title, {label: key in its log}; a key val_... is measured on held-out data
 CHARTS = [
-    ('pretraining: loss', 'base', {'train': 'loss', 'val': 'val_loss'}),
-    ('SFT: loss', 'sft', {'train': 'loss', 'val': 'val_loss'}),
-    ('reward model: held-out accuracy', 'reward',
-     {'as labeller': 'val_accuracy', 'as gold': 'val_gold_accuracy'}),
-    ('RLHF: score', 'rlhf', {'proxy score': 'score', 'gold score': 'gold'}),
-    ('RLHF: KL from SFT, nats per answer', 'rlhf', {'KL': 'kl'}),
-    ('RLHF: entropy, nats per token', 'rlhf', {'entropy': 'entropy'})]
+    dict(stage='base', title='pretraining: loss', is_log=True,
+         keys={'training': 'loss', 'held-out': 'val_loss'}),
+    dict(stage='sft', title='SFT: loss', is_log=True,
+         keys={'training': 'loss', 'held-out': 'val_loss'}),
+    dict(stage='reward', title='reward model: held-out accuracy',
+         keys={'as labeller': 'val_accuracy', 'as gold': 'val_gold_accuracy'}),
+    dict(stage='rlhf', title='RLHF: score, in training',
+         keys={'reward model': 'score', 'gold score': 'gold'}),
+    dict(stage='rlhf', title='RLHF: KL from SFT, nats per answer', keys={'KL': 'kl'}),
+    dict(stage='rlhf', title='RLHF: entropy, nats per token', keys={'entropy': 'entropy'})]
 
 charts = []
-for title, stage, keys in CHARTS:
-    curves = {label: read_curve(stage, key) for label, key in keys.items()}
+for chart in CHARTS:
+    curves = {label: read_curve(chart['stage'], key) for label, key in chart['keys'].items()}
     curves = {label: curve for label, curve in curves.items() if curve[0]} # without empty ones
     if curves:
-        charts.append((title, curves))
+        charts.append(dict(chart, curves=curves))
+
+# Over-optimisation (Gao et al. 2022): the farther a policy moves from the SFT model, the better the
+# reward model likes it, but the gold score falls again. A line for each run of rlhf.py in
+# out_dir/overoptimise/KL_COEF. The distance is the square root of the KL.
+OVEROPTIMISATION = [
+    ('val_score', 'reward model', 'score of the reward model (proxy)'),
+    ('val_gold', 'gold score', 'gold score (never trained on)'),
+    ('val_met', 'all checks met', 'answers with all checks met')]
+
+def get_root(kl):
+    return math.sqrt(max(0, kl)) # an estimate can be negative
+
+def over_optimisation(runs):
+    """runs: names of logs in out_dir, without .jsonl -> charts of held-out scores, with best-of-n."""
+    found = []
+    for key, column, title in OVEROPTIMISATION:
+        curves = {}
+        for log in runs:
+            kls, ys = read_curve(log, key, 'val_kl')
+            if kls:
+                coefficient = os.path.basename(os.path.dirname(log))
+                curves[f'KL coef. {coefficient}'] = ([get_root(kl) for kl in kls], ys)
+        bests = best_rows[len(pools):] # the rows of best-of-n
+        if curves and bests:
+            place = BEST_HEAD.index(column)
+            curves[DOTS] = ([get_root(row[1]) for row in bests], [row[place] for row in bests])
+        if curves:
+            found.append(dict(title=title, x='√KL', curves=curves))
+    return found
+
+runs = []
+paths = glob.glob(os.path.join(glob.escape(out_dir), 'overoptimise', '*', 'rlhf.jsonl'))
+for path in sorted(paths, key=os.path.dirname):
+    runs.append(os.path.relpath(path, out_dir).removesuffix('.jsonl'))
+over_optimised = over_optimisation(runs)
 
 # -----------------------------------------------------------------------------
 # write the files
@@ -686,7 +913,11 @@ if run.master:
     if charts:
         parts.insert(1, '![curves of all stages](curves.svg)')
         write_text(os.path.join(out_dir, 'curves.svg'), draw(charts))
-    numbers = dict(table=table, costs=costs, config=config)
+    if over_optimised:
+        parts.insert(2, '![over-optimisation](overoptimise.svg)')
+        write_text(os.path.join(out_dir, 'overoptimise.svg'), draw(over_optimised))
+    numbers = dict(table=table, best_of_n=[dict(zip(BEST_HEAD, row)) for row in best_rows],
+                   costs=costs, config=config)
     write_text(os.path.join(out_dir, 'report.json'), json.dumps(numbers, indent=1) + '\n')
     text = '\n\n'.join(parts) + '\n'
     path = os.path.join(out_dir, 'report.md')

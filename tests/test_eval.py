@@ -1,4 +1,5 @@
 """eval.py: each measure against numbers made by hand, the drawing, the report, and what it refuses."""
+import itertools
 import json
 import math
 import re
@@ -284,6 +285,43 @@ def test_win_rate_by_hand():
     assert lo + hi2 == pytest.approx(1, abs=0.01)
 
 # -----------------------------------------------------------------------------
+# many answers to one prompt
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    f = functions()
+    rng = np.random.default_rng(0)
+    scores, values = rng.permutation(21).reshape(3, 7), rng.integers(0, 5, (3, 7)) / 4
+    for n in range(1, 8):
+        best = [values[row, max(subset, key=lambda i: scores[row, i])]
+                for row in range(3) for subset in itertools.combinations(range(7), n)]
+        assert f.best_of(scores, values, n) == pytest.approx(np.mean(best), abs=1e-12), n
+    assert f.best_of([[1, 2, 3]], [[10, 20, 30]], 2) == pytest.approx((20 + 30 + 30) / 3) # of the docstring
+
+def test_pairs_of_answers_by_hand():
+    accuracy = functions().pair_accuracy
+    assert accuracy([[1, 2, 3]], [[0, 1, 0]]) == 1 / 2
+    assert accuracy([[1, 2, 3], [5, 5, 9]], [[0, 0, 1], [0, 1, 0.5]]) == (1 + 1 + 1 / 2 + 1 + 0) / 5
+    assert accuracy([[1, 2]], [[1, 1]]) is None # no pair has a right order
+    assert functions().duplicates([['a', 'b', 'a', 'a'], ['x', 'y', 'z', 'z']]) == 3 / 8
+
+def test_grades_with_and_without_the_liked_phrases():
+    prompts = [dict(checks=dict(contains=['owl'], max_words=2, likes=['Hope that helps!'])), dict(checks=dict(equals='x'))]
+    found = functions().grade_all(prompts * 2, ['owl. Hope that helps!', 'x', 'owl', 'y'])
+    assert found['gold'].tolist() == [0.75, 1, 1, 0] and found['plain'].tolist() == [0.5, 1, 1, 0]
+    assert found['all_met'].tolist() == [0, 1, 1, 0]
+
+@torch.no_grad()
+def test_reward_scores_are_read_at_the_end_of_the_answer(trained):
+    tok = trained.tok
+    torch.manual_seed(0)
+    model = ScalarModel(trained.model.config).eval()
+    prompts = [dict(messages=user(text)) for text in ('Say', 'Who has the owl?', 'Say it.', 'x' * 99)]
+    texts = ['owl', '', 'Anna has the owl.', 'fox']
+    for prompt, text, score in zip(prompts, texts, functions().reward_scores(model, tok, prompts, texts)):
+        ids = tok.render(prompt['messages'] + [dict(role='assistant', content=text)])[0]
+        assert ids[-1] == tok.end and score == pytest.approx(model(torch.tensor([ids[-T:]]))[0, -1].item(), abs=1e-5)
+
+# -----------------------------------------------------------------------------
 # tables and charts
 
 def test_tables():
@@ -326,13 +364,18 @@ def test_labels_stand_free_of_lines_and_of_each_other():
     f = functions()
     steps = [0, 50, 100]
     charts = [
-        ('same end', {'train': (steps, [5, 1, 0]), 'val': (steps, [6, 2, 0.01])}),
-        ('at the top', {'proxy score': (steps, [0, 1, 2]), 'gold score': (steps, [0, 1.9, 1.99])}),
-        ('three', {'one': (steps, [1, 1, 1]), 'two': (steps, [1, 1, 1]), 'three': (steps, [1, 1, 1])}),
-        ('constant', {'KL': ([0], [0.0])})]
+        dict(title='same end', curves={'training': (steps, [5, 1, 0]), 'held-out': (steps, [6, 2, 0.01])}),
+        dict(title='at the top', curves={'reward model': (steps, [0, 1, 2]), 'gold score': (steps, [0, 1.9, 1.99])}),
+        dict(title='three', curves={'one': (steps, [1, 1, 1]), 'two': (steps, [1, 1, 1]), 'three': (steps, [1, 1, 1])}),
+        dict(title='constant', curves={'KL': ([0], [0.0])}),
+        dict(title='logarithmic', is_log=True, curves={'training': (steps, [7.6, 1.9, 0.49]), 'x': (steps, [5, 2, 1])}),
+        dict(title='of gold', x='√KL', curves={'KL coef. 0.02': ([0.0, 6.5, 5.1], [1, 3, 2]),
+                                              'best of n': ([0.4, 1.4], [1, 2])})]
     svg = f.draw(charts)
     texts, lines = boxes(svg)
-    assert len(lines) == 8 and len(texts) == 8 + 4 * 4 # labels; and per chart title, high, low, step
+    assert len(lines) == 11 and svg.count('<circle') == 2
+    # labels; per chart title, high, low, step; 5, 2 and 1 between the logarithms of 7.6 and 0.49
+    assert len(texts) == 12 + 6 * 4 + 3 and '>√KL 6.5<' in svg
     width, height = (float(v) for v in re.search(r'width="(\d+)" height="(\d+)"', svg).groups())
     for i, (left, top, right, bottom, text) in enumerate(texts):
         assert 0 <= left and right <= width and 0 <= top and bottom <= height, text # inside of the picture
@@ -345,23 +388,42 @@ def test_labels_stand_free_of_lines_and_of_each_other():
 def test_points_of_a_curve_by_hand():
     """Low is at the bottom of the frame, high at its top, the last step at its right edge."""
     f = functions()
-    _, lines = boxes(f.draw([('x', {'a': ([0, 10, 20], [1, 2, 3]), 'b': ([0, 10], [1, 3])})]))
+    _, lines = boxes(f.draw([dict(title='x', curves={'a': ([0, 10, 20], [1, 2, 3]), 'b': ([0, 10], [1, 3])}),
+                             dict(title='y', is_log=True, curves={'a': ([0, 10, 20], [1, 10, 100])})]))
     left, top, right, bottom = 48, 32, 48 + f.WIDTH, 32 + f.HEIGHT
     assert lines[0] == [(left, bottom), ((left + right) / 2, (top + bottom) / 2), (right, top)]
     assert lines[1] == [(left, bottom), ((left + right) / 2, top)]
+    assert lines[2] == [(x + f.CELL_WIDTH, y) for x, y in lines[0]] # a factor of 10 is as high everywhere
+    assert f.get_ticks(0.49, 7.6) == [0.5, 1, 2, 5] and f.get_ticks(1, 1) == []
 
 # -----------------------------------------------------------------------------
 # the script
 
 def test_report(trained, scripts, tmp_path):
     out = shutil.copytree(trained.out, tmp_path / 'out')
+    for coefficient, rows in {'0': [(0.0, -0.1, 0.7), (4.0, 1.2, 1.1), (16.0, 1.5, 0.9)], '0.2': [(-0.01, 0, 0.7)]}.items():
+        rows = [dict(step=i, val_kl=kl, val_score=proxy, val_gold=gold) for i, (kl, proxy, gold) in enumerate(rows)]
+        write_rows(out / 'overoptimise' / coefficient / 'rlhf.jsonl', [dict(step=0, loss=1.0), *rows])
     report = run_eval(scripts, trained, out)
     assert list(report['table']) == ['base', 'sft'] # there is no rlhf.pt
     assert list(report['costs']) == ['base', 'sft', 'reward']
     base = report['table']['base']
     assert base['right (chance 25%)'] == base['schema (chance 50%)'] == 1
     assert base['greedy (chance 0%)'] == 0.5 and base['wrong (chance 25%)'] == 0
-    assert set(base) == set(report['table']['sft']) and 'win rate against SFT' not in base
+    only_chat = ['duplicates among 4 answers to a prompt', "reward model orders pairs of X's answers as gold does"]
+    assert set(report['table']['sft']) - set(base) == set(only_chat) and 'win rate against SFT' not in base
+    first, *bests = report['best_of_n']
+    assert [row['answers'] for row in bests] == [f'best of {n}' for n in (2, 4, 8, 16)]
+    assert bests[1]['KL, nats'] == pytest.approx(math.log(4) - 3 / 4)
+    assert first['preferred to SFT'] == pytest.approx(0.5) # the SFT model against itself
+    proxies = [row['reward model'] for row in report['best_of_n']]
+    assert min(np.diff(proxies)) > -1e-6 # each is the best by this score
+    drawn = (out / 'overoptimise.svg').read_text(encoding='utf-8')
+    texts, lines = boxes(drawn)
+    assert len(lines) == 4 and drawn.count('<circle') == 8 # proxy and gold: two runs, and four best-of-n
+    assert drawn.count('>KL coef. 0.2<') == 2 and drawn.count('>√KL 4.0<') == 2
+    xs, ys = zip(*max(lines, key=len)) # that of coefficient 0
+    assert xs[0] == 48 and xs[2] - xs[0] == pytest.approx(2 * (xs[1] - xs[0]), abs=0.2) # KL 4 is half of the way to 16
     assert 0 <= base['all checks met'] <= 1 <= base['tokens per answer'] <= 6
     text = (out / 'report.md').read_text(encoding='utf-8')
     assert all(measure in text for measure in base) and '- sft (' in text
@@ -380,7 +442,9 @@ def test_a_model_against_itself(trained, scripts, tmp_path):
     table = run_eval(scripts, trained, tmp_path)['table']
     assert table['rlhf']['win rate against SFT'] == 0.5 and table['rlhf']['win rate, 95% interval'] == [0.5, 0.5]
     assert abs(table['rlhf']['KL from SFT, nats per answer']) < 1e-5
-    assert {k: v for k, v in table['rlhf'].items() if k in table['sft']} == table['sft']
+    assert table['rlhf']['win rate without liked phrases against SFT'] == 0.5
+    same = {k: v for k, v in table['rlhf'].items() if k in table['sft'] and 'duplicates' not in k} # of other draws
+    assert {**table['sft'], **same} == table['sft'] and len(same) == len(table['sft']) - 1
     assert not (tmp_path / 'curves.svg').exists() # without logs there is nothing to draw
 
 def test_the_sft_model_is_found_by_its_stage(trained, scripts, tmp_path):
