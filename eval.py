@@ -5,11 +5,14 @@ demonstrations, at the price of diversity.
 
 Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
         data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl
-Writes  out_dir/report.md, report.json, curves.svg; overoptimise.svg if there are such runs
+        config/curves.json, what to expect; out_dir/overoptimise/*/rlhf.jsonl
+Writes  out_dir/report.html, report.md, report.json, curves.svg, overoptimise.svg;
+        out_dir/preferences_ab.jsonl, your verdicts
 
 CPU        $ python eval.py config/tiny.py
 one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 8 GPUs     $ torchrun --standalone --nproc_per_node=8 eval.py config/d20.py
+you judge  $ python eval.py config/tiny.py --ask=20
 
 bits per byte  loss on the validation documents. It can be compared across tokenizers
 benchmarks     fraction of questions answered correctly; in brackets: what guessing would give
@@ -17,6 +20,8 @@ answers        sampled for held-out prompts: all checks met, gold score, entropy
 win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half.
                RLHF learns the labeller's taste first, so a second row leaves out liked phrases
 best of n      the SFT model answers n times, the reward model picks one: what RLHF has to beat
+Elo            of all models, by the gold score, by the reward model and by your blind verdicts.
+               These are also ranked answers: reward.py can train on them
 KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(answer)
 
 A base model knows no chat template. It gets the words of the prompt as the start of a document.
@@ -30,8 +35,10 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import statistics
+import sys
 import time
 
 import numpy as np
@@ -70,6 +77,7 @@ max_questions = 500         # questions per benchmark; 0 = all
 val_tokens = 100000         # validation tokens for bits per byte; 0 = skip
 n_prompts = 300             # held-out prompts to answer; 0 = skip
 pool_prompts = 100          # of these, prompts that get many answers each, for best-of-n; 0 = skip
+ask = 0                     # pairs of answers that you compare, without knowing who gave them
 # sampling
 max_new_tokens = 64         # longest answer, in tokens
 temperature = 1.0           # 1 samples from the model's own distribution, 0 is greedy
@@ -86,13 +94,15 @@ config = configure(globals())
 # device and checkpoints
 for name in ('batch_size', 'sample_batch', 'max_new_tokens'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('max_questions', 'val_tokens', 'n_prompts', 'pool_prompts', 'progress_seconds'):
+for name in ('max_questions', 'val_tokens', 'n_prompts', 'pool_prompts', 'ask',
+             'progress_seconds'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 # dividing the logits by a tiny temperature would overflow
 is_usable = temperature == 0 or temperature >= 0.01
 assert is_usable, f'temperature must be 0 (greedy) or at least 0.01, not {temperature}'
 
 run = setup(config)
+assert ask == 0 or run.world_size == 1, f'--ask={ask} needs one process, not torchrun'
 started = time.time()
 
 checkpoints = {}
@@ -453,18 +463,49 @@ def distinct(texts, n, budget):
             ngrams.append(tuple(words[i:i + n]))
     return len(set(ngrams)) / max(1, len(ngrams))
 
-def win_rate(ours, theirs):
+def wilson(p, n):
+    """95% interval of a share p of n trials (Wilson 1927): good for few trials and near 0 and 1."""
+    z2 = 1.96 ** 2
+    centre = p + z2 / (2 * n)
+    radius = math.sqrt(z2 * p * (1 - p) / n + z2 * z2 / (4 * n * n))
+    return [(centre - radius) / (1 + z2 / n), (centre + radius) / (1 + z2 / n)]
+
+def get_rounds(scores):
     """
-    Compare paired scores: win 1, tie 0.5, loss 0. -> (mean, lower, upper) with a 95% interval.
-    By bootstrap: how much does the mean vary when the prompts are drawn again, with replacement?
-        win_rate([1, 0, 3, 4], [0, 1, 3, 3]) -> mean 0.625
+    Everybody meets everybody: scores (M, R) of M models in R rounds -> rounds (R, M, M), [r, i, j]:
+    the points of model i against j; win 1, tie 1/2, loss 0. Also 0 for a pair that has not met.
     """
-    differences = np.array(ours) - np.array(theirs)
+    M = len(scores)
+    differences = scores[:, None, :] - scores[None, :, :]                # (M, M, R)
     points = 0.5 + 0.5 * np.sign(differences)
+    points[range(M), range(M)] = 0 # nobody meets himself
+    return points.transpose(2, 0, 1)
+
+def elo(rounds):
+    """
+    The strengths of the Bradley-Terry model as Elo points, 1000 on average. Who has 400 more than
+    another wins 10 times as often as he loses. rounds: (R, M, M), see get_rounds. -> ratings (M,),
+    [lower (M,), upper (M,)], their 95% intervals: how they vary if the rounds are drawn again.
+    """
+    R, M, _ = rounds.shape
     rng = np.random.default_rng(seed)
-    means = rng.choice(points, (2000, len(points))).mean(1)
-    lower, upper = np.quantile(means, [0.025, 0.975])
-    return float(points.mean()), float(lower), float(upper)
+    drawn = rng.multinomial(R, [1 / R] * R, 200) # how often each round is drawn
+    weights = np.concatenate([np.ones((1, R)), drawn])                   # (201, R)
+    points = np.tensordot(weights, rounds, 1)                            # (201, M, M)
+    points += 0.5 - 0.5 * np.eye(M) # one more tie: who has never won is not at minus infinity
+    games = points + points.transpose(0, 2, 1)
+    strength = np.ones((len(weights), M))
+    for _ in range(1000): # minorization-maximization (Hunter 2004)
+        shares = games / (strength[:, :, None] + strength[:, None, :])
+        strength = points.sum(2) / shares.sum(2)
+        strength = strength / strength.mean(1, keepdims=True)
+    ratings = 400 * np.log10(strength)
+    ratings = ratings - ratings.mean(1, keepdims=True) + 1000
+    return ratings[0], np.quantile(ratings[1:], [0.025, 0.975], axis=0)
+
+# how answers in English say that they do not answer
+REFUSALS = re.compile("^sorry|^i am sorry|^i'm sorry|not know|don't know|cannot|can't|unable to"
+                      "|not able to|is private", re.IGNORECASE)
 
 # -----------------------------------------------------------------------------
 # prompts and benchmarks
@@ -525,6 +566,7 @@ def measure_pool(model, tok, size, label):
 table = {}       # the report: model -> {measure: value}
 all_answers = {} # model -> its answers, in the order of the prompts
 grades = {}      # model -> what grade_all says of its answers to the prompts with checks
+judged = {}      # model -> scores of its answers by the reward model
 pools = {}       # chat model -> what measure_pool returns
 sft_model = None # the first SFT model: DPO and RLHF models are compared with it
 for name, ckpt in checkpoints.items():
@@ -550,14 +592,15 @@ for name, ckpt in checkpoints.items():
             found = grade_all([prompts[i] for i in checked], [texts[i] for i in checked])
             grades[name] = found
             column['all checks met'] = found['all_met'].mean()
+            column['all checks met, 95% interval'] = wilson(found['all_met'].mean(), len(checked))
             column['gold score'] = found['gold'].mean()
             for i, all_met in zip(checked, found['all_met']):
                 answers[i]['all_met'] = all_met
                 if 'task' in prompts[i]:
                     by_task.setdefault(prompts[i]['task'], []).append(all_met)
         if reward_model is not None:
-            scores = reward_scores(reward_model, reward_tok, prompts, texts, name)
-            column['reward model: score'] = statistics.fmean(scores)
+            judged[name] = reward_scores(reward_model, reward_tok, prompts, texts, name)
+            column['reward model: score'] = statistics.fmean(judged[name])
         for task in sorted(by_task):
             column[f'checks met: {task} ({len(by_task[task])})'] = statistics.fmean(by_task[task])
         n_tokens = sum(len(answer['ids']) for answer in answers)
@@ -565,6 +608,8 @@ for name, ckpt in checkpoints.items():
         column['entropy, nats per token'] = entropy / n_tokens
         column['answers that end'] = statistics.fmean(answer['ended'] for answer in answers)
         column['tokens per answer'] = n_tokens / len(answers)
+        column['answers that refuse'] = statistics.fmean(
+            REFUSALS.search(text) is not None for text in texts)
         if is_chat and pool_indices:
             is_first_sft = ckpt['stage'] == 'sft' and sft_model is None
             size = POOL_SIZE if is_first_sft else SMALL_POOL_SIZE
@@ -595,9 +640,10 @@ for name, answers in all_answers.items():
     # RLHF learns the labeller's taste first. So the second row is without the liked phrases.
     for kind, row in (('gold', 'win rate'), ('plain', 'win rate without liked phrases')):
         if checked:
-            mean, lower, upper = win_rate(grades[name][kind], grades[sft_name][kind])
-            column[f'{row} against SFT'] = mean
-            column[f'{row}, 95% interval'] = [lower, upper]
+            differences = grades[name][kind] - grades[sft_name][kind]
+            points = 0.5 + 0.5 * np.sign(differences) # a tie is half a win
+            column[f'{row} against SFT'] = points.mean()
+            column[f'{row}, 95% interval'] = wilson(points.mean(), len(points))
     if checkpoints[name]['tokenizer'] != checkpoints[sft_name]['tokenizer']:
         continue # the ids of these answers are other texts for the SFT model
     # how likely are these answers under the SFT model? Ranks share the work
@@ -644,8 +690,7 @@ if 'score' in sft_pool:
 BEST_HEAD = ['answers', 'KL, nats', *BEST_COLUMNS.values()]
 
 # -----------------------------------------------------------------------------
-# the report
-
+# tables
 def show(value):
     """The text of a table cell. None is empty, a list is an interval 'a to b'."""
     if value is None:
@@ -676,16 +721,115 @@ def markdown(head, rows):
         lines.append('| ' + ' | '.join(padded) + ' |')
     return '\n'.join(lines)
 
+# -----------------------------------------------------------------------------
+# who is preferred to whom: by the gold score, by the reward model, by a person
+ab_path = os.path.join(out_dir, 'preferences_ab.jsonl')
+
+def ask_person(n_asked):
+    """
+    Compare pairs of answers in the terminal. Each verdict is appended to ab_path at once, with the
+    models' names, and with the ranking that reward.py learns from. n_asked: how many are there.
+    """
+    rng = np.random.default_rng((seed, n_asked)) # other pairs than the last time
+    print('Which answer is better? a, b, = (equally good), s (skip), q (stop)')
+    for number in range(ask):
+        i = int(rng.integers(len(prompts)))
+        pair = rng.permutation(list(all_answers))[:2].tolist() # blind, so in random order
+        texts = [all_answers[name][i]['text'] for name in pair]
+        print(f'\n{number + 1} of {ask}:', prompts[i]['messages'][-1]['content'])
+        print(f'  a) {texts[0]}\n  b) {texts[1]}')
+        reply = ''
+        while reply not in ('a', 'b', '=', 's', 'q'):
+            try:
+                reply = input('> ').strip().lower()
+            except EOFError: # Ctrl-D, or the end of a file
+                reply = 'q'
+        if reply == 'q':
+            break
+        if reply == 's':
+            continue
+        winner = dict(a=0, b=1).get(reply) # None is a tie
+        ranking = [[0, 1]] if winner is None else [winner, 1 - winner]
+        row = dict(messages=prompts[i]['messages'], models=pair, completions=texts,
+                   winner=winner, ranking=ranking, judge='human')
+        line = json.dumps(row, ensure_ascii=False) + '\n'
+        with open(ab_path, 'ab', buffering=0) as f: # one write: two programs never mix their lines
+            f.write(line.encode('utf-8', 'replace'))
+
+def read_verdicts():
+    """The rounds of get_rounds from the verdicts of people on the models of this report, (R, M, M)."""
+    names = list(all_answers)
+    rounds = np.zeros((0, len(names), len(names)))
+    for line, row in read_jsonl(ab_path, is_log=True) if os.path.exists(ab_path) else []:
+        try:
+            first, second = [names.index(name) for name in row['models']]
+            points = {0: 1.0, 1: 0.0, None: 0.5}[row['winner']]
+        except (KeyError, TypeError, ValueError): # models that are not in this report
+            continue
+        played = np.zeros((1, len(names), len(names)))
+        played[0, first, second] = points
+        played[0, second, first] = 1 - points
+        rounds = np.concatenate([rounds, played])
+    return rounds
+
+judges = {} # name -> rounds (R, M, M)
+if len(all_answers) > 1:
+    if ask > 0:
+        ask_person(len(read_verdicts()))
+    # programs score each answer by itself, so the order of the two cannot sway them
+    if checked:
+        judges['gold score'] = get_rounds(np.array([grades[name]['gold'] for name in all_answers]))
+    if judged:
+        judges['reward model'] = get_rounds(np.array([judged[name] for name in all_answers]))
+    if len(read_verdicts()) > 0:
+        judges['people'] = read_verdicts()
+
+preferences = {} # judge -> rows of a table
+for judge, rounds in judges.items():
+    ratings, intervals = elo(rounds)
+    points = rounds.sum(0)                                               # (M, M)
+    games = points + points.T
+    rows = []
+    for i, name in enumerate(all_answers):
+        cells = []
+        for j in range(len(points)):
+            cell = None
+            if games[i, j] > 0:
+                share = points[i, j] / games[i, j]
+                cell = f'{share:.0%} ({show(wilson(share, games[i, j]))})'
+            cells.append(cell)
+        interval = ' to '.join(f'{limit:.0f}' for limit in intervals[:, i])
+        rows.append([name, f'{ratings[i]:.0f}', interval, *cells])
+    preferences[judge] = rows
+
+# -----------------------------------------------------------------------------
+# the report: sections, each a dict(title, source, head, rows)
+# where the numbers of a measure come from; all others come from the answers to the prompts
+SOURCES = {'bits per byte': 'val_*.bin', 'reward model': 'prompts_val.jsonl, reward.pt'}
+for benchmark in questions:
+    SOURCES[benchmark] = f'benchmarks/{benchmark}.jsonl'
+
 measures = {} # all measures of all models, in the order of their first appearance
 for column in table.values():
     measures.update(column)
 rows = []
 for measure in measures:
-    values = [column.get(measure) for column in table.values()]
-    rows.append([measure, *values])
-parts = ['# Report', markdown(['measure', *table], rows)]
+    source = 'prompts_val.jsonl'
+    for start, path in SOURCES.items():
+        if measure.startswith(start):
+            source = path
+    rows.append([measure, *[column.get(measure) for column in table.values()], source])
+sections = [dict(title='Results', source=f'{data_dir}, and checkpoints in {out_dir}',
+                 head=['measure', *table, 'source'], rows=rows)]
 if best_rows:
-    parts.append(markdown(BEST_HEAD, best_rows))
+    sections.append(dict(
+        title='Best of n: what RLHF has to beat', head=BEST_HEAD, rows=best_rows,
+        source=f'{POOL_SIZE} answers of {sft_name} to {len(pool_indices)} prompts of '
+               'prompts_val.jsonl, reward.pt; the KL of best-of-n is a bound, ln n - (n-1)/n'))
+for judge, rows in preferences.items():
+    head = ['model', 'Elo', '95% interval', *[f'preferred to {name}' for name in all_answers]]
+    source = 'preferences_ab.jsonl' if judge == 'people' else 'answers to prompts_val.jsonl'
+    sections.append(dict(title=f'Preference, by {judge}', source=source, head=head, rows=rows))
 
 # metrics in reward.pt: how often two judges prefer the same one of two held-out answers
 JUDGES = {
@@ -694,45 +838,68 @@ JUDGES = {
     'ceiling': 'labeller and gold score (the ceiling)',
     'self_agreement': 'labeller and labeller, asked twice'}
 
-# what each stage has cost, from the metrics in its checkpoint
+# what each stage has cost and how it was set, from its checkpoint
 costs = {}
+settings = {} # stage -> settings
 for stage in ('base', 'sft', 'reward', 'dpo', 'rlhf'):
     path = os.path.join(out_dir, f'{stage}.pt')
     if os.path.exists(path):
-        metrics = load_checkpoint(path, [stage], 'bash speedrun.sh')['metrics']
+        ckpt = load_checkpoint(path, [stage], 'bash speedrun.sh')
+        metrics = ckpt['metrics']
         if 'flops' not in metrics: # a converted model, whose training cost is unknown
             continue
         kept = ['seconds', 'flops', 'tokens', *JUDGES]
         costs[stage] = {key: metrics[key] for key in kept if metrics.get(key)}
+        settings[stage] = ckpt['config']
 total = sum(cost['flops'] for cost in costs.values())
 rows = []
 for stage, cost in costs.items():
     flops = f'{cost["flops"]:.2e}'
     share = f'{cost["flops"] / total:.1%}'
-    rows.append([stage, cost['seconds'], flops, share, cost['tokens']])
+    rows.append([stage, cost['seconds'], flops, share, cost['tokens'], f'{stage}.pt'])
 if rows:
-    parts.append(markdown(['cost of training', 'seconds', 'FLOPs', 'share', 'tokens'], rows))
+    head = ['cost of training', 'seconds', 'FLOPs', 'share', 'tokens', 'source']
+    sections.append(dict(title='Cost', source=f'checkpoints in {out_dir}', head=head, rows=rows))
 
 rows = []
-for key, judges in JUDGES.items():
+for key, judges_of_pairs in JUDGES.items():
     if key in costs.get('reward', {}):
-        rows.append([judges, f'{costs["reward"][key]:.1%}'])
+        rows.append([judges_of_pairs, f'{costs["reward"][key]:.1%}'])
 if rows:
-    parts.append(markdown(['who prefers the same one of two answers', 'agreement'], rows))
+    head = ['who prefers the same one of two answers', 'agreement']
+    sections.append(dict(title='The reward model', source='reward.pt', head=head, rows=rows))
 
+if torch.cuda.is_available():
+    processor = torch.cuda.get_device_name()
+else:
+    processor = platform.processor() or platform.machine()
+rows = [['device', str(run.device)], ['processor', processor], ['cores', str(os.cpu_count())],
+        ['processes', str(run.world_size)], ['system', platform.platform()],
+        ['Python', platform.python_version()], ['PyTorch', torch.__version__], ['seed', str(seed)]]
+hardware = dict(title='Hardware of this evaluation', source='eval.py', head=['what', 'value'],
+                rows=rows)
+
+settings['eval'] = config
+names = {} # of all settings, in the order of their first appearance
+for values in settings.values():
+    names.update(values)
+rows = []
+for name in names:
+    rows.append([name, *[str(values.get(name, '')) for values in settings.values()]])
+all_settings = dict(title='Settings', source=f'checkpoints in {out_dir}',
+                    head=['setting', *settings], rows=rows)
+
+# the same few prompts for all models
+samples = []
 if all_answers:
-    parts.append('## Answers to the same prompts')
     for i in np.random.default_rng(seed).permutation(len(prompts))[:6]:
-        question = prompts[i]['messages'][-1]['content'].replace('\n', ' ')
-        lines = [f'**{question}**', ''] # a list begins after an empty line
-        for name, answers in all_answers.items():
-            answer = answers[i]
+        row = [prompts[i]['messages'][-1]['content']]
+        for answers in all_answers.values():
             verdict = ''
-            if 'all_met' in answer:
-                verdict = ' (all checks met)' if answer['all_met'] else ' (not all checks met)'
-            text = ' '.join(answer['text'].split()) # on one line
-            lines.append(f'- {name}{verdict}: {text}')
-        parts.append('\n'.join(lines))
+            if 'all_met' in answers[i]:
+                verdict = 'all checks met: ' if answers[i]['all_met'] else 'not all checks met: '
+            row.append(verdict + answers[i]['text'])
+        samples.append([' '.join(text.split()) for text in row]) # each on one line
 
 # -----------------------------------------------------------------------------
 # the curves of all stages, drawn as SVG
@@ -752,7 +919,8 @@ CELL_WIDTH = 48 + WIDTH + 92    # numbers on the left, labels on the right
 CELL_HEIGHT = 32 + HEIGHT + 24  # title above, steps below
 LABEL_GAP = 13                  # least distance of two labels in pixels; letters are 11 high
 COLOURS = ['#2563eb', '#dc2626', '#059669', '#b45309', '#9333ea', '#0e7490']
-DOTS = 'best of n'              # a curve of this name is drawn as dots
+DOTS = 'best of n'              # a curve of this name is drawn as dots,
+EXPECTED = 'expected'           # and one of this name dashed
 
 def spread(wanted, gap, lowest, highest):
     """
@@ -826,8 +994,9 @@ def draw(charts):
                     svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
                 continue
             line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
+            dashes = ' stroke-dasharray="2 3"' if label == EXPECTED else ''
             svg.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                       'stroke-width="1.5"/>')
+                       f'stroke-width="1.5"{dashes}/>')
         # each label stands at the height of its last value, or as near as the other labels allow
         heights = spread(ends, LABEL_GAP, top, bottom)
         for label, colour, y in zip(curves, itertools.cycle(COLOURS), heights):
@@ -859,18 +1028,43 @@ CHARTS = [
     dict(stage='sft', title='SFT: loss', is_log=True,
          keys={'training': 'loss', 'held-out': 'val_loss'}),
     dict(stage='reward', title='reward model: held-out accuracy',
-         keys={'as labeller': 'val_accuracy', 'as gold': 'val_gold_accuracy'}),
+         keys={'as gold': 'val_gold_accuracy', 'as labeller': 'val_accuracy'}),
+    dict(stage='dpo', title='DPO: held-out accuracy',
+         keys={'as gold': 'val_gold_accuracy', 'as labeller': 'val_accuracy'}),
     dict(stage='rlhf', title='RLHF: score, in training',
-         keys={'reward model': 'score', 'gold score': 'gold'}),
+         keys={'gold score': 'gold', 'reward model': 'score'}),
+    dict(stage='rlhf', title='RLHF: score, held-out',
+         keys={'gold score': 'val_gold', 'reward model': 'val_score'}),
     dict(stage='rlhf', title='RLHF: KL from SFT, nats per answer', keys={'KL': 'kl'}),
     dict(stage='rlhf', title='RLHF: entropy, nats per token', keys={'entropy': 'entropy'})]
 
+# what to expect: the curves of the shipped profile, as a run of it has made them
+expected = {} # stage -> rows of its log
+for word in sys.argv[1:]:
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'curves.json')
+    if word.endswith('.py') and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            expected = json.load(f).get(os.path.basename(word), expected)
+
 charts = []
+expected_rows = []
 for chart in CHARTS:
+    log = f'{chart["stage"]}.jsonl'
     curves = {label: read_curve(chart['stage'], key) for label, key in chart['keys'].items()}
     curves = {label: curve for label, curve in curves.items() if curve[0]} # without empty ones
-    if curves:
-        charts.append(dict(chart, curves=curves))
+    if not curves:
+        continue
+    label, key = list(chart['keys'].items())[-1] # the curve that has an expectation
+    rows = [row for row in expected.get(chart['stage'], []) if key in row]
+    if rows and label in curves:
+        expected_rows.append([chart['title'], label, rows[-1][key], curves[label][1][-1],
+                              f'{log}: {key}'])
+        curves[EXPECTED] = ([row['step'] for row in rows], [row[key] for row in rows])
+    charts.append(dict(chart, curves=curves, source=f'{log}: {", ".join(chart["keys"].values())}'))
+if expected_rows:
+    sections.insert(1, dict(
+        title='What to expect', source='config/curves.json, and the logs',
+        head=['curve', 'line', 'expected at the end', 'this run', 'source'], rows=expected_rows))
 
 # Over-optimisation (Gao et al. 2022): the farther a policy moves from the SFT model, the better the
 # reward model likes it, but the gold score falls again. A line for each run of rlhf.py in
@@ -898,7 +1092,8 @@ def over_optimisation(runs):
             place = BEST_HEAD.index(column)
             curves[DOTS] = ([get_root(row[1]) for row in bests], [row[place] for row in bests])
         if curves:
-            found.append(dict(title=title, x='√KL', curves=curves))
+            source = f'overoptimise/*/rlhf.jsonl: val_kl, {key}'
+            found.append(dict(title=title, x='√KL', curves=curves, source=source))
     return found
 
 runs = []
@@ -908,20 +1103,76 @@ for path in sorted(paths, key=os.path.dirname):
 over_optimised = over_optimisation(runs)
 
 # -----------------------------------------------------------------------------
+# report.html: one page that needs no other file. A model may say anything, so all texts are escaped.
+STYLE = '''
+:root { color-scheme: light dark }
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1140px; margin: auto; padding: 0 1em 3em }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .2em .6em; border-bottom: 1px solid #8886; text-align: right; vertical-align: top }
+th:first-child, td:first-child, .samples th, .samples td { text-align: left }
+.samples td { min-width: 9em; overflow-wrap: anywhere }
+.source { color: #888; font-size: 13px; margin: .3em 0 }
+.charts { display: flex; flex-wrap: wrap; gap: 1em }
+figure { margin: 0; max-width: 100% }
+svg { max-width: 100%; height: auto }
+@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }
+'''
+
+def html_section(section, kind=''):
+    """A section as HTML: title, table, source. kind: a class of STYLE for the table."""
+    lines = [f'<h2>{html.escape(section["title"])}</h2>', f'<div class="wide"><table class="{kind}">']
+    for tag, rows in (('th', [section['head']]), ('td', section['rows'])):
+        for row in rows:
+            cells = [f'<{tag}>{html.escape(show(value))}</{tag}>' for value in row]
+            lines.append(f'<tr>{"".join(cells)}</tr>')
+    lines.append(f'</table></div><p class="source">Source: {html.escape(section["source"])}</p>')
+    return '\n'.join(lines)
+
+def html_page(drawn):
+    """The whole report as a page. drawn: charts, with their sources."""
+    head = ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Report</title><meta '
+            f'name="viewport" content="width=device-width"><style>{STYLE}</style>')
+    lines = [head, f'<h1>Report on {html.escape(out_dir)}</h1>']
+    lines += [html_section(section) for section in sections[:2]]
+    lines.append('<h2>Curves</h2><div class="charts">')
+    for chart in drawn:
+        caption = f'<figcaption class="source">{html.escape(chart["source"])}</figcaption>'
+        lines.append(f'<figure>{draw([chart])}{caption}</figure>')
+    lines.append('</div>')
+    lines += [html_section(section) for section in sections[2:]]
+    if samples:
+        answers = dict(title='Answers to the same prompts', source='prompts_val.jsonl',
+                       head=['prompt', *all_answers], rows=samples)
+        lines.append(html_section(answers, 'samples'))
+    lines += [html_section(hardware), html_section(all_settings)]
+    return '\n'.join(lines) + '\n</html>\n'
+
+# -----------------------------------------------------------------------------
 # write the files
 if run.master:
-    if charts:
-        parts.insert(1, '![curves of all stages](curves.svg)')
-        write_text(os.path.join(out_dir, 'curves.svg'), draw(charts))
-    if over_optimised:
-        parts.insert(2, '![over-optimisation](overoptimise.svg)')
-        write_text(os.path.join(out_dir, 'overoptimise.svg'), draw(over_optimised))
-    numbers = dict(table=table, best_of_n=[dict(zip(BEST_HEAD, row)) for row in best_rows],
-                   costs=costs, config=config)
+    parts = ['# Report']
+    for name, drawn in (('curves.svg', charts), ('overoptimise.svg', over_optimised)):
+        if drawn:
+            parts.append(f'![{name}]({name})')
+            write_text(os.path.join(out_dir, name), draw(drawn))
+    for section in sections:
+        parts.append(f'## {section["title"]}')
+        parts.append(markdown(section['head'], section['rows']))
+        parts.append(f'Source: {section["source"]}')
+    for question, *texts in samples:
+        lines = [f'**{question}**', ''] # a list begins after an empty line
+        for name, text in zip(all_answers, texts):
+            lines.append(f'- {name}: {text}')
+        parts.append('\n'.join(lines))
+    best_of_n = [dict(zip(BEST_HEAD, row)) for row in best_rows]
+    numbers = dict(table=table, best_of_n=best_of_n, preferences=preferences, costs=costs,
+                   config=config)
     write_text(os.path.join(out_dir, 'report.json'), json.dumps(numbers, indent=1) + '\n')
+    write_text(os.path.join(out_dir, 'report.html'), html_page(charts + over_optimised))
     text = '\n\n'.join(parts) + '\n'
     path = os.path.join(out_dir, 'report.md')
     write_text(path, text)
     seconds = time.time() - started
-    print(f'\n{text}\nwritten to {path} in {seconds:.0f} s')
+    print(f'\n{text}\nwritten to {path} and report.html in {seconds:.0f} s')
 cleanup(run)
