@@ -738,7 +738,7 @@ def ask_person(n_asked):
         texts = [all_answers[name][i]['text'] for name in pair]
         print(f'\n{number + 1} of {ask}:', prompts[i]['messages'][-1]['content'])
         print(f'  a) {texts[0]}\n  b) {texts[1]}')
-        reply = ''
+        reply = '=' if texts[0] == texts[1] else '' # nobody needs to be asked
         while reply not in ('a', 'b', '=', 's', 'q'):
             try:
                 reply = input('> ').strip().lower()
@@ -757,20 +757,18 @@ def ask_person(n_asked):
             f.write(line.encode('utf-8', 'replace'))
 
 def read_verdicts():
-    """The rounds of get_rounds from the verdicts of people on the models of this report, (R, M, M)."""
+    """The verdicts of people on the models of this report, as rounds (R, M, M), see get_rounds."""
     names = list(all_answers)
-    rounds = np.zeros((0, len(names), len(names)))
+    rounds = []
     for line, row in read_jsonl(ab_path, is_log=True) if os.path.exists(ab_path) else []:
-        try:
+        if set(row.get('models', [])) <= set(names): # others may have been judged, too
             first, second = [names.index(name) for name in row['models']]
-            points = {0: 1.0, 1: 0.0, None: 0.5}[row['winner']]
-        except (KeyError, TypeError, ValueError): # models that are not in this report
-            continue
-        played = np.zeros((1, len(names), len(names)))
-        played[0, first, second] = points
-        played[0, second, first] = 1 - points
-        rounds = np.concatenate([rounds, played])
-    return rounds
+            points = {0: 1.0, 1: 0.0}.get(row['winner'], 0.5)
+            played = np.zeros((len(names), len(names)))
+            played[first, second] = points
+            played[second, first] = 1 - points
+            rounds.append(played)
+    return np.array(rounds)
 
 judges = {} # name -> rounds (R, M, M)
 if len(all_answers) > 1:
@@ -784,43 +782,35 @@ if len(all_answers) > 1:
     if len(read_verdicts()) > 0:
         judges['people'] = read_verdicts()
 
+def describe_share(points, games):
+    """-> the cell of a table: the share of points, with its Wilson interval."""
+    if games == 0:
+        return None
+    return f'{points / games:.0%} ({show(wilson(points / games, games))})'
+
 preferences = {} # judge -> rows of a table
 for judge, rounds in judges.items():
-    ratings, intervals = elo(rounds)
+    ratings, limits = elo(rounds)
     points = rounds.sum(0)                                               # (M, M)
     games = points + points.T
     rows = []
     for i, name in enumerate(all_answers):
-        cells = []
-        for j in range(len(points)):
-            cell = None
-            if games[i, j] > 0:
-                share = points[i, j] / games[i, j]
-                cell = f'{share:.0%} ({show(wilson(share, games[i, j]))})'
-            cells.append(cell)
-        interval = ' to '.join(f'{limit:.0f}' for limit in intervals[:, i])
-        rows.append([name, f'{ratings[i]:.0f}', interval, *cells])
+        shares = [describe_share(points[i, j], games[i, j]) for j in range(len(points))]
+        rows.append([name, f'{ratings[i]:.0f}', f'{limits[0, i]:.0f} to {limits[1, i]:.0f}', *shares])
     preferences[judge] = rows
 
 # -----------------------------------------------------------------------------
 # the report: sections, each a dict(title, source, head, rows)
-# where the numbers of a measure come from; all others come from the answers to the prompts
-SOURCES = {'bits per byte': 'val_*.bin', 'reward model': 'prompts_val.jsonl, reward.pt'}
-for benchmark in questions:
-    SOURCES[benchmark] = f'benchmarks/{benchmark}.jsonl'
-
 measures = {} # all measures of all models, in the order of their first appearance
 for column in table.values():
     measures.update(column)
 rows = []
 for measure in measures:
-    source = 'prompts_val.jsonl'
-    for start, path in SOURCES.items():
-        if measure.startswith(start):
-            source = path
-    rows.append([measure, *[column.get(measure) for column in table.values()], source])
-sections = [dict(title='Results', source=f'{data_dir}, and checkpoints in {out_dir}',
-                 head=['measure', *table, 'source'], rows=rows)]
+    rows.append([measure, *[column.get(measure) for column in table.values()]])
+sections = [dict(
+    title='Results', head=['measure', *table], rows=rows,
+    source=f'checkpoints in {out_dir}; in {data_dir}: val_*.bin for bits per byte, benchmarks/*.jsonl '
+           'under their names, prompts_val.jsonl for all else; reward.pt where the reward model judges')]
 if best_rows:
     sections.append(dict(
         title='Best of n: what RLHF has to beat', head=BEST_HEAD, rows=best_rows,
@@ -856,28 +846,26 @@ rows = []
 for stage, cost in costs.items():
     flops = f'{cost["flops"]:.2e}'
     share = f'{cost["flops"] / total:.1%}'
-    rows.append([stage, cost['seconds'], flops, share, cost['tokens'], f'{stage}.pt'])
+    rows.append([stage, cost['seconds'], flops, share, cost['tokens']])
 if rows:
-    head = ['cost of training', 'seconds', 'FLOPs', 'share', 'tokens', 'source']
-    sections.append(dict(title='Cost', source=f'checkpoints in {out_dir}', head=head, rows=rows))
+    head = ['cost of training', 'seconds', 'FLOPs', 'share', 'tokens']
+    sections.append(dict(title='Cost', source=f'STAGE.pt in {out_dir}', head=head, rows=rows))
 
 rows = []
-for key, judges_of_pairs in JUDGES.items():
+for key, who in JUDGES.items():
     if key in costs.get('reward', {}):
-        rows.append([judges_of_pairs, f'{costs["reward"][key]:.1%}'])
+        rows.append([who, f'{costs["reward"][key]:.1%}'])
 if rows:
     head = ['who prefers the same one of two answers', 'agreement']
     sections.append(dict(title='The reward model', source='reward.pt', head=head, rows=rows))
 
-if torch.cuda.is_available():
+processor = platform.processor() or platform.machine()
+if run.device_type == 'cuda':
     processor = torch.cuda.get_device_name()
-else:
-    processor = platform.processor() or platform.machine()
-rows = [['device', str(run.device)], ['processor', processor], ['cores', str(os.cpu_count())],
-        ['processes', str(run.world_size)], ['system', platform.platform()],
-        ['Python', platform.python_version()], ['PyTorch', torch.__version__], ['seed', str(seed)]]
-hardware = dict(title='Hardware of this evaluation', source='eval.py', head=['what', 'value'],
-                rows=rows)
+hardware = dict(title='Hardware of this evaluation', source='eval.py', head=['what', 'value'], rows=[
+    ['device', f'{run.world_size} x {run.device}'], ['processor', processor],
+    ['cores', str(os.cpu_count())], ['system', platform.platform()],
+    ['Python', platform.python_version()], ['PyTorch', torch.__version__], ['seed', str(seed)]])
 
 settings['eval'] = config
 names = {} # of all settings, in the order of their first appearance
@@ -994,12 +982,14 @@ def draw(charts):
                     svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>')
                 continue
             line = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
-            dashes = ' stroke-dasharray="2 3"' if label == EXPECTED else ''
-            svg.append(f'<polyline points="{line}" fill="none" stroke="{colour}" '
-                       f'stroke-width="1.5"{dashes}/>')
+            style = f'stroke="{colour}" stroke-width="1.5"'
+            if label == EXPECTED:
+                style = 'stroke="#777" stroke-dasharray="2 3"'
+            svg.append(f'<polyline points="{line}" fill="none" {style}/>')
         # each label stands at the height of its last value, or as near as the other labels allow
         heights = spread(ends, LABEL_GAP, top, bottom)
         for label, colour, y in zip(curves, itertools.cycle(COLOURS), heights):
+            colour = '#777' if label == EXPECTED else colour
             write(right + 5, y + 4, label, f'fill="{colour}"') # + 4: half the height of a letter
 
     width = min(len(charts), CHARTS_PER_ROW) * CELL_WIDTH
@@ -1057,14 +1047,14 @@ for chart in CHARTS:
     label, key = list(chart['keys'].items())[-1] # the curve that has an expectation
     rows = [row for row in expected.get(chart['stage'], []) if key in row]
     if rows and label in curves:
-        expected_rows.append([chart['title'], label, rows[-1][key], curves[label][1][-1],
-                              f'{log}: {key}'])
+        measure = f'{chart["title"]}, {label}'
+        expected_rows.append([measure, rows[-1][key], curves[label][1][-1], f'{log}: {key}'])
         curves[EXPECTED] = ([row['step'] for row in rows], [row[key] for row in rows])
     charts.append(dict(chart, curves=curves, source=f'{log}: {", ".join(chart["keys"].values())}'))
 if expected_rows:
     sections.insert(1, dict(
         title='What to expect', source='config/curves.json, and the logs',
-        head=['curve', 'line', 'expected at the end', 'this run', 'source'], rows=expected_rows))
+        head=['at the end of', 'expected', 'this run', 'source'], rows=expected_rows))
 
 # Over-optimisation (Gao et al. 2022): the farther a policy moves from the SFT model, the better the
 # reward model likes it, but the gold score falls again. A line for each run of rlhf.py in
@@ -1164,7 +1154,7 @@ if run.master:
         lines = [f'**{question}**', ''] # a list begins after an empty line
         for name, text in zip(all_answers, texts):
             lines.append(f'- {name}: {text}')
-        parts.append('\n'.join(lines))
+        parts.append(html.escape('\n'.join(lines), quote=False)) # Markdown may hold HTML
     best_of_n = [dict(zip(BEST_HEAD, row)) for row in best_rows]
     numbers = dict(table=table, best_of_n=best_of_n, preferences=preferences, costs=costs,
                    config=config)
