@@ -383,17 +383,16 @@ def reward_scores(model, tok, prompts, texts, label=''):
     for prompt, text in zip(prompts, texts):
         said = dict(role='assistant', content=text)
         ids, mask = tok.render([*prompt['messages'], said])
-        rows.append(ids[-model.config.block_size:])
-    rows = rows[run.rank::run.world_size]
-    scores = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    for batch in in_batches(order, f'{label}: reading answers'):
-        batch_rows = [rows[i] for i in batch]
+        rows.append(tuple(ids[-model.config.block_size:]))
+    different = sorted(set(rows), key=lambda row: (len(row), row)) # answers repeat: read them once
+    scores = []
+    for batch in in_batches(different[run.rank::run.world_size], f'{label}: reading answers'):
         with run.autocast():
-            values = model(pad_right(batch_rows, tok.pad, run.device))   # (B, T)
-        for i, value in zip(batch, last_token(values, batch_rows).tolist()):
-            scores[i] = value
-    return all_gather_list(scores, run)
+            x = pad_right([list(row) for row in batch], tok.pad, run.device)
+            values = model(x)                                            # (B, T)
+        scores += last_token(values, batch).tolist()
+    score_of = dict(zip(different, all_gather_list(scores, run)))
+    return [score_of[row] for row in rows]
 
 def grade_all(prompts, texts):
     """
@@ -859,23 +858,12 @@ if rows:
     head = ['who prefers the same one of two answers', 'agreement']
     sections.append(dict(title='The reward model', source='reward.pt', head=head, rows=rows))
 
+settings['eval'] = config
 processor = platform.processor() or platform.machine()
 if run.device_type == 'cuda':
     processor = torch.cuda.get_device_name()
-hardware = dict(title='Hardware of this evaluation', source='eval.py', head=['what', 'value'], rows=[
-    ['device', f'{run.world_size} x {run.device}'], ['processor', processor],
-    ['cores', str(os.cpu_count())], ['system', platform.platform()],
-    ['Python', platform.python_version()], ['PyTorch', torch.__version__], ['seed', str(seed)]])
-
-settings['eval'] = config
-names = {} # of all settings, in the order of their first appearance
-for values in settings.values():
-    names.update(values)
-rows = []
-for name in names:
-    rows.append([name, *[str(values.get(name, '')) for values in settings.values()]])
-all_settings = dict(title='Settings', source=f'checkpoints in {out_dir}',
-                    head=['setting', *settings], rows=rows)
+hardware = (f'{run.world_size} x {run.device} ({processor}), {os.cpu_count()} cores, '
+            f'{platform.platform()}, Python {platform.python_version()}, PyTorch {torch.__version__}')
 
 # the same few prompts for all models
 samples = []
@@ -1135,7 +1123,9 @@ def html_page(drawn):
         answers = dict(title='Answers to the same prompts', source='prompts_val.jsonl',
                        head=['prompt', *all_answers], rows=samples)
         lines.append(html_section(answers, 'samples'))
-    lines += [html_section(hardware), html_section(all_settings)]
+    lines.append(f'<h2>Settings, hardware, seed</h2><p>Evaluated with seed {seed} on '
+                 f'{html.escape(hardware)}. The settings of each stage, from its checkpoint:</p>'
+                 f'<pre>{html.escape(json.dumps(settings, indent=1))}</pre>')
     return '\n'.join(lines) + '\n</html>\n'
 
 # -----------------------------------------------------------------------------

@@ -25,4 +25,4 @@ rlhf = dict(
     ppo_epochs=2, learning_rate=3e-4, kl_coef=0.05, eval_interval=8, sample_interval=8)
 
 # 80 tokens are more than a good answer needs: a model that does not stop should be seen
-eval = dict(sample_batch=256, max_new_tokens=80)
+eval = dict(n_prompts=200, pool_prompts=75, sample_batch=256, max_new_tokens=80)

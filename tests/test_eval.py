@@ -465,13 +465,13 @@ def test_report(trained, scripts, tmp_path):
     assert re.search(r'reward model and labeller +\| +80\.0%', text) and re.search(r'asked twice +\| +85\.0%', text)
     assert '33.3%' in text # each of the three has a third of the FLOPs
     svg = (out / 'curves.svg').read_text(encoding='utf-8')
-    assert svg.startswith('<svg') and '![curves of all stages](curves.svg)' in text
+    assert svg.startswith('<svg') and '![curves.svg](curves.svg)' in text
     # of the reward model's two kinds of accuracy only the held-out ones are drawn; and what to expect of both stages
     assert len(boxes(svg)[1]) == 4 + 2 and svg.count('stroke-dasharray') == 2 and '>step 1,500<' in svg
     page = (out / 'report.html').read_text(encoding='utf-8')
     check_page(page, ['Results', 'What to expect', 'Curves', 'Best of n: what RLHF has to beat',
                       'Preference, by gold score', 'Preference, by reward model', 'Cost', 'The reward model',
-                      'Answers to the same prompts', 'Hardware of this evaluation', 'Settings'])
+                      'Answers to the same prompts', 'Settings, hardware, seed'])
     assert html.escape(hack) in page and page.count('<figure>') == 2 + 2
     expected = json.loads((ROOT / 'config' / 'curves.json').read_text(encoding='utf-8'))['tiny.py']
     assert f'<td>{expected["base"][-1]["val_loss"]:.3f}</td><td>5.600</td>' in page # beside what was got
@@ -502,7 +502,7 @@ def check_page(text, titles):
     page.feed(text)
     assert page.open == [] and page.titles == titles
     assert re.findall(r'https?://(?!www\.w3\.org/2000/svg)', text) == [] and 'url(' not in text
-    assert text.count('</table></div><p class="source">Source: ') == len(titles) - 1 # all but the curves, which have their own
+    assert text.count('</table></div><p class="source">Source: ') == len(titles) - 2 # curves and settings name theirs
 
 def test_a_model_against_itself(trained, scripts, tmp_path):
     """An rlhf.pt with the weights of sft.pt says the same: half of the points, no KL, no width."""
@@ -546,6 +546,7 @@ def test_what_is_missing_is_left_out(trained, scripts, tmp_path):
 def test_two_processes_are_one(trained, scripts, tmp_path):
     """Greedy answers, so that both runs have the same ones."""
     shutil.copy(trained.out / 'sft.pt', tmp_path)
+    shutil.copy(trained.out / 'reward.pt', tmp_path)
     ckpt = torch.load(trained.out / 'base.pt', weights_only=True)
     torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'rlhf.pt')
     one = run_eval(scripts, trained, tmp_path, '--temperature=0')['table']['rlhf']
