@@ -12,7 +12,7 @@ Writes  out_dir/report.html, report.md, report.json, curves.svg, overoptimise.sv
 CPU        $ python eval.py config/tiny.py
 one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 8 GPUs     $ torchrun --standalone --nproc_per_node=8 eval.py config/d20.py
-you judge  $ python eval.py config/tiny.py --ask=20
+you judge  $ python eval.py config/tiny.py --judge_pairs=20
 
 bits per byte  loss on the validation documents. It can be compared across tokenizers
 benchmarks     fraction of questions answered correctly; in brackets: what guessing would give
@@ -77,7 +77,7 @@ max_questions = 500         # questions per benchmark; 0 = all
 val_tokens = 100000         # validation tokens for bits per byte; 0 = skip
 n_prompts = 300             # held-out prompts to answer; 0 = skip
 pool_prompts = 100          # of these, prompts that get many answers each, for best-of-n; 0 = skip
-ask = 0                     # pairs of answers that you compare, without knowing who gave them
+judge_pairs = 0             # pairs of answers that you compare, without knowing who gave them
 # sampling
 max_new_tokens = 64         # longest answer, in tokens
 temperature = 1.0           # 1 samples from the model's own distribution, 0 is greedy
@@ -94,7 +94,7 @@ config = configure(globals())
 # device and checkpoints
 for name in ('batch_size', 'sample_batch', 'max_new_tokens'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('max_questions', 'val_tokens', 'n_prompts', 'pool_prompts', 'ask',
+for name in ('max_questions', 'val_tokens', 'n_prompts', 'pool_prompts', 'judge_pairs',
              'progress_seconds'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 # dividing the logits by a tiny temperature would overflow
@@ -102,7 +102,8 @@ is_usable = temperature == 0 or temperature >= 0.01
 assert is_usable, f'temperature must be 0 (greedy) or at least 0.01, not {temperature}'
 
 run = setup(config)
-assert ask == 0 or run.world_size == 1, f'--ask={ask} needs one process, not torchrun'
+is_alone = judge_pairs == 0 or run.world_size == 1
+assert is_alone, f'--judge_pairs={judge_pairs} needs one process, not torchrun'
 started = time.time()
 
 checkpoints = {}
@@ -731,11 +732,11 @@ def ask_person(n_asked):
     """
     rng = np.random.default_rng((seed, n_asked)) # other pairs than the last time
     print('Which answer is better? a, b, = (equally good), s (skip), q (stop)')
-    for number in range(ask):
+    for number in range(judge_pairs):
         i = int(rng.integers(len(prompts)))
         pair = rng.permutation(list(all_answers))[:2].tolist() # blind, so in random order
         texts = [all_answers[name][i]['text'] for name in pair]
-        print(f'\n{number + 1} of {ask}:', prompts[i]['messages'][-1]['content'])
+        print(f'\n{number + 1} of {judge_pairs}:', prompts[i]['messages'][-1]['content'])
         print(f'  a) {texts[0]}\n  b) {texts[1]}')
         reply = '=' if texts[0] == texts[1] else '' # nobody needs to be asked
         while reply not in ('a', 'b', '=', 's', 'q'):
@@ -771,7 +772,7 @@ def read_verdicts():
 
 judges = {} # name -> rounds (R, M, M)
 if len(all_answers) > 1:
-    if ask > 0:
+    if judge_pairs > 0:
         ask_person(len(read_verdicts()))
     # programs score each answer by itself, so the order of the two cannot sway them
     if checked:

@@ -562,7 +562,7 @@ def test_a_person_compares_answers(trained, scripts, tmp_path):
         shutil.copy(trained.out / f'{name}.pt', tmp_path)
     flags = (trained.profile, f'--data_dir={trained.data}', f'--out_dir={tmp_path}', '--val_tokens=0', '--pool_prompts=0',
              '--benchmarks=greedy', '--max_new_tokens=8')
-    done = scripts.ok('eval.py', *flags, '--ask=20', stdin='maybe\na\nb\ns\n=\nA\nq\n')
+    done = scripts.ok('eval.py', *flags, '--judge_pairs=20', stdin='maybe\na\nb\ns\n=\nA\nq\n')
     path = tmp_path / 'preferences_ab.jsonl'
     rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
     given = [row for row in rows if row['completions'][0] != row['completions'][1]] # equal ones are ties, not asked
@@ -578,7 +578,7 @@ def test_a_person_compares_answers(trained, scripts, tmp_path):
     assert share.startswith(f'{points / len(rows):.0%} (')
     reads = definitions('reward.py', tok=trained.tok).read_example
     assert [reads(row).places.tolist() for row in given] == [[0, 1], [0, 1], [0, 0], [0, 1]]
-    scripts.fails('ask', 'eval.py', *flags, '--ask=-1')
+    scripts.fails('judge_pairs', 'eval.py', *flags, '--judge_pairs=-1')
 
 SAID = dict(role='assistant', content='owl')
 
