@@ -760,7 +760,8 @@ def read_verdicts():
     """The verdicts of people on the models of this report, as rounds (R, M, M), see get_rounds."""
     names = list(all_answers)
     rounds = []
-    for line, row in read_jsonl(ab_path, is_log=True) if os.path.exists(ab_path) else []:
+    rows = read_jsonl(ab_path, is_log=True) if os.path.exists(ab_path) else []
+    for line, row in rows:
         if set(row.get('models', [])) <= set(names): # others may have been judged, too
             first, second = [names.index(name) for name in row['models']]
             points = {0: 1.0, 1: 0.0}.get(row['winner'], 0.5)
@@ -956,7 +957,8 @@ def draw(charts):
         write(left - 4, bottom, f'{low:.3g}', 'text-anchor="end"')
         write(right, bottom + 14, f'{chart.get("x", "step")} {round(last_x, 2):,}',
               'text-anchor="end"')
-        for tick in get_ticks(low, high) if is_log else []:
+        ticks = get_ticks(low, high) if is_log else []
+        for tick in ticks:
             y = height_of(tick)
             if top + 9 + LABEL_GAP <= y + 4 <= bottom - LABEL_GAP: # beside no other number
                 write(left - 4, y + 4, f'{tick:.3g}', 'text-anchor="end"')
