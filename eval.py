@@ -26,7 +26,7 @@ KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(
 
 A base model knows no chat template. It gets the words of the prompt as the start of a document.
 
-Left out: few-shot examples; benchmarks with sampled answers (GSM8K, HumanEval); human judges.
+Left out: few-shot examples; sampled benchmarks (GSM8K, HumanEval); a language model as judge.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import glob
