@@ -363,7 +363,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
     is_static = device.type in STATIC_DEVICES
     make_steps = static_steps if is_static else plain_steps
     steps = make_steps(model, cache, idx, first, next_ids)
-    # to look at ids, Python waits for the GPU, which then waits for Python: not at every step
+    # reading ids makes Python wait for the GPU, and then the GPU for Python: every 16 steps is enough
     interval = 16 if is_static and on_token is None else 1
     answers = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)      # (B,) the prompt that a row continues
@@ -399,7 +399,8 @@ STATIC_DEVICES = {'cuda'} # where generate uses static_steps
 
 def static_steps(model, cache, idx, first, next_ids):
     """plain_steps for a GPU, which runs the 250 kernels of a step faster than Python starts them. A
-    CUDA graph starts all at once, always the same on the same memory: what changes is a tensor."""
+    CUDA graph starts all of them with one call. It repeats the same kernels on the same memory, so
+    everything that changes from step to step must be a tensor."""
     if cache.n == 0: # the prompts
         idx, logits = next(plain_steps(model, cache, idx, first, next_ids))
         yield idx, logits
@@ -928,7 +929,7 @@ def save_checkpoint(path, stage, weights, model_args, tok, config, step, metrics
     finite = all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
     assert finite, f'this run has diverged: {metrics}: lower --learning_rate; {path} is unchanged'
     weights = {name: tensor.float().cpu() for name, tensor in weights.items()}
-    if model_args['tie_embeddings'] and 'wte.weight' in weights: # copies must not be saved twice
+    if model_args['tie_embeddings'] and 'wte.weight' in weights: # .cpu() may have made two copies of it
         weights['head.weight'] = weights['wte.weight']
     save_tensors(path, dict(stage=stage, weights=weights, model_args=model_args,
                             tokenizer=tok.spec, config=config, step=step, metrics=metrics))

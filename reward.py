@@ -261,7 +261,7 @@ def read_rankings(path):
     taken_back = [row['undo'] for _, row in rows if 'undo' in row]
     for line, row in rows:
         if row in taken_back:
-            taken_back.remove(row) # another session may have said the same
+            taken_back.remove(row) # one only: the same verdict may be given twice
         elif 'undo' not in row:
             yield line, row
 
@@ -489,7 +489,9 @@ def ask_person(answered):
     while waiting:
         row = waiting.pop(0)
         print(f'\n{len(waiting)} left:', row['messages'][-1]['content'])
-        shown = sorted(range(len(row['completions'])), reverse='repeat' in row)
+        shown = list(range(len(row['completions'])))
+        if 'repeat' in row:
+            shown.reverse()
         for letter, i in zip(LETTERS, shown):
             print(f'  {letter}) {row["completions"][i]}')
         verdict = read_verdict(shown)
@@ -500,7 +502,7 @@ def ask_person(answered):
             if len(verdicts) > n_old:
                 row = verdicts.pop()
                 append_row(path, dict(undo=row)) # a new file could lose what others append now
-                again = {**row, 'repeat': row['ranking']}
+                again = {**row, 'repeat': row['ranking']} # its planned repetition goes, too
                 waiting = [row] + [other for other in waiting if other != again]
         elif verdict != 's':
             row = {**row, 'ranking': verdict, 'judge': 'human'}
@@ -515,12 +517,12 @@ def agreement(one, two):
     share ordered alike and kappa (Cohen 1960): 1 if all are, 0 if as many as by chance."""
     alike = (one.sign() == two.sign()).float().mean().item()
     ties = [(margins == 0).float().mean().item() for margins in (one, two)]
-    # read both ways, each pair that is not tied is once "better" and once "worse"
-    chance = ties[0] * ties[1] + 2 * (1 - ties[0]) / 2 * (1 - ties[1]) / 2
+    # by chance: both say "tie", or both say "not tied" and then agree in half of the pairs
+    chance = ties[0] * ties[1] + (1 - ties[0]) * (1 - ties[1]) / 2
     return alike, (alike - chance) / max(1e-9, 1 - chance)
 
 def compare(verdicts):
-    """Print how often a person agrees with a first verdict, the labeller, the last reward model."""
+    """Print how often people agree with their own first verdicts, and with other judges."""
     firsts = [row for row in verdicts if 'repeat' not in row]
     repeats = [row for row in verdicts if 'repeat' in row]
     before = []

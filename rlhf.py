@@ -29,8 +29,8 @@ model are frozen. One update has six phases:
     4. rewards: each token gets -kl_coef * (logprob - ref_logprob), the last one also the score
     5. advantages: was the answer, or this token of it, better than expected?
     6. learn: several epochs of minibatches; tokens with positive advantages become more likely
-The algorithms differ in phase 5, in what is expected, and in a few lines of the loss: see
-get_advantages and get_loss. Only PPO has a critic.
+The algorithms differ mainly in phase 5: each has another expectation, see get_advantages. A few
+lines of get_loss differ, too: GRPO has its KL penalty there. Only PPO has a critic.
 
 Shapes: B answers (responses), P tokens of a prompt (query), R tokens of its answer, T the largest
 P + R of a batch, C n_embd, V vocab_size. The logits at one token predict the next token. So tensors
@@ -50,10 +50,10 @@ missing. `grep 'PPO detail' rlhf.py` lists the details that decide whether PPO w
 prints one answer as such a table, and answers the same prompts at each evaluation.
 
 What to watch                  healthy               sick
-    gold, while score rises    rises too             falls: the policy exploits the reward model
+    gold (checks), and score   both rise             falls: the policy exploits the reward model
     kl, in nats per answer     grows to 2 .. 20      beyond: raise kl_coef
     explained_variance         above 0, rising       below 0: the critic is worse than a constant
-    ratio_gap_first            0                     not 0: sampling and learning disagree
+    ratio_gap_first            0, up to rounding     not 0: phases 2 and 6 disagree
     ended                      above 0.95            below: raise missing_end_penalty
     duplicates, entropy        change slowly         all answers become one
 
@@ -97,10 +97,10 @@ group_std = True            # grpo: divide by the standard deviation of the grou
 length_norm = True          # grpo: divide the loss of an answer by its length
 critic = 'separate'         # ppo: separate, a model of its own; shared, a head on the actor
 # reward
-reward = 'model'            # model: the reward model scores; checks: a program; both: the sum
+reward = 'model'            # model: its score; checks: 1 if all are met, else 0; both: the sum
 score_clip = 0.0            # clip the scores to this distance from 0; 0 = off
 missing_end_penalty = 1.0   # subtracted from the score of an answer without <|end|>
-kl_coef = 0.05              # KL penalty coefficient (reward per nat of KL from the SFT model)
+kl_coef = 0.05              # KL penalty coefficient (reward per nat of KL from the reference)
 kl_target = 0.0             # adapt kl_coef to reach this KL, in nats per answer; 0 = off
 kl_horizon = 10000          # number of answers over which kl_coef adapts
 # rollout
@@ -109,14 +109,14 @@ batch_size = 64             # answers per update, on each process
 max_new_tokens = 64         # maximum length of an answer, in tokens
 temperature = 1.0           # sampling temperature; also used for all log-probabilities
 # learning
-ppo_epochs = 4              # passes over the answers of one update
+ppo_epochs = 4              # passes over the answers of one update; use 1 with reinforce
 minibatch_size = 64         # answers per optimizer step, on each process; divides batch_size
 micro_batch_size = 64       # answers per forward pass; divides minibatch_size; lower = less memory
-gamma = 1.0                 # discount factor of later rewards
-gae_lambda = 0.95           # GAE lambda: 0 = trust the critic, 1 = trust the rewards
-cliprange = 0.2             # PPO clip range for the probability ratio
-cliprange_value = 0.2       # clip range for the change of a value; 0 = off
-vf_coef = 0.1               # coefficient of the value loss
+gamma = 1.0                 # ppo: discount factor of later rewards
+gae_lambda = 0.95           # ppo: GAE lambda, 0 = trust the critic, 1 = trust the rewards
+cliprange = 0.2             # clip range for the probability ratio; not used by reinforce
+cliprange_value = 0.2       # ppo: clip range for the change of a value; 0 = off
+vf_coef = 0.1               # ppo: coefficient of the value loss
 target_kl = 0.0             # end the PPO epochs early above this KL from the old policy; 0 = off
 # optimizer
 learning_rate = 1e-5        # max learning rate
@@ -162,10 +162,9 @@ assert batch_size % minibatch_size == 0 and minibatch_size % micro_batch_size ==
     f'--minibatch_size={batch_size} --micro_batch_size={batch_size}')
 assert group_size > 1 or algo not in ('grpo', 'rloo'), (
     f'{algo} compares the answers to one prompt, so it needs more than 1: --group_size=8')
-both_sizes = math.lcm(group_size, minibatch_size)
 assert batch_size % group_size == 0, (
     f'batch_size {batch_size} must be a multiple of group_size {group_size}: '
-    f'--batch_size={math.ceil(batch_size / both_sizes) * both_sizes}')
+    f'--batch_size={math.lcm(group_size, minibatch_size)}')
 
 # -----------------------------------------------------------------------------
 # device and checkpoints
@@ -228,10 +227,7 @@ def get_order(epoch):
     return np.random.default_rng((seed, epoch)).permutation(len(train_prompts))
 
 def get_prompts(step):
-    """
-    The prompts of this process in this update, each one group_size times in a row. They depend on
-    (seed, step, rank) only.
-    """
+    """The prompts of this process in this update, each one group_size times in a row."""
     n_prompts = batch_size // group_size
     first = (step * run.world_size + run.rank) * n_prompts
     prompts = []
@@ -244,7 +240,7 @@ def get_prompts(step):
 # models
 class ActorCritic(nn.Module):
     """
-    PPO detail: actor and critic in one module, for one DDP wrapper, one optimizer, one norm.
+    PPO detail: actor and critic in one module, for one DDP wrapper and one gradient norm.
     critic: a ScalarModel; or nn.Linear(C, 1), a head on the actor's body; or None.
     """
 
@@ -261,7 +257,8 @@ class ActorCritic(nn.Module):
         if self.critic is None:
             values = torch.zeros(query_responses.shape, device=query_responses.device)
         elif isinstance(self.critic, nn.Linear):
-            values = self.critic(hidden.float()).squeeze(-1).float()
+            # as in ScalarModel: nn.Linear would compute in bf16 and round to three digits
+            values = (hidden.float() * self.critic.weight).sum(-1) + self.critic.bias
         else:
             values = self.critic(query_responses)
         return logits, values[:, :-1]                           # (N, V), (B, T-1)
@@ -285,10 +282,11 @@ def get_logprobs(logits, query_responses, response_mask):
     return zeros.masked_scatter(response_mask, logprobs)
 
 def freeze(model):
-    """No gradients. On a GPU the matrices are kept in the dtype in which autocast multiplies them."""
+    """Turn off gradients. On a GPU, keep large matrices in the dtype of autocast: less memory."""
     for p in model.parameters():
         p.requires_grad_(False)
-        if run.device_type == 'cuda' and p.dim() > 1:
+        is_large = p.dim() > 1 and len(p) > 1 # ScalarModel.head, with one row, stays in fp32
+        if run.device_type == 'cuda' and is_large:
             p.data = p.data.to(run.dtype)
     return model
 
@@ -302,7 +300,7 @@ if reward_ckpt is not None:
     reward_ckpt['model_args']['dropout'] = 0.0
     reward_model = freeze(load_model(reward_ckpt, run.device, ScalarModel))
 if algo == 'ppo' and critic == 'shared':
-    # PPO detail: the values start at 0, so the first advantages are the rewards themselves.
+    # PPO detail: the values start at 0, so the first advantages depend on the rewards only.
     value_model = nn.Linear(actor.config.n_embd, 1).to(run.device)
     nn.init.zeros_(value_model.weight)
     nn.init.zeros_(value_model.bias)
@@ -337,14 +335,12 @@ if ddp: # averages the gradients over all ranks; raw_model is the same without t
 # phases 1 to 3: roll out, log-probabilities and values, score
 def split_by_length(rows, lengths):
     """
-    Split rows (n,), indices, into micro-batches of similar length. Returns [(indices, T), ...], T the
-    largest length of each. In micro-batches of mixed lengths half of the work is on pads.
+    Sort rows (n,), indices, by length, and split them into micro-batches: [(indices, T), ...]. T is
+    the largest length in each. In micro-batches of mixed lengths half of the work is on pads.
     """
     by_length = rows[lengths[rows].argsort(stable=True)]
-    parts = []
-    for part in by_length.split(micro_batch_size):
-        parts.append((part, lengths[part].max().item()))
-    return parts
+    parts = by_length.split(micro_batch_size)
+    return [(part, lengths[part].max().item()) for part in parts]
 
 @torch.no_grad()
 def rollout(prompts):
@@ -405,23 +401,23 @@ def rollout(prompts):
         # PPO detail: EOS trick. A response is cut at <|end|>. If it has none, <|end|> is appended,
         # because the reward model has learned to score there, and phase 4 subtracts a penalty.
         # PPO detail: the reward model reads prompt and response; the score is at the last token.
-        # It reads the text that a user would see. Else the policy could please it by spelling words
-        # with other tokens, which no labeller can see.
-        shown = []
+        # It reads the decoded text, encoded again. Otherwise the policy could raise its score by
+        # spelling a word with unusual tokens, a difference that no labeller can see.
+        judged_rows = []
         for (row, _), text in zip(prompts, texts):
             answer = dict(role='assistant', content=text)
             ids, _ = tok.render(row['messages'] + [answer])     # as reward.py renders it
             if len(ids) > block_size: # the same text can take more tokens than the policy used
                 ids = ids[:block_size - 1] + [tok.end]
-            shown.append(ids)
-        shown_lengths = torch.tensor([len(row) for row in shown])
-        for part, _ in split_by_length(all_rows, shown_lengths):
-            part_rows = [shown[i] for i in part.tolist()]
+            judged_rows.append(ids)
+        judged_lengths = torch.tensor([len(row) for row in judged_rows])
+        for part, _ in split_by_length(all_rows, judged_lengths):
+            part_rows = [judged_rows[i] for i in part.tolist()]
             with run.autocast():
                 token_scores = reward_model(pad_right(part_rows, tok.pad, run.device))
             # PPO detail: reward normalization: reward.py has scaled them to mean 0 and std 1.
             scores[part] = last_token(token_scores, part_rows)
-    if reward != 'model': # the only place where a check, the gold reward, teaches the policy
+    if reward != 'model': # the only place where a check, the gold reward, becomes part of a reward
         for i, (row, _) in enumerate(prompts):
             all_met, _ = grade(row['checks'], texts[i])
             scores[i] += float(all_met)
@@ -445,8 +441,8 @@ def get_rewards(batch, kl_coef):
     rewards = -kl_coef * kl * batch.response_mask
     if algo == 'grpo': # its KL penalty is in the loss
         rewards = torch.zeros_like(rewards)
-    # An answer that max_new_tokens cuts off is over: it gets a fine, and no value for what might
-    # have followed. The critic knows the position, so it can predict the cut.
+    # An answer that max_new_tokens cuts off is over: its score gets a penalty, and the value after
+    # it is 0. The critic sees how long the answer is, so it can predict the cut.
     scores = torch.where(batch.ended, batch.scores, batch.scores - missing_end_penalty)
     # The last response token is the first True from the right: argmax returns the first maximum.
     from_right = batch.response_mask.int().flip(1).argmax(1)    # (B,)
@@ -460,12 +456,12 @@ def get_advantages(batch, rewards):
     mask is False. This is where the algorithms differ: in what they expect.
 
         ppo        what the critic predicts at this token                   Schulman et al. 2017
-        reinforce  nothing; with baseline, the mean over all answers        Williams 1992
+        reinforce  nothing; with baseline, the mean return of all tokens    Williams 1992
         rloo       the mean reward of the other answers to the same prompt  Ahmadian et al. 2024
-        grpo       the mean of the group, in units of its deviation         Shao et al. 2024
+        grpo       the mean of the group; then divided by its deviation     Shao et al. 2024
 
-    The division by the group's standard deviation gives easy and hard prompts, where nearly all
-    answers are alike, too much weight; Dr. GRPO (Liu et al. 2025) leaves it out.
+    Dividing by the group's standard deviation gives too much weight to groups whose answers are
+    nearly all right or all wrong. Dr. GRPO (Liu et al. 2025) does not divide.
     """
     mask = batch.response_mask
     if algo == 'ppo':
@@ -533,7 +529,7 @@ STATISTICS = ('approx_kl', 'clipfrac', 'ratio', 'ratio_gap', 'pg_loss', 'v_loss'
 
 def get_loss(batch, rows, T):
     """
-    The loss of a micro-batch, here that of clipped PPO (Schulman et al. 2017, equations 7 and 9).
+    The loss of a micro-batch. For PPO: Schulman et al. 2017, equations 7 and 9, without entropy.
 
     batch: from rollout(), with advantages, returns and weights. rows, T: from split_by_length().
     Returns the weighted sum of the loss over the response tokens; the weighted sums of STATISTICS,
@@ -546,7 +542,7 @@ def get_loss(batch, rows, T):
     old_values = batch.values[rows, :T - 1]
     old_logprobs = batch.logprobs[rows, :T - 1]
     ref_logprobs = batch.ref_logprobs[rows, :T - 1]
-    weights = batch.weights[rows, :T - 1]                       # 0 where the mask is False
+    weights = batch.token_weights[rows, :T - 1]                       # 0 where the mask is False
     with run.autocast():
         logits, values = model(ids, response_mask)
     logprobs = get_logprobs(logits, ids, response_mask)
@@ -556,7 +552,7 @@ def get_loss(batch, rows, T):
     log_ratio = (logprobs - old_logprobs) * response_mask
     ratio = log_ratio.exp()                                     # new probability / old probability
     if algo == 'reinforce':
-        pg_loss = -advantages * logprobs # only right in the first pass: nothing corrects for later
+        pg_loss = -advantages * logprobs # exact only before the first step of the update
     else:
         pg_loss1 = -advantages * ratio
         pg_loss2 = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
@@ -565,16 +561,15 @@ def get_loss(batch, rows, T):
     if algo == 'grpo':
         # The KL penalty is in the loss, estimated by k3. The gradient of k3 is that of
         # KL(reference || policy); k1 in the reward follows KL(policy || reference).
-        ref_ratio = (ref_logprobs - logprobs) * response_mask
-        pg_loss = pg_loss + kl_coef * (ref_ratio.exp() - 1 - ref_ratio)
+        ref_log_ratio = (ref_logprobs - logprobs) * response_mask
+        pg_loss = pg_loss + kl_coef * (ref_log_ratio.exp() - 1 - ref_log_ratio)
 
     # PPO detail: value function loss clipping around the old values.
-    v_loss = (values - returns) ** 2
+    v_loss = 0.5 * (values - returns) ** 2
     if cliprange_value > 0:
         change = (values - old_values).clamp(-cliprange_value, cliprange_value)
-        v_loss_clipped = (old_values + change - returns) ** 2
+        v_loss_clipped = 0.5 * (old_values + change - returns) ** 2
         v_loss = torch.max(v_loss, v_loss_clipped)
-    v_loss = 0.5 * v_loss
 
     # PPO detail: overall loss, here without an entropy bonus.
     loss = pg_loss
@@ -634,10 +629,7 @@ def evaluate():
     return metrics
 
 def print_answer(batch, rewards, i):
-    """
-    Print answer i of the batch, token by token: what the policy did, and what it learns from it.
-    Here one sees for which words KL is paid, where the score arrives, and what the critic expects.
-    """
+    """Print answer i token by token: what the policy did, and what it learns from each token."""
     print0('           token  logprob      ref       kl    value   reward advantage')
     for t in batch.response_mask[i].nonzero()[:, 0].tolist():
         token = tok.decode([batch.query_responses[i, t + 1].item()])
@@ -706,17 +698,16 @@ for step in range(first_step, max_iters + 1):
     for epoch in range(ppo_epochs):
         minibatches += torch.randperm(batch_size).split(minibatch_size)
     lr_factor = get_lr_factor(step) # PPO detail: learning rate annealing
-    # Each token counts the same: a mean of means would give the tokens of short answers more weight.
-    # GRPO does just that: in a long wrong answer a token is punished less, so wrong answers become
-    # longer. Dr. GRPO leaves the division out.
-    batch.weights = batch.response_mask.float()                 # (B, T-1)
+    # Each token has the same weight. GRPO first takes the mean over each answer, so a token of a
+    # long answer has less weight: long wrong answers are punished less, and become longer.
+    batch.token_weights = batch.response_mask.float()                 # (B, T-1)
     if algo == 'grpo' and length_norm:
-        batch.weights = batch.weights / batch.weights.sum(1, keepdim=True)
+        batch.token_weights = batch.token_weights / batch.token_weights.sum(1, keepdim=True)
     history = [] # statistics of each minibatch
     for minibatch in minibatches:
         # The loss is a sum over the response tokens, divided by their number (their weights) in the
         # minibatch: all micro-batches, all ranks.
-        n_valid = all_sum(batch.weights[minibatch].sum().item())[0]
+        n_valid = all_sum(batch.token_weights[minibatch].sum().item())[0]
         sums = torch.zeros(len(STATISTICS), device=run.device)
         ratio_max = torch.zeros((), device=run.device)
         micro_batches = split_by_length(minibatch, batch.lengths)
@@ -752,41 +743,41 @@ for step in range(first_step, max_iters + 1):
         raw_model.zero_grad(set_to_none=True)
 
     # log. Watch score, kl and gold; the losses say little.
-    all_rows = torch.ones_like(batch.ended)                     # (B,) mask for numbers per answer
+    every_answer = torch.ones_like(batch.ended)                     # (B,) mask for numbers per answer
     row_kl = (batch.logprobs - batch.ref_logprobs).sum(1)       # (B,) in nats, k1 estimate
-    kl = masked_mean(row_kl, all_rows)
-    length = masked_mean(batch.response_mask.sum(1), all_rows)
-    # kl_k3 estimates the same KL by k3, as in get_loss. Low variance near the reference, else high.
+    kl = masked_mean(row_kl, every_answer)
+    length = masked_mean(batch.response_mask.sum(1), every_answer)
+    # kl_k3 estimates the same KL by k3, as in get_loss. Its variance is low near the reference, and high later.
     log_ratio = batch.ref_logprobs - batch.logprobs
     token_k3 = masked_mean(log_ratio.exp() - 1 - log_ratio, batch.response_mask)
-    # explained_variance: 1 = the critic predicts the returns exactly, 0 = no better than a constant
-    error_variance = masked_variance(batch.returns - batch.values, batch.response_mask)
-    return_variance = masked_variance(batch.returns, batch.response_mask)
-    explained_variance = 1 - error_variance / max(1e-8, return_variance)
     metrics = dict(
-        score=masked_mean(batch.scores, all_rows),
-        score_std=math.sqrt(masked_variance(batch.scores, all_rows)),
-        rlhf_reward=masked_mean(rewards.sum(1), all_rows), # what PPO maximizes: score - penalties
+        score=masked_mean(batch.scores, every_answer),
+        score_std=math.sqrt(masked_variance(batch.scores, every_answer)),
+        rlhf_reward=masked_mean(rewards.sum(1), every_answer), # score minus penalties; grpo: without KL
         kl=kl, kl_k3=token_k3 * length, kl_coef=kl_coef, length=length,
-        ended=masked_mean(batch.ended, all_rows),
+        ended=masked_mean(batch.ended, every_answer),
         entropy=masked_mean(batch.entropy, batch.response_mask),
         duplicates=1 - len(set(all_gather_list(batch.texts, run))) / step_size,
-        ratio_gap_first=history[0]['ratio_gap'], # PPO detail: the first ratio must be 1: gap 0
+        ratio_gap_first=history[0]['ratio_gap'], # PPO detail: the first ratio must be 1
         lr=learning_rate * lr_factor)
     for name in history[0]:
         metrics[name] = float(np.mean([statistics[name] for statistics in history]))
     metrics['ratio_max'] = max(all_gather_list([max(h['ratio_max'] for h in history)], run))
     metrics.update(mean_gold(prompts, batch.texts))
     if algo == 'ppo':
+        # explained_variance: 1 = the critic predicts the returns exactly, 0 = no better than a constant
+        error_variance = masked_variance(batch.returns - batch.values, batch.response_mask)
+        return_variance = masked_variance(batch.returns, batch.response_mask)
+        explained_variance = 1 - error_variance / max(1e-8, return_variance)
         metrics['explained_variance'] = explained_variance
         n_bad_critic = n_bad_critic + 1 if explained_variance < 0 else 0
-        if n_bad_critic % 5 == 4:
+        if n_bad_critic in (5, 20):
             print0(f'warning: explained_variance below 0 in {n_bad_critic} updates: the critic harms. '
                    'Raise --vf_coef, or use --algo=rloo --group_size=4, which needs no critic')
-    if group_size > 1: # of such groups grpo and rloo learn nothing
+    if group_size > 1: # equal scores: of such a group grpo and rloo learn only the penalties
         groups = batch.scores.view(-1, group_size)
         is_flat = groups.max(1).values == groups.min(1).values
-        metrics['flat_groups'] = masked_mean(is_flat.float(), torch.ones_like(is_flat))
+        metrics['flat_groups'] = masked_mean(is_flat, torch.ones_like(is_flat))
     log(step=step, **metrics)
     n_tokens += all_sum((batch.query_responses != tok.pad).sum().item())[0]
     dt = time.time() - t1

@@ -344,7 +344,7 @@ def test_agreement_after_a_session(tmp_path, capsys):
 def ranks(tmp_path, monkeypatch, typed, n=16):
     """A person is asked n questions with three answers each, in this process -> its functions, the verdicts."""
     s = definitions('reward.py', tok=Tokenizer(make_spec()), run=CPU, out_dir=str(tmp_path), out_path='none',
-                    max_length=48)
+                    data_dir=str(tmp_path / 'no data'), max_length=48)
     answered = [dict(messages=user('Say' + '!' * i), completions=['owl', 'cat', 'dog']) for i in range(n)]
     typed = iter(typed)
     monkeypatch.setattr('builtins.input', lambda _: next(typed, 'q'))

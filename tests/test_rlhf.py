@@ -180,7 +180,7 @@ def one_token_answers(logprobs, **more):
     batch = dict(query_responses=torch.zeros(B, 2, dtype=torch.long), logprobs=logprobs[:, None],
                  response_mask=torch.ones(B, 1, dtype=torch.bool), values=torch.zeros(B, 1),
                  advantages=torch.zeros(B, 1), returns=torch.zeros(B, 1), ref_logprobs=logprobs[:, None],
-                 weights=torch.ones(B, 1))
+                 token_weights=torch.ones(B, 1))
     batch.update({name: x[:, None] for name, x in more.items()})
     return SimpleNamespace(**batch)
 
@@ -304,26 +304,26 @@ def test_length_norm_counts_each_answer_the_same(length_norm):
         response_mask=mask, query_responses=torch.zeros(2, 4, dtype=torch.long), logprobs=torch.full((2, 3), -1.0),
         ref_logprobs=torch.full((2, 3), -1.0), values=torch.zeros(2, 3), returns=torch.zeros(2, 3),
         advantages=torch.tensor([[1.0], [-2.0]]) * mask)
-    every_token, normed = formulas('rlhf.py', 'batch.weights')
-    batch.weights = eval(every_token, dict(batch=batch))
-    assert batch.weights.tolist() == [[1, 0, 0], [1, 1, 1]]
+    every_token, normed = formulas('rlhf.py', 'batch.token_weights')
+    batch.token_weights = eval(every_token, dict(batch=batch))
+    assert batch.token_weights.tolist() == [[1, 0, 0], [1, 1, 1]]
     if length_norm:
-        batch.weights = eval(normed, dict(batch=batch))
+        batch.token_weights = eval(normed, dict(batch=batch))
     logprobs = torch.full((4,), -1.0, requires_grad=True)
     def model(query_responses, response_mask):
         return torch.stack([logprobs, (-logprobs.expm1()).log()], -1), torch.zeros(2, 3)
     s = ppo('rlhf.py', run=CPU, model=model, algo='grpo')
     loss, _, _ = s.get_loss(batch, torch.arange(2), 4)
-    (loss / batch.weights.sum()).backward()
+    (loss / batch.token_weights.sum()).backward()
     # the losses of the four tokens are -1, and three times 2
     want, grad = (0.5, [-1 / 2, 1 / 3, 1 / 3, 1 / 3]) if length_norm else (5 / 4, [-1 / 4, 1 / 2, 1 / 2, 1 / 2])
-    assert loss.item() / batch.weights.sum().item() == pytest.approx(want, abs=1e-6)
+    assert loss.item() / batch.token_weights.sum().item() == pytest.approx(want, abs=1e-6)
     assert logprobs.grad.tolist() == pytest.approx(grad, abs=1e-6)
 
 def test_the_loss_ignores_what_is_outside_of_the_answer():
     batch = one_token_answers(torch.tensor([-1.0, 3.0, -3.0]), advantages=torch.ones(3), returns=torch.ones(3))
     batch.response_mask[1:] = False
-    batch.weights[1:] = 0
+    batch.token_weights[1:] = 0
     values = torch.tensor([0.0, 7.0, 9.0]).requires_grad_()
     loss, sums = losses(batch, torch.tensor([-1.0, -0.1, -2.0]), values, vf_coef=1.0)
     loss.backward()
