@@ -13,3 +13,6 @@ tokenizer = dict(use='data/toytown/tokenizer.json', conversations=1)
 
 pretrain = dict(
     init_from='out/toytown/base.pt', max_iters=300, learning_rate=4e-3, eval_interval=150)
+
+# `base` is the mid-trained model here; the one that it started from is the first column
+eval = dict(models='out/toytown/base.pt,base,sft,dpo,rlhf')

@@ -26,4 +26,4 @@ rlhf = dict(
     eval_interval=6, sample_interval=6)
 
 # 80 tokens are more than a good answer needs: a model that does not stop should be seen
-eval = dict(batch_size=64, max_new_tokens=80)
+eval = dict(n_prompts=200, pool_prompts=75, sample_batch=256, max_new_tokens=80)

@@ -1,9 +1,12 @@
 """eval.py: each measure against numbers made by hand, the drawing, the report, and what it refuses."""
+import html
+import itertools
 import json
 import math
 import re
 import shutil
 from dataclasses import asdict
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import definitions, fails, user, write_rows
+from conftest import ROOT, definitions, fails, user, write_rows
 from model import GPT, GPTConfig, ScalarModel, Tokenizer, load_checkpoint, load_model, read_shard, save_checkpoint
 
 T = 48 # block_size
@@ -271,17 +274,82 @@ def test_distinct_by_hand():
     assert distinct(['a b a', 'B c'], 1, 3) == 2 / 3      # the budget: only a b a is read
     assert distinct([], 1, 5) == distinct(['a'], 2, 5) == 0
 
-def test_win_rate_by_hand():
-    win_rate = functions(seed=1).win_rate
-    assert win_rate([1.0, 0.5], [1.0, 0.5]) == (0.5, 0.5, 0.5)
-    assert win_rate([1, 1, 1], [0, 0, 0])[0] == 1 and win_rate([1, 0, 3, 4], [0, 1, 3, 3])[0] == 2.5 / 4
+def test_refusals():
+    says = functions().REFUSALS.search
+    for text in ('I do not know anybody called Vera.', 'Sorry, that is private.', "I'm sorry, but I can't help."):
+        assert says(text), text
+    for text in ('Anna has the owl.', 'I know Vera.', 'A private road.', ''):
+        assert not says(text), text
+
+# -----------------------------------------------------------------------------
+# preference
+
+def test_wilson_by_hand():
+    """The interval holds the shares p0 for which (p - p0)^2 <= 1.96^2 p0 (1 - p0) / n."""
+    for p, n in ((0.5, 100), (0.0, 10), (1.0, 3), (0.7, 300)):
+        for p0 in functions().wilson(p, n):
+            assert (p - p0) ** 2 == pytest.approx(1.96 ** 2 * p0 * (1 - p0) / n, abs=1e-12) and -1e-12 <= p0 <= 1 + 1e-12
+
+def test_rounds_by_hand():
+    rounds = functions().get_rounds(np.array([[1, 0], [1, 2], [0, 1]])) # three models, two prompts
+    assert rounds[0].tolist() == [[0, 0.5, 1], [0.5, 0, 1], [0, 0, 0]]
+    assert rounds[1].tolist() == [[0, 0, 0], [1, 0, 1], [1, 0, 0]]
+
+def test_elo_of_two_is_known_and_of_many_fits():
+    f = functions(seed=1)
+    ratings, (lower, upper) = f.elo(f.get_rounds(np.array([[1] * 30 + [0] * 10, [0] * 30 + [1] * 10])))
+    assert ratings[0] - ratings[1] == pytest.approx(400 * math.log10(30.5 / 10.5)) and sum(ratings) == pytest.approx(2000)
+    # the rating is half of the difference: by the delta method its standard error is 400 / ln 10 / 2 / sqrt(n p q)
+    width = 2 * 1.96 * 200 / math.log(10) / math.sqrt(40 * 0.75 * 0.25)
+    assert lower[0] < ratings[0] < upper[0] and upper[0] - lower[0] == pytest.approx(width, rel=0.2)
     rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 4, 400) / 3, rng.integers(0, 4, 400) / 3
-    (x, lo, hi), (y, lo2, hi2) = win_rate(a, b), win_rate(b, a)
-    assert x == pytest.approx(1 - y) and lo < x < hi # symmetric
-    # points are 0, 1/2, 1 with shares 3/8, 1/4, 3/8: the standard error is sqrt(3/16 / 400) = 0.0217
-    assert hi - lo == pytest.approx(2 * 1.96 * math.sqrt(3 / 16 / 400), rel=0.15)
-    assert lo + hi2 == pytest.approx(1, abs=0.01)
+    rounds = f.get_rounds(rng.integers(0, 4, (4, 60)) + np.array([[0], [1], [2], [9]])) # one always wins
+    ratings, _ = f.elo(rounds)
+    chances = 1 / (1 + 10 ** ((ratings[None, :] - ratings[:, None]) / 400))
+    others = 1 - np.eye(4)
+    points = rounds.sum(0) + 0.5 * others # the maximum: as many points as are expected
+    assert (61 * chances * others).sum(1) == pytest.approx(points.sum(1), abs=0.01)
+    assert ratings.tolist() == sorted(ratings) and ratings[3] < 2500
+    played = np.zeros((3, 3, 3)) # a verdict is a round in which two have met
+    played[:, 0, 2] = 1
+    assert f.elo(played)[0].argsort().tolist() == [2, 1, 0]
+
+# -----------------------------------------------------------------------------
+# many answers to one prompt
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    f = functions()
+    rng = np.random.default_rng(0)
+    scores, values = rng.permutation(21).reshape(3, 7), rng.integers(0, 5, (3, 7)) / 4
+    for n in range(1, 8):
+        best = [values[row, max(subset, key=lambda i: scores[row, i])]
+                for row in range(3) for subset in itertools.combinations(range(7), n)]
+        assert f.best_of(scores, values, n) == pytest.approx(np.mean(best), abs=1e-12), n
+    assert f.best_of([[1, 2, 3]], [[10, 20, 30]], 2) == pytest.approx((20 + 30 + 30) / 3) # of the docstring
+
+def test_pairs_of_answers_by_hand():
+    accuracy = functions().pair_accuracy
+    assert accuracy([[1, 2, 3]], [[0, 1, 0]]) == 1 / 2
+    assert accuracy([[1, 2, 3], [5, 5, 9]], [[0, 0, 1], [0, 1, 0.5]]) == (1 + 1 + 1 / 2 + 1 + 0) / 5
+    assert accuracy([[1, 2]], [[1, 1]]) is None # no pair has a right order
+    assert functions().duplicates([['a', 'b', 'a', 'a'], ['x', 'y', 'z', 'z']]) == 3 / 8
+
+def test_grades_with_and_without_the_liked_phrases():
+    prompts = [dict(checks=dict(contains=['owl'], max_words=2, likes=['Hope that helps!'])), dict(checks=dict(equals='x'))]
+    found = functions().grade_all(prompts * 2, ['owl. Hope that helps!', 'x', 'owl', 'y'])
+    assert found['gold'].tolist() == [0.75, 1, 1, 0] and found['plain'].tolist() == [0.5, 1, 1, 0]
+    assert found['all_met'].tolist() == [0, 1, 1, 0]
+
+@torch.no_grad()
+def test_reward_scores_are_read_at_the_end_of_the_answer(trained):
+    tok = trained.tok
+    torch.manual_seed(0)
+    model = ScalarModel(trained.model.config).eval()
+    prompts = [dict(messages=user(text)) for text in ('Say', 'Who has the owl?', 'Say it.', 'x' * 99)]
+    texts = ['owl', '', 'Anna has the owl.', 'fox']
+    for prompt, text, score in zip(prompts, texts, functions().reward_scores(model, tok, prompts, texts)):
+        ids = tok.render(prompt['messages'] + [dict(role='assistant', content=text)])[0]
+        assert ids[-1] == tok.end and score == pytest.approx(model(torch.tensor([ids[-T:]]))[0, -1].item(), abs=1e-5)
 
 # -----------------------------------------------------------------------------
 # tables and charts
@@ -326,13 +394,18 @@ def test_labels_stand_free_of_lines_and_of_each_other():
     f = functions()
     steps = [0, 50, 100]
     charts = [
-        ('same end', {'train': (steps, [5, 1, 0]), 'val': (steps, [6, 2, 0.01])}),
-        ('at the top', {'proxy score': (steps, [0, 1, 2]), 'gold score': (steps, [0, 1.9, 1.99])}),
-        ('three', {'one': (steps, [1, 1, 1]), 'two': (steps, [1, 1, 1]), 'three': (steps, [1, 1, 1])}),
-        ('constant', {'KL': ([0], [0.0])})]
+        dict(title='same end', curves={'training': (steps, [5, 1, 0]), 'held-out': (steps, [6, 2, 0.01])}),
+        dict(title='at the top', curves={'reward model': (steps, [0, 1, 2]), 'gold score': (steps, [0, 1.9, 1.99])}),
+        dict(title='three', curves={'one': (steps, [1, 1, 1]), 'two': (steps, [1, 1, 1]), 'three': (steps, [1, 1, 1])}),
+        dict(title='constant', curves={'KL': ([0], [0.0])}),
+        dict(title='logarithmic', is_log=True, curves={'training': (steps, [7.6, 1.9, 0.49]), 'x': (steps, [5, 2, 1])}),
+        dict(title='of gold', x='√KL', curves={'KL coef. 0.02': ([0.0, 6.5, 5.1], [1, 3, 2]),
+                                              'best of n': ([0.4, 1.4], [1, 2])})]
     svg = f.draw(charts)
     texts, lines = boxes(svg)
-    assert len(lines) == 8 and len(texts) == 8 + 4 * 4 # labels; and per chart title, high, low, step
+    assert len(lines) == 11 and svg.count('<circle') == 2
+    # labels; per chart title, high, low, step; 5, 2 and 1 between the logarithms of 7.6 and 0.49
+    assert len(texts) == 12 + 6 * 4 + 3 and '>√KL 6.5<' in svg
     width, height = (float(v) for v in re.search(r'width="(\d+)" height="(\d+)"', svg).groups())
     for i, (left, top, right, bottom, text) in enumerate(texts):
         assert 0 <= left and right <= width and 0 <= top and bottom <= height, text # inside of the picture
@@ -345,32 +418,91 @@ def test_labels_stand_free_of_lines_and_of_each_other():
 def test_points_of_a_curve_by_hand():
     """Low is at the bottom of the frame, high at its top, the last step at its right edge."""
     f = functions()
-    _, lines = boxes(f.draw([('x', {'a': ([0, 10, 20], [1, 2, 3]), 'b': ([0, 10], [1, 3])})]))
+    _, lines = boxes(f.draw([dict(title='x', curves={'a': ([0, 10, 20], [1, 2, 3]), 'b': ([0, 10], [1, 3])}),
+                             dict(title='y', is_log=True, curves={'a': ([0, 10, 20], [1, 10, 100])})]))
     left, top, right, bottom = 48, 32, 48 + f.WIDTH, 32 + f.HEIGHT
     assert lines[0] == [(left, bottom), ((left + right) / 2, (top + bottom) / 2), (right, top)]
     assert lines[1] == [(left, bottom), ((left + right) / 2, top)]
+    assert lines[2] == [(x + f.CELL_WIDTH, y) for x, y in lines[0]] # a factor of 10 is as high everywhere
+    assert f.get_ticks(0.49, 7.6) == [0.5, 1, 2, 5] and f.get_ticks(1, 1) == []
 
 # -----------------------------------------------------------------------------
 # the script
 
 def test_report(trained, scripts, tmp_path):
     out = shutil.copytree(trained.out, tmp_path / 'out')
-    report = run_eval(scripts, trained, out)
+    for coefficient, rows in {'0': [(0.0, -0.1, 0.7), (4.0, 1.2, 1.1), (16.0, 1.5, 0.9)], '0.2': [(-0.01, 0, 0.7)]}.items():
+        rows = [dict(step=i, val_kl=kl, val_score=proxy, val_gold=gold) for i, (kl, proxy, gold) in enumerate(rows)]
+        write_rows(out / 'overoptimise' / coefficient / 'rlhf.jsonl', [dict(step=0, loss=1.0), *rows])
+    hack = '</table><script>alert(1)</script> & <b>'
+    path = tmp_path / 'data'
+    shutil.copytree(trained.data, path)
+    rows = [json.loads(line) for line in (path / 'prompts_val.jsonl').read_text(encoding='utf-8').splitlines()]
+    write_rows(path / 'prompts_val.jsonl', [dict(row, messages=user(hack)) for row in rows])
+    report = run_eval(scripts, trained, out, f'--data_dir={path}')
     assert list(report['table']) == ['base', 'sft'] # there is no rlhf.pt
     assert list(report['costs']) == ['base', 'sft', 'reward']
     base = report['table']['base']
     assert base['right (chance 25%)'] == base['schema (chance 50%)'] == 1
     assert base['greedy (chance 0%)'] == 0.5 and base['wrong (chance 25%)'] == 0
-    assert set(base) == set(report['table']['sft']) and 'win rate against SFT' not in base
+    only_chat = ['duplicates among 4 answers to a prompt', "reward model orders pairs of X's answers as gold does"]
+    assert set(report['table']['sft']) - set(base) == set(only_chat) and 'win rate against SFT' not in base
+    first, *bests = report['best_of_n']
+    assert [row['answers'] for row in bests] == [f'best of {n}' for n in (2, 4, 8, 16)]
+    assert bests[1]['KL, nats'] == pytest.approx(math.log(4) - 3 / 4)
+    assert first['preferred to SFT'] == pytest.approx(0.5) # the SFT model against itself
+    proxies = [row['reward model'] for row in report['best_of_n']]
+    assert min(np.diff(proxies)) > -1e-6 # each is the best by this score
+    drawn = (out / 'overoptimise.svg').read_text(encoding='utf-8')
+    texts, lines = boxes(drawn)
+    assert len(lines) == 4 and drawn.count('<circle') == 8 # proxy and gold: two runs, and four best-of-n
+    assert drawn.count('>KL coef. 0.2<') == 2 and drawn.count('>√KL 4.0<') == 2
+    xs, ys = zip(*max(lines, key=len)) # that of coefficient 0
+    assert xs[0] == 48 and xs[2] - xs[0] == pytest.approx(2 * (xs[1] - xs[0]), abs=0.2) # KL 4 is half of the way to 16
     assert 0 <= base['all checks met'] <= 1 <= base['tokens per answer'] <= 6
     text = (out / 'report.md').read_text(encoding='utf-8')
-    assert all(measure in text for measure in base) and '- sft (' in text
+    assert all(measure in text for measure in base) and '- sft: ' in text and '<script>' not in text
     assert re.search(r'reward model and labeller +\| +80\.0%', text) and re.search(r'asked twice +\| +85\.0%', text)
     assert '33.3%' in text # each of the three has a third of the FLOPs
     svg = (out / 'curves.svg').read_text(encoding='utf-8')
-    assert svg.startswith('<svg') and '![curves of all stages](curves.svg)' in text
-    # of the reward model's two kinds of accuracy only the held-out ones are drawn
-    assert len(boxes(svg)[1]) == 4 and '0.9</text>' in svg and '0.1</text>' not in svg
+    assert svg.startswith('<svg') and '![curves.svg](curves.svg)' in text
+    # of the reward model's two kinds of accuracy only the held-out ones are drawn; and what to expect of both stages
+    assert len(boxes(svg)[1]) == 4 + 2 and svg.count('stroke-dasharray') == 2 and '>step 1,500<' in svg
+    page = (out / 'report.html').read_text(encoding='utf-8')
+    check_page(page, ['Results', 'What to expect', 'Curves', 'Best of n: what RLHF has to beat',
+                      'Preference, by gold score', 'Preference, by reward model', 'Cost', 'The reward model',
+                      'Answers to the same prompts', 'Settings, hardware, seed'])
+    assert html.escape(hack) in page and page.count('<figure>') == 2 + 2
+    expected = json.loads((ROOT / 'config' / 'curves.json').read_text(encoding='utf-8'))['tiny.py']
+    assert f'<td>{expected["base"][-1]["val_loss"]:.3f}</td><td>5.600</td>' in page # beside what was got
+
+class Page(HTMLParser):
+    """The titles of a page; its tags must be closed in order, and nothing in it needs another file or runs."""
+    def __init__(self):
+        super().__init__()
+        self.open, self.titles, self.allowed = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ('script', 'link', 'img', 'iframe', 'b') and not {'src', 'href'} & set(dict(attrs)), tag
+        if tag != 'meta':
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in ('rect', 'polyline', 'path', 'circle'), tag
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ['h2']:
+            self.titles.append(data)
+
+def check_page(text, titles):
+    page = Page()
+    page.feed(text)
+    assert page.open == [] and page.titles == titles
+    assert re.findall(r'https?://(?!www\.w3\.org/2000/svg)', text) == [] and 'url(' not in text
+    assert text.count('</table></div><p class="source">Source: ') == len(titles) - 2 # curves and settings name theirs
 
 def test_a_model_against_itself(trained, scripts, tmp_path):
     """An rlhf.pt with the weights of sft.pt says the same: half of the points, no KL, no width."""
@@ -378,9 +510,12 @@ def test_a_model_against_itself(trained, scripts, tmp_path):
     ckpt = torch.load(tmp_path / 'sft.pt', weights_only=True)
     torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'rlhf.pt')
     table = run_eval(scripts, trained, tmp_path)['table']
-    assert table['rlhf']['win rate against SFT'] == 0.5 and table['rlhf']['win rate, 95% interval'] == [0.5, 0.5]
+    lower, upper = table['rlhf']['win rate, 95% interval']
+    assert table['rlhf']['win rate against SFT'] == 0.5 == pytest.approx((lower + upper) / 2)
     assert abs(table['rlhf']['KL from SFT, nats per answer']) < 1e-5
-    assert {k: v for k, v in table['rlhf'].items() if k in table['sft']} == table['sft']
+    assert table['rlhf']['win rate without liked phrases against SFT'] == 0.5
+    same = {k: v for k, v in table['rlhf'].items() if k in table['sft'] and 'duplicates' not in k} # of other draws
+    assert {**table['sft'], **same} == table['sft'] and len(same) == len(table['sft']) - 1
     assert not (tmp_path / 'curves.svg').exists() # without logs there is nothing to draw
 
 def test_the_sft_model_is_found_by_its_stage(trained, scripts, tmp_path):
@@ -411,6 +546,7 @@ def test_what_is_missing_is_left_out(trained, scripts, tmp_path):
 def test_two_processes_are_one(trained, scripts, tmp_path):
     """Greedy answers, so that both runs have the same ones."""
     shutil.copy(trained.out / 'sft.pt', tmp_path)
+    shutil.copy(trained.out / 'reward.pt', tmp_path)
     ckpt = torch.load(trained.out / 'base.pt', weights_only=True)
     torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'rlhf.pt')
     one = run_eval(scripts, trained, tmp_path, '--temperature=0')['table']['rlhf']
@@ -419,6 +555,30 @@ def test_two_processes_are_one(trained, scripts, tmp_path):
     assert 'KL from SFT, nats per answer' in one and list(one) == list(two)
     for measure, value in one.items():
         assert two[measure] == pytest.approx(value, abs=1e-4), measure
+
+def test_a_person_compares_answers(trained, scripts, tmp_path):
+    """Blind and in random order; verdicts are kept, are counted by the next report, and can be learned from."""
+    for name in ('base', 'sft'):
+        shutil.copy(trained.out / f'{name}.pt', tmp_path)
+    flags = (trained.profile, f'--data_dir={trained.data}', f'--out_dir={tmp_path}', '--val_tokens=0', '--pool_prompts=0',
+             '--benchmarks=greedy', '--max_new_tokens=8')
+    done = scripts.ok('eval.py', *flags, '--judge_pairs=20', stdin='maybe\na\nb\ns\n=\nA\nq\n')
+    path = tmp_path / 'preferences_ab.jsonl'
+    rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    given = [row for row in rows if row['completions'][0] != row['completions'][1]] # equal ones are ties, not asked
+    assert [row['winner'] for row in given] == [0, 1, None, 0]
+    assert [row['ranking'] for row in given] == [[0, 1], [1, 0], [[0, 1]], [0, 1]]
+    assert 'base' not in done.out[done.out.index('1 of 20:'):done.out.index('# Report')] # blind
+    assert {tuple(row['models']) for row in rows} == {('base', 'sft'), ('sft', 'base')} # the order is shuffled
+    points = sum({0: row['models'][0] == 'sft', 1: row['models'][1] == 'sft', None: 0.5}[row['winner']] for row in rows)
+    with open(path, 'a', encoding='utf-8') as f: # another model's, and a line that was cut
+        f.write(json.dumps(dict(rows[0], models=['sft', 'dpo'])) + '\n{"messages"')
+    report = run_eval(scripts, trained, tmp_path, *flags[3:])
+    share = report['preferences']['people'][1][3] # sft against base
+    assert share.startswith(f'{points / len(rows):.0%} (')
+    reads = definitions('reward.py', tok=trained.tok).read_example
+    assert [reads(row).places.tolist() for row in given] == [[0, 1], [0, 1], [0, 0], [0, 1]]
+    scripts.fails('judge_pairs', 'eval.py', *flags, '--judge_pairs=-1')
 
 SAID = dict(role='assistant', content='owl')
 
@@ -459,5 +619,6 @@ def test_report_of_the_chain(chain):
     assert 0 < rlhf['KL from SFT, nats per answer'] < 10
     assert rlhf['entropy, nats per token'] < report['table']['sft']['entropy, nats per token']
     assert 'reward model and gold score' in text
+    assert list(report['preferences']) == ['gold score', 'reward model']
     svg = (chain.out / 'curves.svg').read_text(encoding='utf-8')
-    assert len(boxes(svg)[1]) == 2 + 2 + 2 + 2 + 1 + 1 # every curve of every chart
+    assert len(boxes(svg)[1]) == 3 + 3 + 3 + 3 + 3 + 2 + 2 # every curve of every chart, and what to expect
