@@ -122,13 +122,11 @@ assert checkpoints, \
 # -----------------------------------------------------------------------------
 # how well a model predicts given text
 
-def in_batches(items, label, size=0):
-    """Yield batches of `size` or batch_size items. Every progress_seconds, print how many are done
-    and the time left."""
-    size = size or batch_size
+def in_batches(items, label, batch_size=batch_size):
+    """Yield batches of items. Every progress_seconds, print how many are done and the time left."""
     start = time.time()
     next_print = start + progress_seconds
-    for done in range(0, len(items), size):
+    for done in range(0, len(items), batch_size):
         now = time.time()
         if done > 0 and now >= next_print:
             rate = done / (now - start)
@@ -136,7 +134,7 @@ def in_batches(items, label, size=0):
             print0(f'  {label}: {done:,} of {len(items):,} | {rate:.1f} per second | '
                    f'{left:,.0f} s left')
             next_print = now + progress_seconds
-        yield items[done:done + size]
+        yield items[done:done + batch_size]
 
 def document_sources(tokens, tok, is_cut):
     """Validation tokens -> (names of sources, the index of each token's source). The shards were
@@ -575,6 +573,7 @@ def summarize(answers, questions):
     points = [float(answer['right']) for answer in answers]
     result['accuracy'] = result.pop('right')
     result['stderr'] = statistics.stdev(points) / math.sqrt(n) if n > 1 else 0.0
+    result.update(chance=0.0, constant=0.0)
     if 'n_right' in answers[0]:
         for k in (1, 10, 100):
             if k <= n_samples:
@@ -695,7 +694,7 @@ def pass_at_k(n, n_right, k):
     """Chen et al. 2021: the probability that of k of n samples at least one is right, unbiased."""
     return 1 - math.comb(n - n_right, k) / math.comb(n, k)
 
-def sample_answers(model, tok, questions, task, is_chat=False, label=''):
+def answer_exam(model, tok, questions, task, is_chat=False, label=''):
     """n_samples answers to each question; ranks share the questions.
     -> [dict(question, texts, n_right, right, ..)], right: the share of right ones"""
     new_tokens = min(max_exam_tokens, model.config.block_size // 2)
@@ -839,7 +838,7 @@ def take_exam(model, tok, name, benchmark, in_chat):
         seconds = head['seconds']
     else:
         start = time.time()
-        examine = sample_answers if 'row' in questions[0] else ask
+        examine = answer_exam if 'row' in questions[0] else ask
         answers = examine(model, tok, questions, task, is_chat=in_chat, label=f'{name}: {label}')
         seconds = (time.time() - start) / len(questions)
         contexts = {context for context, _ in questions[0]['choices']}
@@ -861,27 +860,25 @@ def take_exam(model, tok, name, benchmark, in_chat):
     return result
 
 def overall_figures(results):
-    """{(benchmark, is it a conversation?): figures} of one model -> {measure: value}: CORE (Li et
-    al. 2024), nanochat's ChatCORE, and HELM's calibration and robustness (Liang et al. 2022)."""
+    """{benchmark: figures} of one model -> {measure: value}: CORE (Li et al. 2024), nanochat's
+    ChatCORE, and the means of HELM's calibration, robustness, efficiency (Liang et al. 2022)."""
     measures = {}
-    for measure, key, in_chat in (('CORE', 'core', False), ('ChatCORE', 'chat_core', True)):
+    for measure, key, form in (('CORE', 'core', ''), ('ChatCORE', 'chat_core', ', chat')):
         members = [benchmark for benchmark, task in BENCHMARKS.items() if key in task]
         centred = [] # 0 is the baseline, 1 is perfect
         for benchmark in members:
-            if (benchmark, in_chat) in results:
+            if benchmark + form in results:
                 baseline = BENCHMARKS[benchmark]['baseline']
-                accuracy = results[benchmark, in_chat]['accuracy']
+                accuracy = results[benchmark + form]['accuracy']
                 centred.append((accuracy - baseline) / (1 - baseline))
         if centred:
             if len(centred) < len(members):
                 measure += f' (partial: {len(centred)} of {len(members)} tasks)'
             measures[measure] = statistics.fmean(centred)
-    for in_chat, form in ((False, ''), (True, ', chat')):
-        for key in ('calibration error', 'robust', 'tokens'):
-            values = [result[key] for (_, chat), result in results.items()
-                      if chat == in_chat and key in result]
-            if values:
-                measures[f'{key}{form}, mean of {len(values)}'] = statistics.fmean(values)
+    for key in ('calibration error', 'robust', 'tokens'):
+        values = [result[key] for result in results.values() if key in result]
+        if values:
+            measures[f'{key}, mean of {len(values)} benchmarks'] = statistics.fmean(values)
     return measures
 
 # -----------------------------------------------------------------------------
@@ -928,7 +925,8 @@ if any('core' in BENCHMARKS.get(name, '') for name in exams) and missing:
 # -----------------------------------------------------------------------------
 # measure each model
 table = {}       # the report: model -> {measure: value}
-results = {}     # model -> {(benchmark, is it a conversation?): figures, see summarize}
+results = {}     # model -> {benchmark: figures, see summarize}
+exam_table = {}  # benchmark -> {shots, questions, ..; model: its accuracy with the standard error}
 all_answers = {} # model -> its answers, in the order of the prompts
 sft_model = None # the first SFT model: DPO and RLHF models are compared with it
 for name, ckpt in checkpoints.items():
@@ -945,19 +943,19 @@ for name, ckpt in checkpoints.items():
         # a chat model is asked in both forms, but what must be sampled only as a conversation
         forms = [is_chat] if 'row' in questions[0] else sorted({False, is_chat})
         for in_chat in forms:
+            label = f'{benchmark}, chat' if in_chat else benchmark
             result = take_exam(model, tok, name, benchmark, in_chat)
-            results[name][benchmark, in_chat] = result
-            shots = tasks[benchmark]['shots']
-            measure = f'{benchmark}, chat' if in_chat else benchmark
-            if shots > 0 and not in_chat:
-                measure += f', {shots} shots'
-            if 'constant' in result: # what guessing gives, and always the same answer
-                measure += f' (chance {result["chance"]:.0%}, constant {result["constant"]:.0%})'
-            column[measure] = result['accuracy']
-            column[f'{measure}, standard error'] = result['stderr']
+            results[name][label] = result
+            accuracy = result['accuracy']
+            column[f'{label} (chance {result["chance"]:.0%})'] = accuracy
             for k in (10, 100):
                 if f'pass@{k}' in result:
-                    column[f'{measure}, pass@{k}'] = result[f'pass@{k}']
+                    column[f'{label}, pass@{k}'] = result[f'pass@{k}']
+            cells = exam_table.setdefault(label, {})
+            cells['shots'] = 0 if in_chat else tasks[benchmark]['shots']
+            cells['questions'] = f'{result["n"]:,}'
+            cells['always the same'] = f'{result["constant"]:.1%}'
+            cells[name] = f'{accuracy:.1%} ± {result["stderr"]:.1%}'
     column.update(overall_figures(results[name]))
 
     if prompts:
@@ -1065,6 +1063,14 @@ for measure in measures:
     values = [column.get(measure) for column in table.values()]
     rows.append([measure, *values])
 parts = ['# Report', markdown(['measure', *table], rows)]
+
+# accuracy beside what the best answer that is always the same would give
+head = ['shots', 'questions', 'always the same', *table]
+rows = []
+for label, cells in exam_table.items():
+    rows.append([label, *[str(cells.get(key, '')) for key in head]])
+if rows:
+    parts.append(markdown(['benchmark: accuracy ± standard error', *head], rows))
 
 # metrics in reward.pt: how often two judges prefer the same one of two held-out answers
 JUDGES = {
@@ -1230,11 +1236,7 @@ if run.master:
     if charts:
         parts.insert(1, '![curves of all stages](curves.svg)')
         write_text(os.path.join(out_dir, 'curves.svg'), draw(charts))
-    named = {} # JSON has no tuples
-    for name, by_form in results.items():
-        named[name] = {f'{benchmark}, chat' if in_chat else benchmark: result
-                       for (benchmark, in_chat), result in by_form.items()}
-    numbers = dict(table=table, benchmarks=named, costs=costs, config=config)
+    numbers = dict(table=table, benchmarks=results, costs=costs, config=config)
     write_text(os.path.join(out_dir, 'report.json'), json.dumps(numbers, indent=1) + '\n')
     text = '\n\n'.join(parts) + '\n'
     path = os.path.join(out_dir, 'report.md')
