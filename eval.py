@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import secrets
@@ -321,9 +322,9 @@ def split_at_blanks(context, continuation):
 # -----------------------------------------------------------------------------
 # benchmarks: reading the questions, writing the prompts
 
-CONFIG_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-with open(os.path.join(CONFIG_DIR, 'benchmarks.json'), encoding='utf-8') as f:
-    BENCHMARKS = json.load(f) # {name: {file, shots, delimiter, baseline, core, chat_core, header}}
+# {name: {file, shots, delimiter, baseline, core, chat_core, header}}
+CONFIG_DIR = pathlib.Path(__file__).resolve().parent / 'config'
+BENCHMARKS = json.loads((CONFIG_DIR / 'benchmarks.json').read_text(encoding='utf-8'))
 # CORE's choice of questions and shots (Li et al. 2024; seeds as in nanochat), so that its figures
 # can be compared: they do not depend on our setting `seed`
 SUBSET_SEED = 1337
@@ -340,7 +341,7 @@ def read_question(row):
         {context_options, continuation, gold}  which context gives the continuation the lowest loss?
         {context, continuation}                does greedy decoding give the continuation?
     These are the forms of llm-foundry and DCLM. Two more need sampled answers, and keep their row:
-        {messages, checks, answer}             GSM8K (Cobbe et al. 2021): is the number right?
+        {messages, checks, answer}             GSM8K (Cobbe et al. 2021): are the checks met?
         {prompt, test, entry_point}            HumanEval (Chen et al. 2021): are the tests passed?
     """
     question = dict(gold=None, category=str(row.get('category', '')))
@@ -353,7 +354,8 @@ def read_question(row):
         choices = [(option, row['continuation']) for option in options]
     elif 'messages' in row:
         grade(row['checks'], 'any text') # find a bad check now
-        choices = [(f'Question: {row["messages"][-1]["content"]}\nAnswer:', row['answer'])]
+        solution = row.get('answer') or f'#### {row["checks"].get("number")}'
+        choices = [(f'Question: {row["messages"][-1]["content"]}\nAnswer:', solution)]
         question['row'] = row
     elif 'test' in row:
         choices = [(row['prompt'], row['test'] + row['entry_point'])]
@@ -644,6 +646,7 @@ def code_runner():
     ready, _, _ = select.select([reader], [], [], job['seconds'])
     said = os.read(reader, 100) if ready else b''
     os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     os._exit(0 if said == job['word'].encode() else 1)
 
 CODE_SECONDS = 10 # of the clock; HumanEval's programs need less than one
@@ -710,7 +713,7 @@ def answer_exam(model, tok, questions, task, is_chat=False, label=''):
         elif 'test' in questions[i]['row']:
             prompts[i] = ask_user(tok, f'Complete this Python function.\n\n{context}')
         else:
-            prompts[i] = ask_user(tok, context)
+            prompts[i] = tok.render(questions[i]['row']['messages'], prompt=True)[0]
 
     texts = collections.defaultdict(list)
     seed_step(seed, 0, run.rank) # ranks must not draw the same answers
@@ -732,8 +735,10 @@ def answer_exam(model, tok, questions, task, is_chat=False, label=''):
         for text in texts[i]:
             if 'test' in row:
                 n_right += passes(code_of(row, text))
-            else:
+            elif 'number' in row['checks']:
                 n_right += grade(row['checks'], number_of(text))[0]
+            else:
+                n_right += grade(row['checks'], text)[0]
         answers.append(dict(question=i, cut=len(prompts[i]) > room, tokens=len(prompts[i]),
                             texts=texts[i], n_right=n_right, right=n_right / n_samples))
     return all_gather_list(answers, run)

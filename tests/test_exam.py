@@ -2,9 +2,13 @@
 The benchmarks of eval.py: prompts and predictions against a plain loop written here, the figures by hand, answers read
 from samples, programs that try to get out, and what happens to a run that is interrupted.
 """
+import itertools
 import json
 import math
+import os
 import random
+import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,3 +159,131 @@ def test_answers_to_core_are_those_of_a_plain_loop():
     for name in ('boolq', 'winograd', 'bigbench_language_identification', 'lambada_openai'):
         rows = [json.loads(line) for line in (CORE / f'{TASKS[name]["file"]}.jsonl').open(encoding='utf-8')]
         assert same_answers(model, TOK, rows[:300], TASKS[name], 8) == 8
+
+# -----------------------------------------------------------------------------
+# HumanEval runs programs that a model wrote
+
+needs_fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='programs are run on Linux and macOS only')
+
+ROW = dict(prompt='import math\n\ndef double(x):\n    """Twice x."""\n', entry_point='double',
+           test='def check(f):\n    assert f(2) == 4 and f(math.pi) == 2 * math.pi\n')
+
+@needs_fork
+@pytest.mark.parametrize('answer,is_right', [
+    ('    return 2 * x\n', True), ('    return 2 + x\n', False), ('    pass\n', False), ('', False), ('    return (\n', False),
+    ('    return 2 * x\n\nprint(double(1/0))\n# and on it goes', True), # a base model does not stop by itself
+    ('    y = x\n\n    return x + y', True),
+    ('Here it is:\n```python\ndef double(x):\n    return x + x\n```\nAsk me anything!', True),
+    ('```\n    return x + x\n```', True), ('def double(x):\n    return x + math.floor(x)\n', False)], ids=repr)
+def test_an_answer_to_humaneval(answer, is_right):
+    f = functions()
+    assert f.passes(f.code_of(ROW, answer)) == is_right
+
+# Programs that an honest sandbox must survive. Each must count as failed.
+HOSTILE = {
+    'fork bomb': 'while True:\n    os.fork()',
+    'fork bomb that hides its errors': 'while True:\n    try:\n        os.fork()\n    except OSError:\n        pass',
+    '10 GB': 'x = bytearray(10 * 2**30)',
+    'endless loop': 'while True:\n    pass',
+    'endless output': 'while True:\n    os.write(1, b"x" * 10**6)\n    os.write(2, b"x" * 10**6)',
+    'deleting files': 'import shutil\nshutil.rmtree(OUTSIDE)\nos.remove(SECRET)',
+    'reading the environment': 'assert any(name in os.environ for name in ("PATH", "HOME", "PYTHONPATH"))',
+    'killing the parent': 'os.kill(os.getppid(), 9)\nos.kill(0, 9)\nwhile True:\n    pass',
+    'swallowing signals': 'import signal\nfor n in range(1, 32):\n    try:\n        signal.signal(n, signal.SIG_IGN)\n'
+                          '    except OSError:\n        pass\nwhile True:\n    pass',
+    'daemon': 'os.setsid()\nif os.fork():\n    os._exit(0)\nimport time\ntime.sleep(3)\nopen(SECRET, "w").write("I live")',
+    'symlink out': 'os.symlink(OUTSIDE, "link")\nopen("link/new", "w").write("out")',
+    'huge file': 'f = open("big", "wb")\nfor _ in range(100):\n    f.write(b"x" * 10**6)\n    f.flush()',
+    'sys.exit(0)': 'sys.exit(0)',
+    'os._exit(0)': 'os._exit(0)',
+    'guessing the word': 'for fd in range(3, 64):\n    try:\n        os.write(fd, b"0" * 32)\n    except OSError:\n        pass\nos._exit(0)',
+    'reading a file': 'assert open(SECRET).read() == "secret"\nos._exit(0)',
+    'network': 'import socket\nsocket.create_connection(("127.0.0.1", PORT), 1).send(b"hello")\nos._exit(0)',
+}
+
+# what only a folder and a network of its own can stop
+NEEDS_SPACE = ['deleting files', 'symlink out', 'reading a file', 'network']
+
+@pytest.fixture(scope='module')
+def has_space():
+    """Root has it, and others on most systems."""
+    return functions().passes('import os\nassert os.listdir("/") == []')
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob('*')}
+
+@needs_fork
+@pytest.mark.parametrize('name', HOSTILE)
+def test_a_hostile_program_is_contained_and_fails(name, has_space, tmp_path):
+    if name in NEEDS_SPACE and not has_space:
+        pytest.skip('this system gives no folder and network of its own')
+    outside = tmp_path / 'outside'
+    outside.mkdir()
+    (outside / 'secret').write_text('secret')
+    before = contents(tmp_path)
+    f = functions(CODE_SECONDS=1)
+    names = dict(OUTSIDE=str(outside), SECRET=str(outside / 'secret'))
+    head = 'import os, sys\n' + ''.join(f'{key} = {value!r}\n' for key, value in names.items())
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        server.listen()
+        server.settimeout(0.1)
+        start = time.monotonic()
+        assert not f.passes(f'{head}PORT = {server.getsockname()[1]}\n{HOSTILE[name]}\n')
+        assert time.monotonic() - start < 30
+        with pytest.raises(TimeoutError): # nobody has called
+            server.accept()
+    assert contents(tmp_path) == before
+
+@needs_fork
+def test_what_a_program_finds():
+    """No environment, no open file, an empty folder, no second process, no gigabyte."""
+    with open(ROOT / 'eval.py', encoding='utf-8') as opened:
+        os.set_inheritable(opened.fileno(), True)
+        assert functions().passes(f'''
+import os, sys
+assert not [name for name in os.environ if name != 'LC_CTYPE'], os.environ # Python sets this one
+assert os.listdir('.') == []
+def fails(do, *args):
+    try:
+        do(*args)
+    except (OSError, MemoryError):
+        return True
+assert fails(os.fstat, {opened.fileno()}) and fails(os.fork) and fails(bytearray, 10**9)
+''')
+
+# -----------------------------------------------------------------------------
+# sampled answers
+
+@pytest.mark.parametrize('text,number', [
+    ('#### 18', 18), ('He has $1,234.50.', 1234.5), ('#### $1,234.50.', 1234.5), ('It is -3', -3), ('#### -3', -3),
+    ('2 + 5 = 7\n#### 7 apples', 7), ('#### 7 apples and 3 pears', 7), ('1/2', 0.5), ('#### 1/2 of it', 0.5),
+    ('First 3, then 4', 4), ('#### 5\n\nQuestion: What is 9 + 9?\nAnswer: 18\n#### 18', 5),
+    ('It is 6.\n\nQuestion: What is 9 + 9?', 6), ('#### none, but 8 before', 8), ('12 of them ####', 12)])
+def test_the_number_of_an_answer(text, number):
+    f = functions()
+    assert f.grade({'number': number}, f.number_of(text))[0]
+    assert not f.grade({'number': number + 1}, f.number_of(text))[0]
+
+def test_answers_without_a_number_are_wrong():
+    f = functions()
+    assert not any(f.grade({'number': n}, f.number_of(text))[0] for n in (0, 1) for text in ('', '####', 'I do not know.'))
+
+@pytest.mark.skipif(not CORE.exists(), reason='needs gsm8k_test.jsonl')
+def test_the_official_answers_to_gsm8k_are_right():
+    f = functions()
+    n_right = 0
+    for line in (CORE.parent / 'gsm8k_test.jsonl').read_text(encoding='utf-8').splitlines():
+        answer = json.loads(line)['answer']
+        number = float(answer.split('####')[1].replace(',', ''))
+        n_right += f.grade({'number': number}, f.number_of(answer))[0]
+    assert n_right == 1319
+
+def test_pass_at_k_is_an_enumeration():
+    """Of all subsets of k samples, the share that has a right one."""
+    pass_at_k = functions().pass_at_k
+    for n in range(1, 8):
+        for n_right in range(n + 1):
+            for k in range(1, n + 1):
+                hits = [min(subset) < n_right for subset in itertools.combinations(range(n), k)]
+                assert pass_at_k(n, n_right, k) == pytest.approx(sum(hits) / len(hits))
