@@ -541,7 +541,7 @@ def disturb(question, kind, rng):
             parts[i] = part.lower()
         elif kind == 'spacing' and part == ' ' and rng.random() < 0.3:
             parts[i] = '   '
-        elif kind == 'typos' and len(part) > 3 and rng.random() < 0.3:
+        elif kind == 'typos' and re.fullmatch(r'\w{4,}', part) and rng.random() < 0.3:
             k = rng.randrange(1, len(part) - 1)
             parts[i] = part[:k] + part[k + 1] + part[k] + part[k + 2:] # two letters change places
     choices = [(''.join(parts), text) for _, text in question['choices']]

@@ -421,6 +421,7 @@ def test_two_processes_are_one(trained, scripts, tmp_path):
     ckpt = torch.load(trained.out / 'base.pt', weights_only=True)
     torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'rlhf.pt')
     one = run_eval(scripts, trained, tmp_path, '--temperature=0')['table']['rlhf']
+    shutil.rmtree(tmp_path / 'answers') # or two would read the answers of one
     scripts.two('eval.py', trained.profile, f'--data_dir={trained.data}', f'--out_dir={tmp_path}', '--temperature=0')
     two = json.loads((tmp_path / 'report.json').read_text(encoding='utf-8'))['table']['rlhf']
     assert 'KL from SFT, nats per answer' in one and list(one) == list(two)

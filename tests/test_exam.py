@@ -2,6 +2,7 @@
 The benchmarks of eval.py: prompts and predictions against a plain loop written here, the figures by hand, answers read
 from samples, programs that try to get out, and what happens to a run that is interrupted.
 """
+import base64
 import itertools
 import json
 import math
@@ -9,15 +10,15 @@ import os
 import random
 import socket
 import time
-from pathlib import Path
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import ROOT, definitions, make_spec, write_rows
-from model import GPT, GPTConfig, Tokenizer
+from conftest import ROOT, definitions, fails, make_spec
+from model import GPT, GPTConfig, Tokenizer, save_checkpoint
 
 CORE = ROOT.parent / 'shared' / 'data' / 'core'
 TASKS = json.loads((ROOT / 'config' / 'benchmarks.json').read_text(encoding='utf-8'))
@@ -287,3 +288,177 @@ def test_pass_at_k_is_an_enumeration():
             for k in range(1, n + 1):
                 hits = [min(subset) < n_right for subset in itertools.combinations(range(n), k)]
                 assert pass_at_k(n, n_right, k) == pytest.approx(sum(hits) / len(hits))
+
+def sampled(row, generated, is_chat=False, **settings):
+    """What answer_exam makes of a question when the model says these texts, one after the other."""
+    f = functions(max_exam_tokens=100, temperature=0.7, seed=1, **settings)
+    said = []
+    def generate(model, prompts, n, stop, heat):
+        f.space['asked'] = (prompts, n, stop, heat)
+        texts = [generated[len(said) + k] for k in range(len(prompts))]
+        said.extend(texts)
+        return [TOK.encode(text) + [stop] for text in texts]
+    f.space['generate'] = generate
+    answers = f.answer_exam(make_model(), TOK, [f.read_question(row)], dict(shots=0, delimiter=None), is_chat)
+    return answers[0], f
+
+GSM = dict(messages=[dict(role='user', content='2 + 3?')], checks=dict(number=5.0), answer='2+3=5\n#### 5')
+
+def test_sampled_answers_are_marked():
+    answer, f = sampled(GSM, ['#### 5', 'It is 6', 'so 5', '#### 5 6'], n_samples=4, batch_size=3)
+    assert answer['n_right'] == 3 and answer['right'] == 0.75 and answer['texts'][1] == 'It is 6'
+    prompts, n, stop, heat = f.space['asked']
+    assert prompts[0] == [TOK.eot] + TOK.encode('Question: 2 + 3?\nAnswer:') and (stop, heat) == (TOK.eot, 0.7)
+    result = f.summarize([dict(answer, n_right=3)], [f.read_question(GSM)])
+    assert result['accuracy'] == result['pass@1'] == 0.75 and 'pass@10' not in result
+
+def test_one_sampled_answer_is_the_most_likely_one():
+    answer, f = sampled(GSM, ['I say 5'], is_chat=True, n_samples=1)
+    prompts, n, stop, heat = f.space['asked']
+    assert answer['right'] == 1 and heat == 0 and stop == TOK.end and prompts[0] == TOK.render(GSM['messages'], prompt=True)[0]
+
+@needs_fork
+def test_sampled_programs_are_run():
+    answer, f = sampled(dict(ROW, task_id='x'), ['    return 2 * x\n', '    return x\n'], n_samples=2)
+    assert answer['n_right'] == 1 and f.space['asked'][0][0] == [TOK.eot] + TOK.encode(ROW['prompt'])
+
+# -----------------------------------------------------------------------------
+# questions that are unlike others
+
+def test_mmlu_is_written_as_published(tmp_path):
+    for part, n in (('dev', 5), ('test', 3)):
+        for subject in ('abstract_algebra', 'zoology'):
+            rows = [f'"{subject}, {part} {i}?",a,b,"c, d",{i},{"ABCD"[i % 4]}' for i in range(n)]
+            path = tmp_path / part / f'{subject}_{part}.csv'
+            path.parent.mkdir(exist_ok=True)
+            path.write_text('\n'.join(rows) + '\n', encoding='utf-8')
+    f = functions()
+    questions, solved = f.load_benchmark(str(tmp_path))
+    assert len(questions) == 6 and len(solved) == 10
+    task = dict(TASKS['mmlu'], solved=solved)
+    def written(part, i, answer):
+        return f'zoology, {part} {i}?\nA. a\nB. b\nC. c, d\nD. {i}\nAnswer:{answer}'
+    text = 'The following are multiple choice questions (with answers) about zoology.\n\n'
+    for i in range(5):
+        text += written('dev', i, ' ' + 'ABCD'[i % 4]) + '\n\n'
+    assert f.few_shot(questions, 4, task) == text
+    pairs = [f.join(questions[4], k, task['delimiter']) for k in range(4)]
+    assert pairs == [(written('test', 1, ''), f' {letter}') for letter in 'ABCD'] and questions[4]['gold'] == 1
+    (tmp_path / 'test' / 'zoology_test.csv').write_text('What?,a,b,c,d\n')
+    with fails(r'zoology_test\.csv: row 1 is not question'):
+        f.load_benchmark(str(tmp_path))
+    with fails('has no .*csv: unpack MMLU'):
+        f.load_benchmark(str(tmp_path / 'dev'))
+
+def test_a_token_that_joins_context_and_answer_belongs_to_the_answer():
+    """'x a' and 'bc' become the tokens 'x', ' ', 'ab', 'c'."""
+    spec = make_spec()
+    spec['pattern'] = r'[\s\S]+'
+    spec['ranks'] += [base64.b64encode(b'ab').decode()]
+    tok = Tokenizer(spec)
+    f = functions()
+    groups, cut = f.encode_question(tok, '', [('x a', 'bc'), ('x a', 'c')], 50)
+    (prefix, answers), = groups
+    assert prefix == [tok.eot, *b'x '] and answers == [[len(spec['ranks']) - 1, ord('c')], [*b'ac']] and not cut
+
+def test_a_long_question_loses_its_beginning_and_is_counted():
+    f = functions()
+    text = 'Anna has the ' * 30
+    groups, cut = f.encode_question(TOK, text, [('Say', ' owl'), ('Say', ' x y z')], 20)
+    (prefix, answers), = groups
+    assert cut and len(prefix) + max(map(len, answers)) == 21
+    assert prefix == TOK.encode(text + 'Say')[-len(prefix):]
+    questions = [dict(choices=[(text, ' owl')], gold=None, category=''), dict(choices=[('Say', ' owl')], gold=None, category='')]
+    answers = f.ask(make_model(block_size=20), TOK, questions, dict(shots=0, delimiter=None))
+    assert [answer['cut'] for answer in answers] == [True, False] and f.summarize(answers, questions)['n_cut'] == 1
+
+def test_choices_of_the_same_text_are_equally_right():
+    f = functions()
+    for gold in (0, 1):
+        question = dict(choices=[('Say', ' owl'), ('Say', ' owl')], gold=gold, category='')
+        answer, = f.ask(make_model(), TOK, [question], dict(shots=0, delimiter=None))
+        assert answer['right'] and answer['choice'] == 0
+
+def test_a_conversation_asks_without_the_words_that_lead_a_base_model():
+    f = functions()
+    groups, _ = f.encode_question(TOK, 'shots', [('Question: Who has it?\nAnswer:', ' Anna'), ('Question: Who has it?\nAnswer:', 'Bela')], 200, True)
+    user = [dict(role='user', content='Who has it?')]
+    assert groups == [(TOK.render(user, prompt=True)[0], [TOK.encode(' Anna'), TOK.encode(' Bela')])]
+
+# -----------------------------------------------------------------------------
+# figures
+
+def test_figures_by_hand():
+    f = functions()
+    questions = [dict(choices=[('x', 'y')] * 4, gold=gold, category='ab'[i % 2]) for i, gold in enumerate([2, 2, 2, 1])]
+    answers = []
+    for i, (right, losses) in enumerate([(True, [1, 0]), (True, [0, 3]), (False, [0, math.inf]), (False, [0.5, 0.5])]):
+        answers.append(dict(question=i, cut=i == 0, tokens=10 * i, losses=losses, gold=questions[i]['gold'], right=right))
+    answers[0]['robust'] = True
+    answers[1]['robust'] = False
+    result = f.summarize(answers, questions)
+    assert result['accuracy'] == 0.5 and result['stderr'] == pytest.approx(math.sqrt(4 * 0.25 / 3) / 2)
+    assert result['constant'] == 0.75 and result['chance'] == 0.5 and result['n_cut'] == 1 and result['tokens'] == 15
+    assert result['robust'] == 0.5 and result['category: a'] == 0.5 and result['category: b'] == 0.5
+    # confidences: 1 / (1 + 1/e) = 0.731 right, 1 / (1 + e**-3) = 0.953 right, 1 wrong, 0.5 wrong; bins 7, 9, 9, 5
+    confidence = [1 / (1 + math.exp(-gap)) for gap in (1, 3, math.inf, 0)]
+    error = abs(1 - confidence[0]) + abs(1 - confidence[1] - confidence[2]) + confidence[3]
+    assert result['calibration error'] == pytest.approx(error / 4)
+
+def test_core_is_the_mean_of_centred_accuracies():
+    f = functions()
+    results = {name: dict(accuracy=task['baseline'] + 0.1 * (1 - task['baseline'])) for name, task in TASKS.items() if 'core' in task}
+    assert f.overall_figures(results) == {'CORE': pytest.approx(0.1)} and len(results) == 22
+    few = {'boolq': dict(accuracy=0.81), 'copa': dict(accuracy=0.25)} # 0.19 / 0.38 and -0.25 / 0.5
+    assert f.overall_figures(few) == {'CORE (partial: 2 of 22 tasks)': pytest.approx(0)}
+    chat = {'mmlu, chat': dict(accuracy=0.4), 'gsm8k, chat': dict(accuracy=0.1)}
+    assert f.overall_figures(chat) == {'ChatCORE (partial: 2 of 5 tasks)': pytest.approx((0.2 + 0.1) / 2)}
+
+def test_changes_that_should_not_matter():
+    f = functions()
+    text = 'Question: Which animal lives with Anna?\nA. owl\nAnswer:'
+    changed = {}
+    for kind in ('typos', 'case', 'spacing'):
+        question = f.disturb(dict(choices=[(text, ' A'), (text, ' B')], gold=1), kind, random.Random(1))
+        (changed[kind], a), (other, b) = question['choices']
+        assert changed[kind] == other != text and (a, b, question['gold']) == (' A', ' B', 1)
+    assert changed['case'] == text.lower() and changed['spacing'].split() == text.split()
+    for new, old in zip(changed['typos'].split(), text.split()):
+        assert sorted(new) == sorted(old) and new[0] == old[0]
+
+# -----------------------------------------------------------------------------
+# an interrupted run
+
+def test_finished_benchmarks_are_kept(world, scripts, tmp_path):
+    """Ctrl-C in the third benchmark; the same command asks only what is left, and the figures are the same."""
+    config = GPTConfig(arch='llama', vocab_size=TOK.n_vocab, block_size=48, n_layer=1, n_head=2, n_embd=16)
+    torch.manual_seed(0)
+    weights = GPT(config).state_dict()
+    for out in ('a', 'b'):
+        save_checkpoint(str(tmp_path / out / 'base.pt'), 'base', weights, asdict(config), TOK, {}, 1, {})
+    def flags(out):
+        return ('eval.py', world.tiny, f'--data_dir={world.data}', f'--out_dir={tmp_path / out}', '--n_prompts=0', '--n_robust=0')
+    stop = '''
+import model
+old = model.pad_right # called once for each batch
+n = [0]
+def pad_right(*args):
+    n[0] += 1
+    if n[0] == 3:
+        raise KeyboardInterrupt
+    return old(*args)
+model.pad_right = pad_right
+'''
+    stopped = scripts(*flags('a'), before=stop)
+    assert stopped.code != 0 and stopped.err == 'stopped; the same command continues\n'
+    kept = sorted(path.name for path in (tmp_path / 'a' / 'answers' / 'base').iterdir())
+    assert kept == ['greedy.jsonl', 'right.jsonl']
+    again = scripts.ok(*flags('a')).out
+    assert [line.split(':')[1] for line in again.splitlines() if 'kept from an earlier run' in line] == [' greedy', ' right']
+    scripts.ok(*flags('b'))
+    tables = [json.loads((tmp_path / out / 'report.json').read_text())['table'] for out in 'ab']
+    assert tables[0] == tables[1]
+    rows = [json.loads(line) for line in (tmp_path / 'a' / 'answers' / 'base' / 'right.jsonl').open()]
+    assert [row['question'] for row in rows[1:]] == [0, 1, 2, 3] and all(len(row['losses']) == 4 for row in rows[1:])
+    # another choice of questions is another examination
+    assert 'kept' not in scripts.ok(*flags('a'), '--limit=2').out
