@@ -4,22 +4,24 @@ about the stages: knowledge comes from pretraining, form comes from SFT, and RLH
 demonstrations, at the price of diversity.
 
 Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
-        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl
-Writes  out_dir/report.md, report.json, curves.svg
+        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl, mmlu/{dev,test}/*.csv
+Writes  out_dir/report.md, report.json, curves.svg; answers/MODEL/BENCHMARK.jsonl, every answer
 
 CPU        $ python eval.py config/tiny.py
 one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 8 GPUs     $ torchrun --standalone --nproc_per_node=8 eval.py config/d20.py
 
 bits per byte  loss on the validation documents. It can be compared across tokenizers
-benchmarks     fraction of questions answered correctly; in brackets: what guessing would give
+benchmarks     fraction of questions answered correctly; in brackets: what guessing would give.
+               Shots, wording and baselines: config/benchmarks.json. Chat models are asked twice: in
+               bare text as base models are, and in a conversation
 answers        sampled for held-out prompts: all checks met, gold score, entropy, distinct n-grams
 win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half
 KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(answer)
 
 A base model knows no chat template. It gets the words of the prompt as the start of a document.
 
-Left out: few-shot examples; benchmarks with sampled answers (GSM8K, HumanEval); human judges.
+Left out: human judges; examples (shots) in conversations.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
 import collections
@@ -155,8 +157,8 @@ def document_sources(tokens, tok, is_cut):
 @torch.no_grad()
 def language_modelling(model, tok, label=''):
     """
-    Predict the first val_tokens of the validation shards. -> {'perplexity': .., 'bits per byte': ..,
-    'bits per byte: SOURCE': ..}; None without shards.
+    Predict the first val_tokens of the validation shards. -> {'perplexity': .., 'bits per byte':
+    .., 'bits per byte: SOURCE': ..}; None without shards.
 
     A loss per token, and so the perplexity, cannot be compared across tokenizers: longer tokens are
     harder to predict, but there are fewer of them. The number of bytes is the same for all.
@@ -218,10 +220,13 @@ def score_groups(model, groups, pad, temperature=1.0):
         pass 1, a row per group         [pad  pad  head  head  head]
         pass 2, a row per continuation                              [tail  text  text  pad]
     Pass 2 has as many columns as the longest continuation of the batch needs. Groups with shorter
-    ones put the end of their prefix there, so that no row gets longer than the context.
+    ones put the end of their prefix there, so that no row gets longer than the context. If nothing
+    is shared, all of a row belongs to pass 2, which is then the only one.
     """
     # the last token of a text is only predicted
     T = max(max(len(text) for text in texts) for _, texts in groups) - 1
+    if all(len(texts) == 1 for _, texts in groups):
+        T = max(len(prefix) + len(texts[0]) for prefix, texts in groups) - 1
     heads = []
     rows = []    # tail and text
     owners = []  # the group of each row
@@ -258,7 +263,10 @@ def score_groups(model, groups, pad, temperature=1.0):
     ends = starts + torch.tensor(lengths, device=run.device)[:, None]
     is_text = (starts <= columns) & (columns < ends)                     # (N, T+1)
     with run.autocast():
-        if T == 0: # answers of one token, such as A, B, C or D, need no second pass
+        if P == 0: # padded on the right only, so that no mask is needed
+            x = model.hidden(targets[:, :-1])                            # (N, T, C)
+            targets, is_text = targets[:, 1:], is_text[:, 1:]
+        elif T == 0: # answers of one token, such as A, B, C or D, need no second pass
             x = model.hidden(idx, pos, mask)[owners, -1:]                # (N, 1, C)
         else:
             is_autocast = torch.is_autocast_enabled(run.device.type)
@@ -433,9 +441,10 @@ def few_shot(questions, i, task):
     parts = []
     if 'header' in task:
         parts.append(task['header'].format(**questions[i]))
-    solved = [shot for shot in task.get('solved', []) if shot['category'] == questions[i]['category']]
+    category = questions[i]['category']
+    solved = [shot for shot in task.get('solved', []) if shot['category'] == category]
     shots = solved[:task['shots']]
-    if not solved:
+    if not solved: # CORE draws them from the questions themselves
         n = min(task['shots'], len(questions) - 1)
         for j in random.Random(SHOTS_SEED + i).sample(range(len(questions) - 1), n):
             shots.append(questions[j + 1 if j >= i else j]) # i itself is left out
@@ -516,7 +525,8 @@ def ask(model, tok, questions, task, pool=None, is_chat=False, label=''):
     n_choices = 1
     for i in mine:
         before, pairs = prompt(i)
-        sizes[i] = len(before) + max(len(context) + len(text) for context, text in pairs)
+        longest = max(len(context) + len(text) for context, text in pairs)
+        sizes[i] = len(before) + longest # in characters: close enough to sort by
         n_choices = max(n_choices, len(pairs))
     order = sorted(mine, key=sizes.get, reverse=True) # like sizes share a batch, as in `score`
 
@@ -542,14 +552,17 @@ def disturb(question, kind, rng):
         elif kind == 'spacing' and part == ' ' and rng.random() < 0.3:
             parts[i] = '   '
         elif kind == 'typos' and re.fullmatch(r'\w{4,}', part) and rng.random() < 0.3:
+            letters = list(part)
             k = rng.randrange(1, len(part) - 1)
-            parts[i] = part[:k] + part[k + 1] + part[k] + part[k + 2:] # two letters change places
-    choices = [(''.join(parts), text) for _, text in question['choices']]
+            letters.insert(k, letters.pop(k + 1)) # two letters change places
+            parts[i] = ''.join(letters)
+    changed = ''.join(parts)
+    choices = [(changed, text) for _, text in question['choices']]
     return {**question, 'choices': choices}
 
 def calibration_error(answers, n_bins=10):
     """
-    Expected calibration error (Guo et al. 2017): |accuracy - confidence| in bins of like confidence.
+    Expected calibration error (Guo et al. 2017): |accuracy - confidence|, in bins of confidence.
     Confidence: softmax over the choices of -loss, at the choice that was made.
     """
     gaps = [0.0] * n_bins
@@ -574,6 +587,7 @@ def summarize(answers, questions):
             result[key] = statistics.fmean(values)
     points = [float(answer['right']) for answer in answers]
     result['accuracy'] = result.pop('right')
+    # stdev divides by n - 1, because the mean is estimated from the same points
     result['stderr'] = statistics.stdev(points) / math.sqrt(n) if n > 1 else 0.0
     result.update(chance=0.0, constant=0.0)
     if 'n_right' in answers[0]:
@@ -586,13 +600,15 @@ def summarize(answers, questions):
     by_category = collections.defaultdict(list)
     for answer in answers:
         question = questions[answer['question']]
-        golds[answer.get('gold', question['choices'][0][1].strip())] += 1
+        _, text = question['choices'][0]
+        golds[answer.get('gold', text.strip())] += 1 # of free text, the text itself
         by_category[question['category']].append(answer['right'])
     result['constant'] = golds.most_common(1)[0][1] / n
-    result['chance'] = sum(1 / len(answer['losses']) for answer in answers if 'gold' in answer) / n
+    chances = [1 / len(answer['losses']) for answer in answers if 'gold' in answer]
+    result['chance'] = sum(chances) / n # free text cannot be guessed
     if result['chance'] > 0:
         result['calibration error'] = calibration_error(answers)
-    if len(by_category) > 1:
+    if len(by_category) > 1: # such as the subjects of MMLU
         for name in sorted(by_category):
             result[f'category: {name}'] = statistics.fmean(by_category[name])
     return result
@@ -643,6 +659,7 @@ def code_runner():
         os.write(writer, job['word'].encode()) # exit code 0 alone would not prove that it got here
         os._exit(0)
     os.close(writer)
+    # the program has its own limit of CPU time, but it could sleep
     ready, _, _ = select.select([reader], [], [], job['seconds'])
     said = os.read(reader, 100) if ready else b''
     os.kill(pid, signal.SIGKILL)
@@ -691,7 +708,8 @@ def number_of(text):
     numbers = [word for word in after.split() if re.search(r'\d', word)]
     if numbers:
         return numbers[0]
-    return text.split('\nQuestion:')[0] # of this, `grade` takes the last number
+    # A base model goes on with the next question. Of the rest, `grade` takes the last number
+    return text.split('\nQuestion:')[0]
 
 def pass_at_k(n, n_right, k):
     """Chen et al. 2021: the probability that of k of n samples at least one is right, unbiased."""
@@ -700,6 +718,7 @@ def pass_at_k(n, n_right, k):
 def answer_exam(model, tok, questions, task, is_chat=False, label=''):
     """n_samples answers to each question; ranks share the questions.
     -> [dict(question, texts, n_right, right, ..)], right: the share of right ones"""
+    # at least half of the context is for the question
     new_tokens = min(max_exam_tokens, model.config.block_size // 2)
     room = model.config.block_size - new_tokens
     stop = tok.end if is_chat else tok.eot
@@ -832,7 +851,7 @@ def take_exam(model, tok, name, benchmark, in_chat):
         stamps.append([os.path.getsize(source), os.path.getmtime(source)])
     key = dict(stamps=stamps, settings=[config[setting] for setting in DECIDES])
 
-    kept = [None]
+    kept = [None] # nothing
     if run.master and os.path.exists(path):
         rows = [row for _, row in read_jsonl(path, is_log=True)]
         if rows and rows[0].get('key') == key:
@@ -847,7 +866,8 @@ def take_exam(model, tok, name, benchmark, in_chat):
         answers = examine(model, tok, questions, task, is_chat=in_chat, label=f'{name}: {label}')
         seconds = (time.time() - start) / len(questions)
         contexts = {context for context, _ in questions[0]['choices']}
-        if questions[0]['gold'] is not None and len(contexts) == 1 and not in_chat:
+        is_choice = questions[0]['gold'] is not None and len(contexts) == 1
+        if is_choice and not in_chat: # HELM's robustness
             for kind in ('typos', 'case', 'spacing'):
                 changed = []
                 for i, question in enumerate(questions[:n_robust]):

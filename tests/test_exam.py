@@ -132,7 +132,7 @@ def test_answers_are_those_of_a_plain_loop(kind, arch, block_size, more):
     model = make_model(arch, block_size, **more)
     for shots, delimiter in ((0, ' '), (3, '\nAnswer: ')):
         task = dict(shots=shots, delimiter=delimiter)
-        assert same_answers(model, TOK, made_up(kind), task, 24) == 24
+        assert same_answers(model, TOK, made_up(kind), task, 10) == 10
 
 @needs_data
 def test_the_questions_of_core_are_written_as_in_its_definition():
@@ -148,7 +148,7 @@ def test_the_questions_of_core_are_written_as_in_its_definition():
         random.Random(f.SUBSET_SEED).shuffle(questions)
         rows = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
         random.Random(1337).shuffle(rows)
-        for i in range(0, len(rows), len(rows) // 10):
+        for i in range(0, len(rows), len(rows) // 4):
             pairs = [f.join(questions[i], k, task['delimiter']) for k in range(len(questions[i]['choices']))]
             before = f.few_shot(questions, i, task)
             assert [(before + a, before + a + b) for a, b in pairs] == plain_prompts(rows, i, task)
@@ -157,9 +157,9 @@ def test_the_questions_of_core_are_written_as_in_its_definition():
 @needs_data
 def test_answers_to_core_are_those_of_a_plain_loop():
     model = make_model(block_size=200)
-    for name in ('boolq', 'winograd', 'bigbench_language_identification', 'lambada_openai'):
+    for name in ('boolq', 'winograd', 'lambada_openai'):
         rows = [json.loads(line) for line in (CORE / f'{TASKS[name]["file"]}.jsonl').open(encoding='utf-8')]
-        assert same_answers(model, TOK, rows[:300], TASKS[name], 8) == 8
+        assert same_answers(model, TOK, rows[:300], TASKS[name], 4) == 4
 
 # -----------------------------------------------------------------------------
 # HumanEval runs programs that a model wrote
@@ -222,7 +222,7 @@ def test_a_hostile_program_is_contained_and_fails(name, has_space, tmp_path):
     outside.mkdir()
     (outside / 'secret').write_text('secret')
     before = contents(tmp_path)
-    f = functions(CODE_SECONDS=1)
+    f = functions(CODE_SECONDS=0.5)
     names = dict(OUTSIDE=str(outside), SECRET=str(outside / 'secret'))
     head = 'import os, sys\n' + ''.join(f'{key} = {value!r}\n' for key, value in names.items())
     with socket.socket() as server:
