@@ -148,7 +148,7 @@ def test_loss_of_continuations_by_hand(trained):
              ((' ', 'owl'), [tok.eot], tok.encode(' owl')),
              ((says, 'Bela'), long[:-1][-(T + 1 - len(tok.encode(' Bela'))):], tok.encode(' Bela')),
              (('x', ' ' + says), tok.encode('x'), tok.encode(' ' + says)[:T])]
-    questions = [dict(choices=[pair], gold=None) for pair, _, _ in cases]
+    questions = made(*[([pair], None) for pair, _, _ in cases])
     got = functions().ask(trained.model, tok, questions, dict(shots=0, delimiter=None))
     for answer, (_, context, continuation) in zip(got, cases):
         loss, = answer['losses']
