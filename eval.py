@@ -331,8 +331,8 @@ def split_at_blanks(context, continuation):
 # benchmarks: reading the questions, writing the prompts
 
 # {name: {file, shots, delimiter, baseline, core, chat_core, header}}
-CONFIG_DIR = pathlib.Path(__file__).resolve().parent / 'config'
-BENCHMARKS = json.loads((CONFIG_DIR / 'benchmarks.json').read_text(encoding='utf-8'))
+BENCHMARKS_PATH = pathlib.Path(__file__).resolve().parent / 'config' / 'benchmarks.json'
+BENCHMARKS = json.loads(BENCHMARKS_PATH.read_text(encoding='utf-8'))
 # CORE's choice of questions and shots (Li et al. 2024; seeds as in nanochat), so that its figures
 # can be compared: they do not depend on our setting `seed`
 SUBSET_SEED = 1337
@@ -847,7 +847,7 @@ def take_exam(model, tok, name, benchmark, in_chat):
     folder = re.sub(r'[^\w.-]+', '_', name)
     path = os.path.join(out_dir, 'answers', folder, f'{label}.jsonl')
     stamps = []
-    for source in (checkpoint_paths[name], paths[task['file']], __file__):
+    for source in (checkpoint_paths[name], paths[task['file']], BENCHMARKS_PATH, __file__):
         stamps.append([os.path.getsize(source), os.path.getmtime(source)])
     key = dict(stamps=stamps, settings=[config[setting] for setting in DECIDES])
 
