@@ -4,10 +4,11 @@ about the stages: knowledge comes from pretraining, form comes from SFT, and RLH
 demonstrations, at the price of diversity.
 
 Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
-        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl
-        config/curves.json, what to expect; out_dir/overoptimise/*/rlhf.jsonl
+        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl, mmlu/{dev,test}/*.csv
+        config/benchmarks.json; config/curves.json, what to expect
+        out_dir/overoptimise/*/rlhf.jsonl
 Writes  out_dir/report.html, report.md, report.json, curves.svg, overoptimise.svg;
-        out_dir/preferences_ab.jsonl, your verdicts
+        out_dir/answers/MODEL/BENCHMARK.jsonl, every answer; preferences_ab.jsonl, your verdicts
 
 CPU        $ python eval.py config/tiny.py
 one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
@@ -15,7 +16,9 @@ one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 you judge  $ python eval.py config/tiny.py --judge_pairs=20
 
 bits per byte  loss on the validation documents. It can be compared across tokenizers
-benchmarks     fraction of questions answered correctly; in brackets: what guessing would give
+benchmarks     fraction of questions answered correctly; in brackets: what guessing would give.
+               Shots, wording and baselines: config/benchmarks.json. Chat models are asked twice: in
+               bare text as base models are, and in a conversation
 answers        sampled for held-out prompts: all checks met, gold score, entropy, distinct n-grams
 win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half.
                RLHF learns the labeller's taste first, so a second row leaves out liked phrases
@@ -26,19 +29,29 @@ KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(
 
 A base model knows no chat template. It gets the words of the prompt as the start of a document.
 
-Left out: few-shot examples; sampled benchmarks (GSM8K, HumanEval); a language model as judge.
+Left out: a language model as judge; examples (shots) in conversations.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+import collections
+import contextlib
+import csv
 import glob
 import html
+import inspect
 import itertools
 import json
 import math
 import os
+import pathlib
 import platform
+import random
 import re
+import secrets
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -46,6 +59,7 @@ import torch
 from torch.nn import functional as F
 
 from model import (
+    KVCache,
     ScalarModel,
     Tokenizer,
     all_gather_list,
@@ -63,6 +77,7 @@ from model import (
     read_shard,
     seed_step,
     setup,
+    write_jsonl,
     write_text,
 )
 
@@ -73,8 +88,12 @@ data_dir = 'data/toytown'   # folder with val_*.bin, prompts_val.jsonl and bench
 out_dir = 'out/toytown'     # folder with the checkpoints; the report is written here
 models = 'base,sft,dpo,rlhf' # columns of the report: stages in out_dir, or paths of checkpoints
 benchmarks = ''             # names of files in benchmarks/, separated by commas; empty = all
-max_questions = 500         # questions per benchmark; 0 = all
-val_tokens = 100000         # validation tokens for bits per byte; 0 = skip
+limit = 500                 # questions per benchmark, a seeded choice; 0 = all
+n_robust = 50               # questions that are asked again with typos, case, spacing; 0 = skip
+n_samples = 1               # answers to a question of GSM8K, HumanEval; 1 = the most likely one
+max_exam_tokens = 256       # longest answer to such a question, in tokens
+allow_code = False          # run the programs of HumanEval: code that a model has written
+val_tokens = 10_000_000     # at most so many validation tokens for bits per byte; 0 = skip
 n_prompts = 300             # held-out prompts to answer; 0 = skip
 pool_prompts = 100          # of these, prompts that get many answers each, for best-of-n; 0 = skip
 judge_pairs = 0             # pairs of answers that you compare, without knowing who gave them
@@ -92,9 +111,9 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device and checkpoints
-for name in ('batch_size', 'sample_batch', 'max_new_tokens'):
+for name in ('batch_size', 'sample_batch', 'max_new_tokens', 'n_samples', 'max_exam_tokens'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('max_questions', 'val_tokens', 'n_prompts', 'pool_prompts', 'judge_pairs',
+for name in ('limit', 'n_robust', 'val_tokens', 'n_prompts', 'pool_prompts', 'judge_pairs',
              'progress_seconds'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 # dividing the logits by a tiny temperature would overflow
@@ -107,11 +126,13 @@ assert is_alone, f'--judge_pairs={judge_pairs} needs one process, not torchrun'
 started = time.time()
 
 checkpoints = {}
+checkpoint_paths = {}
 for name in re.split(' *, *', models.strip()):
     is_path = name.endswith('.pt')
     path = name if is_path else os.path.join(out_dir, f'{name}.pt')
     # A stage that has not been run yet is left out. A path that somebody typed must exist.
     if is_path or os.path.exists(path):
+        checkpoint_paths[name] = path
         stages = ['base', 'sft', 'dpo', 'rlhf']
         checkpoints[name] = load_checkpoint(path, stages, 'bash speedrun.sh')
     else:
@@ -136,15 +157,33 @@ def in_batches(items, label, batch_size=batch_size):
             next_print = now + progress_seconds
         yield items[done:done + batch_size]
 
+def document_sources(tokens, tok, is_cut):
+    """Validation tokens -> (names of sources, the index of each token's source). The shards were
+    written from val/*.jsonl.gz, document by document. Shards from elsewhere have no sources."""
+    sources = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val', '*.jsonl.gz'))):
+        sources += [row.get('source', '') for _, row in read_jsonl(path)]
+    numbers = np.cumsum(tokens == tok.eot) - 1 # <|endoftext|> stands before each document
+    n_documents = numbers[-1] + 1
+    is_whole = n_documents == len(sources) or (is_cut and n_documents <= len(sources))
+    if not is_whole or tokens[0] != tok.eot:
+        return [''], np.zeros(len(tokens), np.int64)
+    names = sorted(set(sources))
+    index = np.array([names.index(source) for source in sources])
+    return names, index[numbers]
+
 @torch.no_grad()
-def bits_per_byte(model, tok, label=''):
+def language_modelling(model, tok, label=''):
     """
-    Loss on the first val_tokens of the validation shards, in bits per byte. None without shards.
-    A loss per token cannot be compared across tokenizers: longer tokens are harder to predict,
-    but there are fewer of them. The number of bytes does not depend on the tokenizer.
+    Predict the first val_tokens of the validation shards. -> {'perplexity': .., 'bits per byte':
+    .., 'bits per byte: SOURCE': ..}; None without shards.
+
+    A loss per token, and so the perplexity, cannot be compared across tokenizers: longer tokens are
+    harder to predict, but there are fewer of them. The number of bytes is the same for all.
     """
+    nothing = {'perplexity': None, 'bits per byte': None}
     if val_tokens == 0:
-        return None
+        return nothing
     T = model.config.block_size
     tokens = np.zeros(0, np.int64)
     for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val_*.bin'))):
@@ -153,17 +192,18 @@ def bits_per_byte(model, tok, label=''):
         tokens = np.concatenate([tokens, shard.astype(np.int64)])
     n_windows = (len(tokens) - 1) // T # tokens at the end that do not fill a window are not used
     if n_windows < 1:
-        return None
+        return nothing
 
-    tokens = torch.from_numpy(tokens)
+    names, source_of = document_sources(tokens, tok, len(tokens) > val_tokens)
     end = n_windows * T
+    source_of = source_of[1:end + 1].reshape(n_windows, T) # of the tokens that are predicted
+    tokens = torch.from_numpy(tokens)
     x = tokens[:end].view(n_windows, T)
     y = tokens[1:end + 1].view(n_windows, T) # the same tokens, one later
     # a special token costs bits, but it has no bytes: its size here is 0
     token_sizes = torch.tensor([len(tok.token_bytes(i)) for i in range(tok.n_vocab)])
 
-    nats = 0.0
-    n_bytes = 0
+    sums = np.zeros((3, len(names))) # nats, tokens and bytes of each source
     mine = list(range(run.rank, n_windows, run.world_size))
     for rows in in_batches(mine, f'{label}: bits per byte'):
         inputs = x[rows].to(run.device)
@@ -171,38 +211,120 @@ def bits_per_byte(model, tok, label=''):
         with run.autocast():
             logits = model(inputs)                                       # (B, T, V)
         logits = logits.float().flatten(0, 1)                            # (B*T, V)
-        nats += F.cross_entropy(logits, targets.flatten(), reduction='sum').item()
-        n_bytes += token_sizes[y[rows]].sum().item()
-    nats, n_bytes = all_sum(nats, n_bytes)
-    return nats / math.log(2) / n_bytes
+        losses = F.cross_entropy(logits, targets.flatten(), reduction='none').cpu().double()
+        sizes = token_sizes[y[rows]].flatten()
+        for row, weights in enumerate((losses, torch.ones_like(losses), sizes)):
+            sums[row] += np.bincount(source_of[rows].flatten(), weights.numpy(), len(names))
+    sums = np.array(all_sum(*sums.flatten().tolist())).reshape(sums.shape)
+    nats, n_tokens, n_bytes = sums.sum(1)
+    result = {'perplexity': math.exp(nats / n_tokens),
+              'bits per byte': nats / math.log(2) / n_bytes}
+    if len(names) > 1:
+        for name, (nats, _, n_bytes) in zip(names, sums.T):
+            if n_bytes > 0:
+                result[f'bits per byte: {name}'] = nats / math.log(2) / n_bytes
+    return result
 
 @torch.no_grad()
-def score(model, rows, lengths, pad, temperature=1.0, label=''):
+def score_groups(model, groups, pad, temperature=1.0):
     """
-    Score the last lengths[i] tokens of each row of token ids. -> [(logprob, entropy, is_greedy)].
+    Score continuations of one or more prefixes: groups is [(prefix ids, [continuation ids])].
+    -> for each group [(logprob, entropy, is_greedy)], one for each continuation.
 
-    logprob: sum of the log-probabilities of these tokens, in nats. entropy: sum of the entropies of
-    the distributions that they come from. is_greedy: would greedy decoding give the same tokens?
+    logprob: sum of the log-probabilities of the continuation's tokens, in nats. entropy: sum of the
+    entropies of the distributions that they come from. is_greedy: would greedy decoding write it?
+
+    What the continuations of a group share is computed once: its keys and values go into a cache.
+        pass 1, a row per group         [pad  pad  head  head  head]
+        pass 2, a row per continuation                              [tail  text  text  pad]
+    Pass 2 has as many columns as the longest continuation of the batch needs. Groups with shorter
+    ones put the end of their prefix there, so that no row gets longer than the context. If nothing
+    is shared, all of a row belongs to pass 2, which is then the only one.
     """
+    # the last token of a text is only predicted
+    T = max(max(len(text) for text in texts) for _, texts in groups) - 1
+    if all(len(texts) == 1 for _, texts in groups):
+        T = max(len(prefix) + len(texts[0]) for prefix, texts in groups) - 1
+    heads = []
+    rows = []    # tail and text
+    owners = []  # the group of each row
+    starts = []  # where the text begins in its row
+    lengths = []
+    for owner, (prefix, texts) in enumerate(groups):
+        longest = max(len(text) for text in texts) - 1
+        n_head = max(0, len(prefix) + longest - T)
+        heads.append(prefix[:n_head])
+        tail = prefix[n_head:]
+        for text in texts:
+            rows.append(tail + text)
+            owners.append(owner)
+            starts.append(len(tail))
+            lengths.append(len(text))
+
+    # pass 1 is padded on the left, so that pass 2 begins in one column, as in `generate`
+    P = max(len(head) for head in heads)
+    n_padding = [P - len(head) for head in heads]
+    padded = [[pad] * n + head for n, head in zip(n_padding, heads)]
+    idx = torch.tensor(padded, device=run.device)                        # (B, P)
+    owners = torch.tensor(owners, device=run.device)                     # (N,)
+    pos, mask, more_pos, more_mask = None, None, None, None
+    if max(n_padding) > 0: # without padding attention is plainly causal, which is faster
+        columns = torch.arange(P + T, device=run.device)
+        first = torch.tensor(n_padding, device=run.device)[:, None]
+        all_pos = (columns - first).clamp(min=0)                         # (B, P+T)
+        real = columns >= first                                          # (B, P+T)
+        pos, mask = all_pos[:, :P], real[:, :P]
+        more_pos, more_mask = all_pos[owners, P:], real[owners]
+    targets = pad_right(rows, pad, run.device)                           # (N, T+1)
+    columns = torch.arange(T + 1, device=run.device)
+    starts = torch.tensor(starts, device=run.device)[:, None]
+    ends = starts + torch.tensor(lengths, device=run.device)[:, None]
+    is_text = (starts <= columns) & (columns < ends)                     # (N, T+1)
+    with run.autocast():
+        if P == 0: # padded on the right only, so that no mask is needed
+            x = model.hidden(targets[:, :-1])                            # (N, T, C)
+            targets, is_text = targets[:, 1:], is_text[:, 1:]
+        elif T == 0: # answers of one token, such as A, B, C or D, need no second pass
+            x = model.hidden(idx, pos, mask)[owners, -1:]                # (N, 1, C)
+        else:
+            is_autocast = torch.is_autocast_enabled(run.device.type)
+            dtype = torch.get_autocast_dtype(run.device.type) if is_autocast else torch.float32
+            cache = KVCache(model.config, len(groups), P + T, run.device, dtype)
+            x = model.hidden(idx, pos, mask, cache)[owners, -1:]
+            cache.keep(owners) # a copy of the prefix for each continuation
+            more = model.hidden(targets[:, :-1], more_pos, more_mask, cache)
+            x = torch.cat((x, more), dim=1)                              # (N, T+1, C)
+        # the head is a large matrix: it is used only where a text stands
+        logits = model.head(x[is_text]).float()                          # (tokens, V)
+    targets = targets[is_text]                                           # (tokens,)
+    is_right = logits.argmax(-1) == targets
+    logprobs = F.log_softmax(logits / temperature, dim=-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    logprobs = logprobs.gather(-1, targets[:, None]).squeeze(1)
+
+    scores = [[] for _ in groups]
+    start = 0
+    for owner, length in zip(owners.tolist(), lengths):
+        tokens = slice(start, start + length)
+        logprob = logprobs[tokens].sum().item()
+        entropy = entropies[tokens].sum().item()
+        scores[owner].append((logprob, entropy, is_right[tokens].all().item()))
+        start += length
+    return scores
+
+def score(model, rows, lengths, pad, temperature=1.0, label=''):
+    """Score the last lengths[i] tokens of each row of ids. -> [(logprob, entropy, is_greedy)]"""
     # Rows of similar length share a batch, to save padding. The longest come first: if they fit
     # into memory, all others do, and the time left is not underestimated.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     scores = [None] * len(rows)
     for batch in in_batches(order, label):
-        ids = pad_right([rows[i] for i in batch], pad, run.device)       # (B, T+1)
-        with run.autocast():
-            logits = model(ids[:, :-1])                                  # (B, T, V)
-        for row, i in enumerate(batch):
-            end = len(rows[i])
-            start = end - lengths[i]
-            targets = ids[row, start:end]                                # (N,)
-            # the logits at t predict token t + 1; softmax only where it is needed, to save memory
-            row_logits = logits[row, start - 1:end - 1].float()          # (N, V)
-            logprobs = F.log_softmax(row_logits / temperature, dim=-1)   # (N, V)
-            logprob = logprobs.gather(-1, targets[:, None]).sum().item()
-            entropy = -(logprobs.exp() * logprobs).sum().item()
-            is_greedy = (row_logits.argmax(-1) == targets).all().item()
-            scores[i] = (logprob, entropy, is_greedy)
+        groups = []
+        for i in batch:
+            start = len(rows[i]) - lengths[i]
+            groups.append((rows[i][:start], [rows[i][start:]]))
+        for i, group in zip(batch, score_groups(model, groups, pad, temperature)):
+            scores[i] = group[0]
     return scores
 
 # characters of scripts without blanks between words: Thai to Burmese, Khmer, Chinese, Japanese
@@ -223,107 +345,440 @@ def split_at_blanks(context, continuation):
         blanks = ' '
     return kept, blanks + continuation
 
-def score_continuations(model, tok, pairs, label=''):
-    """
-    [(context, continuation)], two texts each -> [(loss, is_greedy)].
-    loss: mean loss of the continuation's tokens, in nats. A sum would favour short continuations.
-    is_greedy: would greedy decoding give exactly this continuation?
-    """
-    block_size = model.config.block_size
-    rows = []
-    lengths = []
-    for context, text in pairs:
-        context, text = split_at_blanks(context, text)
-        # a tokenizer of characters drops those that it does not know
-        continuation = tok.encode(text)[:block_size] or [tok.pad]
-        room = block_size + 1 - len(continuation) # + 1: the last token is only predicted
-        prefix = [tok.eot] + tok.encode(context)
-        rows.append(prefix[-room:] + continuation) # of a long context, the end matters most
-        lengths.append(len(continuation))
-
-    losses = []
-    scores = score(model, rows, lengths, tok.pad, label=label)
-    for row, length, (logprob, entropy, is_greedy) in zip(rows, lengths, scores):
-        loss = -logprob / length
-        if row[-1] == tok.pad: # this model cannot write the continuation
-            loss = math.inf
-        losses.append((loss, is_greedy))
-    return losses
-
 # -----------------------------------------------------------------------------
-# benchmarks
+# benchmarks: reading the questions, writing the prompts
 
-def load_benchmark(path):
+# {name: {file, shots, delimiter, baseline, core, chat_core, header}}
+BENCHMARKS_PATH = pathlib.Path(__file__).resolve().parent / 'config' / 'benchmarks.json'
+BENCHMARKS = json.loads(BENCHMARKS_PATH.read_text(encoding='utf-8'))
+# CORE's choice of questions and shots (Li et al. 2024; seeds as in nanochat), so that its figures
+# can be compared: they do not depend on our setting `seed`
+SUBSET_SEED = 1337
+SHOTS_SEED = 1234
+LETTERS = 'ABCD'
+
+def read_question(row):
     """
-    Read the questions of a benchmark: [(choices, gold)]. choices: [(context, continuation)].
+    A row of a benchmark -> dict(choices, gold, category). choices: [(context, continuation)].
     gold: index of the right choice; None if there is one choice and greedy decoding must give it.
+    Raises KeyError, OverflowError, TypeError, ValueError if the row has another form.
 
-    Three kinds of rows, as in llm-foundry and DCLM:
         {query, choices, gold}                 which choice has the lowest loss per token?
         {context_options, continuation, gold}  which context gives the continuation the lowest loss?
         {context, continuation}                does greedy decoding give the continuation?
+    These are the forms of llm-foundry and DCLM. Two more need sampled answers, and keep their row:
+        {messages, checks, answer}             GSM8K (Cobbe et al. 2021): are the checks met?
+        {prompt, test, entry_point}            HumanEval (Chen et al. 2021): are the tests passed?
     """
+    question = dict(gold=None, category=str(row.get('category', '')))
+    options = []
+    if 'choices' in row:
+        options = row['choices']
+        choices = [(row['query'], option) for option in options]
+    elif 'context_options' in row:
+        options = row['context_options']
+        choices = [(option, row['continuation']) for option in options]
+    elif 'messages' in row:
+        grade(row['checks'], 'any text') # find a bad check now
+        solution = row.get('answer') or f'#### {row["checks"].get("number")}'
+        choices = [(f'Question: {row["messages"][-1]["content"]}\nAnswer:', solution)]
+        question['row'] = row
+    elif 'test' in row:
+        choices = [(row['prompt'], row['test'] + row['entry_point'])]
+        question['row'] = row
+    else:
+        choices = [(row['context'], row['continuation'])]
+    if not isinstance(options, list):
+        raise TypeError(f'{options!r:.50} is not a list')
+    for context, continuation in choices:
+        if not isinstance(context, str) or not isinstance(continuation, str):
+            raise TypeError('a text is not a string')
+        if not continuation.strip():
+            raise ValueError('a continuation is empty')
+    if 'choices' in row or 'context_options' in row:
+        gold = question['gold'] = int(row['gold'])
+        if gold != float(row['gold']) or not 0 <= gold < len(choices):
+            raise ValueError(f'gold is {row["gold"]}, but there are {len(choices)} choices')
+    return {'choices': choices, **question}
+
+def load_benchmark(path):
+    """Questions of a .jsonl file or of MMLU's folder -> ([question], [solved questions], which MMLU
+    shows as examples)."""
+    if os.path.isdir(path):
+        return load_mmlu(path, 'test'), load_mmlu(path, 'dev')
     questions = []
     for line, row in read_jsonl(path):
-        if 'messages' in row or 'test' in row: # the forms of GSM8K and HumanEval
-            print0(f'{path}: left out, because its answers must be sampled')
-            return []
-        gold = None
         try:
-            if 'choices' in row:
-                options = row['choices']
-                choices = [(row['query'], option) for option in options]
-                gold = int(row['gold'])
-            elif 'context_options' in row:
-                options = row['context_options']
-                choices = [(option, row['continuation']) for option in options]
-                gold = int(row['gold'])
-            else:
-                options = []
-                choices = [(row['context'], row['continuation'])]
-            if not isinstance(options, list):
-                raise TypeError(f'{options!r:.50} is not a list')
-            for context, continuation in choices:
-                if not isinstance(context, str) or not isinstance(continuation, str):
-                    raise TypeError('a text is not a string')
-                if not continuation.strip():
-                    raise ValueError('a continuation is empty')
-            if gold is not None and (gold != float(row['gold']) or not 0 <= gold < len(choices)):
-                raise ValueError(f'gold is {row["gold"]}, but there are {len(choices)} choices')
+            questions.append(read_question(row))
         except (KeyError, OverflowError, TypeError, ValueError) as e: # int(inf) overflows
             raise AssertionError(
                 f'{path}:{line}: {type(e).__name__}: {e}: a row holds query, choices, gold, or '
-                'context_options, continuation, gold, or context, continuation') from None
-        questions.append((choices, gold))
-        if len(questions) == max_questions:
-            break
+                'context_options, continuation, gold, or context, continuation, or messages, '
+                'checks, answer, or prompt, test, entry_point') from None
     if not questions:
         print0(f'{path}: left out, because it has no questions')
+    return questions, []
+
+def load_mmlu(folder, part):
+    """MMLU as published (Hendrycks et al. 2021): folder/PART/SUBJECT_PART.csv, without a head.
+    A row: question, A, B, C, D, answer."""
+    questions = []
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), part, f'*_{part}.csv')))
+    assert paths, f'{folder}/{part} has no *_{part}.csv: unpack MMLU in {folder}'
+    for path in paths:
+        subject = os.path.basename(path).removesuffix(f'_{part}.csv').replace('_', ' ')
+        with open(path, encoding='utf-8-sig', newline='') as f:
+            for line, row in enumerate(csv.reader(f), 1):
+                assert len(row) == 6 and row[5] in tuple(LETTERS), \
+                    f'{path}: row {line} is not question, A, B, C, D, answer: {row!r:.80}'
+                query = row[0]
+                for letter, option in zip(LETTERS, row[1:]):
+                    query += f'\n{letter}. {option}'
+                gold = LETTERS.index(row[5])
+                questions.append(read_question(
+                    dict(query=query, choices=list(LETTERS), gold=gold, category=subject)))
     return questions
 
-def accuracy(model, tok, questions, label=''):
-    """-> (fraction of right answers, fraction right by guessing). Ranks share the questions."""
-    mine = questions[run.rank::run.world_size]
-    pairs = []
-    for choices, gold in mine:
-        pairs += choices
-    scores = score_continuations(model, tok, pairs, label)
+def join(question, i, delimiter):
+    """
+    Choice i of a question as (context, continuation), two texts to be written one after the other.
+    A blank between them is part of the continuation: in running text ' owl' is one token.
+    """
+    context, continuation = question['choices'][i]
+    if delimiter is None: # a benchmark that is not in the table
+        return split_at_blanks(context, continuation)
+    if question['gold'] is None: # CORE trims the contexts of this form only
+        context = context.strip()
+    text = context + delimiter
+    kept = text.removesuffix(' ')
+    return kept, text[len(kept):] + continuation
 
-    n_right = 0
-    first = 0 # where the scores of this question begin
-    for choices, gold in mine:
-        losses = [loss for loss, is_greedy in scores[first:first + len(choices)]]
-        if gold is None:
-            n_right += scores[first][1]
-        elif min(losses) < math.inf and losses.index(min(losses)) == gold:
-            n_right += 1
-        first += len(choices)
-    n_right = all_sum(n_right)[0]
+def few_shot(questions, i, task):
+    """The text before question i: a header, and solved questions, two newlines after each. They are
+    drawn from the other questions, or are those that the benchmark names for its category."""
+    parts = []
+    if 'header' in task:
+        parts.append(task['header'].format(**questions[i]))
+    category = questions[i]['category']
+    solved = [shot for shot in task.get('solved', []) if shot['category'] == category]
+    shots = solved[:task['shots']]
+    if not solved: # CORE draws them from the questions themselves
+        n = min(task['shots'], len(questions) - 1)
+        for j in random.Random(SHOTS_SEED + i).sample(range(len(questions) - 1), n):
+            shots.append(questions[j + 1 if j >= i else j]) # i itself is left out
+    for shot in shots:
+        parts.append(''.join(join(shot, shot['gold'] or 0, task['delimiter'])))
+    return ''.join(part + '\n\n' for part in parts)
 
-    chances = []
-    for choices, gold in questions:
-        chances.append(1 / len(choices) if gold is not None else 0) # free text cannot be guessed
-    return n_right / len(questions), statistics.fmean(chances)
+def ask_user(tok, context):
+    """A question as a user asks it, without the words that lead a base model. -> ids"""
+    text = re.sub(r'^(Question|Q):|(Answer|A):$', '', context.strip())
+    return tok.render([dict(role='user', content=text.strip())], prompt=True)[0]
+
+def encode_question(tok, before, pairs, block_size, is_chat=False):
+    """
+    [(context, continuation)] of a question -> (groups for score_groups, was a context cut?)
+
+    Context and continuation are encoded together, since that is how the model has seen text. If the
+    tokenizer joins the end of one with the beginning of the other, that token belongs to the
+    answer. In a conversation the user says the context, and the continuation is the answer.
+    """
+    groups = []
+    cut = False
+    for context, same in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        texts = [text for _, text in same]
+        if is_chat:
+            prefix = ask_user(tok, context)
+            answers = [tok.encode(' ' + text.strip()) for text in texts]
+        else:
+            rows = [tok.encode(before + context + text) for text in texts]
+            # works for lists too, in spite of its name: what all of them begin with
+            shared = os.path.commonprefix([tok.encode(before + context), *rows])
+            prefix = [tok.eot] + shared
+            answers = [row[len(shared):] for row in rows]
+        # a tokenizer of characters drops those that it does not know
+        answers = [answer[:block_size] or [tok.pad] for answer in answers]
+        room = block_size + 1 - max(len(answer) for answer in answers) # + 1: the last is predicted
+        cut = cut or len(prefix) > room
+        groups.append((prefix[-room:], answers)) # of a long context, the end matters most
+    return groups, cut
+
+# -----------------------------------------------------------------------------
+# benchmarks: asking, marking
+
+def mark(question, groups, scores, pad):
+    """The scores of a question's choices -> what is kept: dict(losses, choice, gold, right, ..)."""
+    losses = [] # mean loss of a choice's tokens, in nats. A sum would favour short choices
+    n_tokens = 0 # that the model has read
+    for (prefix, texts), group in zip(groups, scores):
+        n_tokens += len(prefix)
+        for text, (logprob, entropy, is_greedy) in zip(texts, group):
+            n_tokens += len(text) - 1
+            losses.append(math.inf if text[-1] == pad else -logprob / len(text))
+    answer = dict(losses=losses, tokens=n_tokens)
+    if question['gold'] is None:
+        answer['right'] = is_greedy and losses[0] < math.inf
+    else:
+        choice = answer['choice'] = losses.index(min(losses))
+        answer['gold'] = question['gold']
+        # choices with the same text are equally right
+        is_same = question['choices'][choice] == question['choices'][answer['gold']]
+        answer['right'] = is_same and min(losses) < math.inf
+    return answer
+
+def ask(model, tok, questions, task, pool=None, is_chat=False, label=''):
+    """Ask all questions. Ranks share them. -> [dict(question, cut, losses, right, ..)], see `mark`.
+    pool: the questions that shots are drawn from, if they are others."""
+    pool = pool or questions
+
+    def prompt(i):
+        if is_chat:
+            return '', questions[i]['choices']
+        pairs = [join(questions[i], k, task['delimiter'])
+                 for k in range(len(questions[i]['choices']))]
+        return few_shot(pool, i, task), pairs
+
+    mine = range(run.rank, len(questions), run.world_size)
+    sizes = {}
+    n_choices = 1
+    for i in mine:
+        before, pairs = prompt(i)
+        longest = max(len(context) + len(text) for context, text in pairs)
+        sizes[i] = len(before) + longest # in characters: close enough to sort by
+        n_choices = max(n_choices, len(pairs))
+    order = sorted(mine, key=sizes.get, reverse=True) # like sizes share a batch, as in `score`
+
+    answers = {}
+    for batch in in_batches(order, label, max(1, batch_size // n_choices)):
+        encoded = []
+        for i in batch:
+            encoded.append(encode_question(tok, *prompt(i), model.config.block_size, is_chat))
+        groups = list(itertools.chain(*[groups for groups, _ in encoded]))
+        scores = iter(score_groups(model, groups, tok.pad))
+        for i, (groups, cut) in zip(batch, encoded):
+            marked = mark(questions[i], groups, [next(scores) for _ in groups], tok.pad)
+            answers[i] = dict(question=i, cut=cut, **marked)
+    return all_gather_list([answers[i] for i in mine], run)
+
+def disturb(question, kind, rng):
+    """A harmless change of a question (HELM, Liang et al. 2022): 'typos', 'case' or 'spacing'."""
+    context = question['choices'][0][0]
+    parts = re.split(r'(\w{4,}| )', context) # long words and blanks, and what is between them
+    for i, part in enumerate(parts):
+        if kind == 'case':
+            parts[i] = part.lower()
+        elif kind == 'spacing' and part == ' ' and rng.random() < 0.3:
+            parts[i] = '   '
+        elif kind == 'typos' and re.fullmatch(r'\w{4,}', part) and rng.random() < 0.3:
+            letters = list(part)
+            k = rng.randrange(1, len(part) - 1)
+            letters.insert(k, letters.pop(k + 1)) # two letters change places
+            parts[i] = ''.join(letters)
+    changed = ''.join(parts)
+    choices = [(changed, text) for _, text in question['choices']]
+    return {**question, 'choices': choices}
+
+def calibration_error(answers, n_bins=10):
+    """
+    Expected calibration error (Guo et al. 2017): |accuracy - confidence|, in bins of confidence.
+    Confidence: softmax over the choices of -loss, at the choice that was made.
+    """
+    gaps = [0.0] * n_bins
+    for answer in answers:
+        lowest = min(answer['losses'])
+        if lowest < math.inf:
+            confidence = 1 / sum(math.exp(lowest - loss) for loss in answer['losses'])
+            gaps[min(n_bins - 1, int(confidence * n_bins))] += answer['right'] - confidence
+    return sum(abs(gap) for gap in gaps) / len(answers)
+
+def summarize(answers, questions):
+    """
+    Answers to a benchmark -> its figures. accuracy and its standard error; chance: accuracy of
+    guessing, 0 for free text; constant: of the best answer that is always the same; n_cut:
+    questions that were cut to the context; tokens: read per question.
+    """
+    n = len(answers)
+    result = dict(n=n, n_cut=sum(answer['cut'] for answer in answers))
+    for key in ('right', 'tokens', 'robust'):
+        values = [float(answer[key]) for answer in answers if key in answer]
+        if values:
+            result[key] = statistics.fmean(values)
+    points = [float(answer['right']) for answer in answers]
+    result['accuracy'] = result.pop('right')
+    # stdev divides by n - 1, because the mean is estimated from the same points
+    result['stderr'] = statistics.stdev(points) / math.sqrt(n) if n > 1 else 0.0
+    result.update(chance=0.0, constant=0.0)
+    if 'n_right' in answers[0]:
+        for k in (1, 10, 100):
+            if k <= n_samples:
+                result[f'pass@{k}'] = statistics.fmean(
+                    pass_at_k(n_samples, answer['n_right'], k) for answer in answers)
+        return result
+    golds = collections.Counter()
+    by_category = collections.defaultdict(list)
+    for answer in answers:
+        question = questions[answer['question']]
+        _, text = question['choices'][0]
+        golds[answer.get('gold', text.strip())] += 1 # of free text, the text itself
+        by_category[question['category']].append(answer['right'])
+    result['constant'] = golds.most_common(1)[0][1] / n
+    chances = [1 / len(answer['losses']) for answer in answers if 'gold' in answer]
+    result['chance'] = sum(chances) / n # free text cannot be guessed
+    if result['chance'] > 0:
+        result['calibration error'] = calibration_error(answers)
+    if len(by_category) > 1: # such as the subjects of MMLU
+        for name in sorted(by_category):
+            result[f'category: {name}'] = statistics.fmean(by_category[name])
+    return result
+
+# -----------------------------------------------------------------------------
+# benchmarks with sampled answers
+
+def code_runner():
+    """
+    Run a program that a model wrote, in a process of its own: `passes` sends it this source text.
+    Reads {program, word, seconds, limits} from stdin. Exit code 0: the program came to its end.
+
+    This is no security boundary. It stops accidents and simple malice: limits of time, memory,
+    files and processes; where the system allows it no network, and an empty folder as all files.
+    """
+    import ctypes, json, os, resource, select, signal, sys
+    # what solutions may import; later, the folder of these modules is out of reach
+    import bisect, collections, copy, datetime, decimal, fractions, functools, hashlib, heapq
+    import itertools, math, operator, random, re, statistics, string, time, typing
+    job = json.load(sys.stdin)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2): # output is thrown away, so it may be endless
+        os.dup2(null, fd)
+    is_root = os.geteuid() == 0
+    may_chroot = is_root
+    if sys.platform == 'linux':
+        libc = ctypes.CDLL(None)
+        spaces = 0x40000000 | 0x20000000 | 0x08000000 # own network, process ids, shared memory
+        if not is_root: # then it is allowed in an own space of users only, if at all
+            spaces |= 0x10000000
+        is_apart = libc.unshare(spaces) == 0
+        may_chroot = is_root or is_apart
+    if may_chroot:
+        os.chroot('.') # the empty folder
+        os.chdir('/')
+    if is_root: # become nobody, because root has no limit of processes
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    reader, writer = os.pipe()
+    pid = os.fork() # a program that kills its parent kills this process, not eval.py
+    if pid == 0:
+        if sys.platform == 'linux':
+            libc.prctl(1, signal.SIGKILL) # die with the parent
+        for name, value in job['limits'].items():
+            resource.setrlimit(getattr(resource, name), (value, value))
+        exec(job['program'], {'__name__': 'program'})
+        os.write(writer, job['word'].encode()) # exit code 0 alone would not prove that it got here
+        os._exit(0)
+    os.close(writer)
+    # the program has its own limit of CPU time, but it could sleep
+    ready, _, _ = select.select([reader], [], [], job['seconds'])
+    said = os.read(reader, 100) if ready else b''
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os._exit(0 if said == job['word'].encode() else 1)
+
+CODE_SECONDS = 10 # of the clock; HumanEval's programs need less than one
+CODE_LIMITS = dict(RLIMIT_CPU=5, RLIMIT_AS=2**29, RLIMIT_FSIZE=2**20, RLIMIT_NPROC=0,
+                   RLIMIT_NOFILE=64, RLIMIT_CORE=0) # seconds, bytes, bytes, processes, files, bytes
+
+def passes(program):
+    """Does a program come to its end without an error? See code_runner for what it may do."""
+    job = dict(program=program, word=secrets.token_hex(16), seconds=CODE_SECONDS,
+               limits=CODE_LIMITS)
+    source = inspect.getsource(code_runner) + '\ncode_runner()\n'
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o777) # for nobody
+        process = subprocess.Popen(
+            [sys.executable, '-I', '-S', '-c', source], cwd=folder, env={}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.communicate(json.dumps(job).encode(), timeout=CODE_SECONDS + 20)
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL) # what is left of its group
+        process.wait()
+    return process.returncode == 0
+
+def code_of(row, text):
+    """The program that tests an answer to a question of HumanEval: a completion, or the whole
+    function, perhaps in a block of Markdown."""
+    block = re.search(r'```(?:python|py)?\n(.*?)(?:```|$)', text, re.S)
+    text = block[1] if block else text
+    before = row['prompt']
+    head = f'def {row["entry_point"]}('
+    if head in text:
+        before = before.partition(head)[0] # imports and helpers
+    else: # the text of a base model goes on after the function: with what begins a line
+        text = re.split(r'\n(?=\S)', '\n' + text)[0]
+    return f'{before}{text}\n{row["test"]}\ncheck({row["entry_point"]})\n'
+
+def number_of(text):
+    """The part of an answer to GSM8K that has its number: '2 + 3 = 5\n#### 5 pears' -> '5'."""
+    text, mark, after = text.partition('####')
+    numbers = [word for word in after.split() if re.search(r'\d', word)]
+    if numbers:
+        return numbers[0]
+    # A base model goes on with the next question. Of the rest, `grade` takes the last number
+    return text.split('\nQuestion:')[0]
+
+def pass_at_k(n, n_right, k):
+    """Chen et al. 2021: the probability that of k of n samples at least one is right, unbiased."""
+    return 1 - math.comb(n - n_right, k) / math.comb(n, k)
+
+def answer_exam(model, tok, questions, task, is_chat=False, label=''):
+    """n_samples answers to each question; ranks share the questions.
+    -> [dict(question, texts, n_right, right, ..)], right: the share of right ones"""
+    # at least half of the context is for the question
+    new_tokens = min(max_exam_tokens, model.config.block_size // 2)
+    room = model.config.block_size - new_tokens
+    stop = tok.end if is_chat else tok.eot
+    heat = temperature if n_samples > 1 else 0 # many answers must differ
+    mine = range(run.rank, len(questions), run.world_size)
+    prompts = {}
+    for i in mine:
+        context = questions[i]['choices'][0][0]
+        if not is_chat:
+            prompts[i] = [tok.eot] + tok.encode(few_shot(questions, i, task) + context)
+        elif 'test' in questions[i]['row']:
+            prompts[i] = ask_user(tok, f'Complete this Python function.\n\n{context}')
+        else:
+            prompts[i] = tok.render(questions[i]['row']['messages'], prompt=True)[0]
+
+    texts = collections.defaultdict(list)
+    seed_step(seed, 0, run.rank) # ranks must not draw the same answers
+    jobs = np.repeat(mine, n_samples).tolist()
+    for batch in in_batches(jobs, label):
+        ids = [prompts[i][-room:] for i in batch]
+        with run.autocast():
+            new_ids = generate(model, ids, new_tokens, stop, heat)
+        for i, row in zip(batch, new_ids):
+            # not decode_answer, because code begins with blanks
+            data = b''.join(tok.token_bytes(token) for token in row)
+            texts[i].append(data.decode('utf-8', 'replace'))
+
+    answers = []
+    for done in in_batches(mine, f'{label}: marking', 1):
+        i = done[0]
+        row = questions[i]['row']
+        n_right = 0
+        for text in texts[i]:
+            if 'test' in row:
+                n_right += passes(code_of(row, text))
+            elif 'number' in row['checks']:
+                n_right += grade(row['checks'], number_of(text))[0]
+            else:
+                n_right += grade(row['checks'], text)[0]
+        answers.append(dict(question=i, cut=len(prompts[i]) > room, tokens=len(prompts[i]),
+                            texts=texts[i], n_right=n_right, right=n_right / n_samples))
+    return all_gather_list(answers, run)
 
 # -----------------------------------------------------------------------------
 # sampled answers
@@ -508,6 +963,81 @@ REFUSALS = re.compile("^sorry|^i am sorry|^i'm sorry|not know|don't know|cannot|
                       "|not able to|is private", re.IGNORECASE)
 
 # -----------------------------------------------------------------------------
+# one examination, and what all of them say together
+
+DECIDES = ('limit', 'n_robust', 'n_samples', 'max_exam_tokens', 'temperature', 'seed', 'dtype')
+
+def take_exam(model, tok, name, benchmark, in_chat):
+    """
+    The figures of one model in one benchmark, see summarize. The single answers are written to
+    out_dir/answers. If they are there already, from the same files and settings, they are read.
+    """
+    questions = exams[benchmark]
+    task = tasks[benchmark]
+    label = f'{benchmark}, chat' if in_chat else benchmark
+    folder = re.sub(r'[^\w.-]+', '_', name)
+    path = os.path.join(out_dir, 'answers', folder, f'{label}.jsonl')
+    stamps = []
+    for source in (checkpoint_paths[name], paths[task['file']], BENCHMARKS_PATH, __file__):
+        stamps.append([os.path.getsize(source), os.path.getmtime(source)])
+    key = dict(stamps=stamps, settings=[config[setting] for setting in DECIDES])
+
+    kept = [None] # nothing
+    if run.master and os.path.exists(path):
+        rows = [row for _, row in read_jsonl(path, is_log=True)]
+        if rows and rows[0].get('key') == key:
+            kept = [rows]
+    kept = all_gather_list(kept if run.master else [], run)[0] # others may not see the file
+    if kept is not None:
+        head, *answers = kept
+        seconds = head['seconds']
+    else:
+        start = time.time()
+        examine = answer_exam if 'row' in questions[0] else ask
+        answers = examine(model, tok, questions, task, is_chat=in_chat, label=f'{name}: {label}')
+        seconds = (time.time() - start) / len(questions)
+        contexts = {context for context, _ in questions[0]['choices']}
+        is_choice = questions[0]['gold'] is not None and len(contexts) == 1
+        if is_choice and not in_chat: # HELM's robustness
+            for kind in ('typos', 'case', 'spacing'):
+                changed = []
+                for i, question in enumerate(questions[:n_robust]):
+                    changed.append(disturb(question, kind, random.Random(f'{seed} {kind} {i}')))
+                again = ask(model, tok, changed, task, questions, label=f'{name}: {label}, {kind}')
+                for answer, other in zip(answers, again): # the worst of three counts
+                    answer['robust'] = answer.get('robust', True) and other['right']
+        if run.master:
+            write_jsonl(path, [dict(key=key, seconds=seconds), *answers])
+    result = {**summarize(answers, questions), 'seconds': seconds}
+    cut = f', {result["n_cut"]:,} longer than the context' if result['n_cut'] else ''
+    came = 'kept from an earlier run' if kept is not None else f'{seconds:.4f} s each'
+    print0(f'{name}: {label}: {result["accuracy"]:.3f}, standard error {result["stderr"]:.3f}, '
+           f'{result["n"]:,} questions{cut}, {came}')
+    return result
+
+def overall_figures(results):
+    """{benchmark: figures} of one model -> {measure: value}: CORE (Li et al. 2024), nanochat's
+    ChatCORE, and the means of HELM's calibration, robustness, efficiency (Liang et al. 2022)."""
+    measures = {}
+    for measure, key, form in (('CORE', 'core', ''), ('ChatCORE', 'chat_core', ', chat')):
+        members = [benchmark for benchmark, task in BENCHMARKS.items() if key in task]
+        centred = [] # 0 is the baseline, 1 is perfect
+        for benchmark in members:
+            if benchmark + form in results:
+                baseline = BENCHMARKS[benchmark]['baseline']
+                accuracy = results[benchmark + form]['accuracy']
+                centred.append((accuracy - baseline) / (1 - baseline))
+        if centred:
+            if len(centred) < len(members):
+                measure += f' (partial: {len(centred)} of {len(members)} tasks)'
+            measures[measure] = statistics.fmean(centred)
+    for key in ('calibration error', 'robust', 'tokens'):
+        values = [result[key] for result in results.values() if key in result]
+        if values:
+            measures[f'{key}, mean of {len(values)} benchmarks'] = statistics.fmean(values)
+    return measures
+
+# -----------------------------------------------------------------------------
 # prompts and benchmarks
 prompts = []
 path = os.path.join(data_dir, 'prompts_val.jsonl')
@@ -521,12 +1051,32 @@ paths = {}
 for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl'))):
     name = os.path.basename(path).removesuffix('.jsonl')
     paths[name] = path
-wanted = re.split(' *, *', benchmarks.strip()) if benchmarks else list(paths)
-questions = {}
+if os.path.isdir(os.path.join(data_dir, 'mmlu')):
+    paths['mmlu'] = os.path.join(data_dir, 'mmlu')
+tasks = {name: task for name, task in BENCHMARKS.items() if task['file'] in paths}
+known_files = {task['file'] for task in BENCHMARKS.values()}
+for name in paths:
+    if name not in known_files:
+        tasks[name] = dict(file=name, shots=0, delimiter=None)
+wanted = re.split(' *, *', benchmarks.strip()) if benchmarks else list(tasks)
+exams = {} # benchmark -> its questions
 for name in wanted:
-    assert name in paths, \
-        f'no benchmark {name!r} in {data_dir}/benchmarks: choose from {", ".join(paths) or "none"}'
-    questions[name] = load_benchmark(paths[name])
+    assert name in tasks, (f'no benchmark {name!r} in {data_dir}/benchmarks: choose from '
+                           f'{", ".join(tasks) or "none"}')
+    found, solved = load_benchmark(paths[tasks[name]['file']])
+    if found and 'test' in found[0].get('row', ''):
+        if not allow_code:
+            print0(f'{name}: left out, because it runs code that a model has written: '
+                   '--allow_code=true allows that')
+            continue
+        assert passes('import math'), 'allow_code: no program can be run here: leave it out'
+    random.Random(SUBSET_SEED).shuffle(found)
+    tasks[name] = {**tasks[name], 'solved': solved}
+    if found:
+        exams[name] = found[:limit or None]
+missing = [name for name, task in BENCHMARKS.items() if 'core' in task and name not in exams]
+if any('core' in BENCHMARKS.get(name, '') for name in exams) and missing:
+    print0(f'CORE is partial, without {", ".join(missing)}')
 
 # -----------------------------------------------------------------------------
 # the reward model, if there is one: it reads the answers of all models
@@ -564,6 +1114,8 @@ def measure_pool(model, tok, size, label):
 # -----------------------------------------------------------------------------
 # measure each model
 table = {}       # the report: model -> {measure: value}
+results = {}     # model -> {benchmark: figures, see summarize}
+exam_table = {}  # benchmark -> {shots, questions, ..; model: its accuracy with the standard error}
 all_answers = {} # model -> its answers, in the order of the prompts
 grades = {}      # model -> what grade_all says of its answers to the prompts with checks
 judged = {}      # model -> scores of its answers by the reward model
@@ -576,14 +1128,29 @@ for name, ckpt in checkpoints.items():
     column = {}
     table[name] = column
 
-    column['bits per byte'] = bits_per_byte(model, tok, name)
-    for benchmark, rows in questions.items():
-        if rows:
-            right, chance = accuracy(model, tok, rows, f'{name}: {benchmark}')
-            column[f'{benchmark} (chance {chance:.0%})'] = right
+    column.update(language_modelling(model, tok, name))
+    is_chat = ckpt['stage'] != 'base'
+    results[name] = {}
+    for benchmark, questions in exams.items():
+        # a chat model is asked in both forms, but what must be sampled only as a conversation
+        forms = [is_chat] if 'row' in questions[0] else sorted({False, is_chat})
+        for in_chat in forms:
+            label = f'{benchmark}, chat' if in_chat else benchmark
+            result = take_exam(model, tok, name, benchmark, in_chat)
+            results[name][label] = result
+            accuracy = result['accuracy']
+            column[f'{label} (chance {result["chance"]:.0%})'] = accuracy
+            for k in (10, 100):
+                if f'pass@{k}' in result:
+                    column[f'{label}, pass@{k}'] = result[f'pass@{k}']
+            cells = exam_table.setdefault(label, {})
+            cells['shots'] = 0 if in_chat else tasks[benchmark]['shots']
+            cells['questions'] = f'{result["n"]:,}'
+            cells['always the same'] = f'{result["constant"]:.1%}'
+            cells[name] = f'{accuracy:.1%} ± {result["stderr"]:.1%}'
+    column.update(overall_figures(results[name]))
 
     if prompts:
-        is_chat = ckpt['stage'] != 'base'
         answers = answer_prompts(model, tok, is_chat, prompts, name)
         all_answers[name] = answers
         texts = [answer['text'] for answer in answers]
@@ -821,6 +1388,16 @@ for judge, rows in preferences.items():
     head = ['model', 'Elo', '95% interval', *[f'preferred to {name}' for name in all_answers]]
     source = 'preferences_ab.jsonl' if judge == 'people' else 'answers to prompts_val.jsonl'
     sections.append(dict(title=f'Preference, by {judge}', source=source, head=head, rows=rows))
+
+# accuracy beside what the best answer that is always the same would give
+head = ['shots', 'questions', 'always the same', *table]
+rows = []
+for label, cells in exam_table.items():
+    rows.append([label, *[str(cells.get(key, '')) for key in head]])
+if rows:
+    sections.append(dict(
+        title='Benchmarks: accuracy ± standard error', head=['benchmark', *head], rows=rows,
+        source=f'{data_dir}/benchmarks; the single answers: {out_dir}/answers/MODEL/BENCHMARK.jsonl'))
 
 # metrics in reward.pt: how often two judges prefer the same one of two held-out answers
 JUDGES = {
@@ -1149,8 +1726,8 @@ if run.master:
             lines.append(f'- {name}: {text}')
         parts.append(html.escape('\n'.join(lines), quote=False)) # Markdown may hold HTML
     best_of_n = [dict(zip(BEST_HEAD, row)) for row in best_rows]
-    numbers = dict(table=table, best_of_n=best_of_n, preferences=preferences, costs=costs,
-                   config=config)
+    numbers = dict(table=table, benchmarks=results, best_of_n=best_of_n,
+                   preferences=preferences, costs=costs, config=config)
     write_text(os.path.join(out_dir, 'report.json'), json.dumps(numbers, indent=1) + '\n')
     write_text(os.path.join(out_dir, 'report.html'), html_page(charts + over_optimised))
     text = '\n\n'.join(parts) + '\n'

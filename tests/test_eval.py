@@ -81,9 +81,12 @@ def test_bits_per_byte_by_hand(trained):
     for val_tokens in (200, 192, 191, 10**6): # 200: four windows fit, and 8 tokens are left over
         bits, n_bytes = bits_and_bytes(trained.model, trained.tok, tokens[:val_tokens + 1])
         f = functions(data_dir=str(trained.data), val_tokens=val_tokens)
-        assert f.bits_per_byte(trained.model, trained.tok) == pytest.approx(bits / n_bytes, rel=1e-4)
+        measures = f.language_modelling(trained.model, trained.tok)
+        assert measures['bits per byte'] == pytest.approx(bits / n_bytes, rel=1e-4)
+        n_tokens = (min(val_tokens, len(tokens) - 1)) // T * T
+        assert measures['perplexity'] == pytest.approx(2 ** (bits / n_tokens), rel=1e-4)
     f = functions(data_dir=str(trained.data), val_tokens=0)
-    assert f.bits_per_byte(trained.model, trained.tok) is None
+    assert f.language_modelling(trained.model, trained.tok) == {'perplexity': None, 'bits per byte': None}
 
 def test_bits_per_byte_of_several_shards_and_ranks(trained, tmp_path):
     """val_tokens counts across shards; the ranks' sums add up to those of one process."""
@@ -93,11 +96,11 @@ def test_bits_per_byte_of_several_shards_and_ranks(trained, tmp_path):
     bits, n_bytes = bits_and_bytes(trained.model, trained.tok, (tokens + tokens)[:len(tokens) + 100])
     sums = []
     for rank in range(2):
-        def all_sum(nats, n_bytes):
+        def all_sum(nats, n_tokens, n_bytes):
             sums.append((nats / math.log(2), n_bytes))
-            return nats, n_bytes
+            return nats, n_tokens, n_bytes
         f = functions(data_dir=str(tmp_path), val_tokens=len(tokens) + 99, run=one_process(rank, 2), all_sum=all_sum)
-        f.bits_per_byte(trained.model, trained.tok)
+        f.language_modelling(trained.model, trained.tok)
     assert sum(s[1] for s in sums) == n_bytes and min(s[1] for s in sums) > 0
     assert sum(s[0] for s in sums) == pytest.approx(bits, rel=1e-4)
 
@@ -148,8 +151,10 @@ def test_loss_of_continuations_by_hand(trained):
              ((' ', 'owl'), [tok.eot], tok.encode(' owl')),
              ((says, 'Bela'), long[:-1][-(T + 1 - len(tok.encode(' Bela'))):], tok.encode(' Bela')),
              (('x', ' ' + says), tok.encode('x'), tok.encode(' ' + says)[:T])]
-    got = functions().score_continuations(trained.model, tok, [pair for pair, _, _ in cases])
-    for (loss, _), (_, context, continuation) in zip(got, cases):
+    questions = made(*[([pair], None) for pair, _, _ in cases])
+    got = functions().ask(trained.model, tok, questions, dict(shots=0, delimiter=None))
+    for answer, (_, context, continuation) in zip(got, cases):
+        loss, = answer['losses']
         ids = torch.tensor([context + continuation])
         assert ids.size(1) <= T + 1
         logits = trained.model(ids[:, :-1])[0, -len(continuation):]
@@ -165,43 +170,50 @@ def test_progress_is_printed_with_the_time_left(capsys):
 # -----------------------------------------------------------------------------
 # benchmarks
 
+def examine(f, trained, questions, tok=None):
+    """-> accuracy and chance of questions that are asked without shots"""
+    answers = f.ask(trained.model, tok or trained.tok, questions, dict(shots=0, delimiter=None))
+    result = f.summarize(answers, questions)
+    return result['accuracy'], result['chance']
+
+def made(*questions):
+    """[(choices, gold)] -> questions as load_benchmark reads them"""
+    return [dict(choices=choices, gold=gold, category='') for choices, gold in questions]
+
 def test_the_kinds_of_benchmarks(trained):
     """A model that knows the pets; in `wrong` the gold answers are false, in `greedy` one of two."""
-    f = functions(max_questions=0)
+    f = functions()
     want = dict(right=(1, 0.25), wrong=(0, 0.25), schema=(1, 0.5), greedy=(0.5, 0))
     for name, result in want.items():
-        questions = f.load_benchmark(trained.data / 'benchmarks' / f'{name}.jsonl')
-        assert f.accuracy(trained.model, trained.tok, questions) == result
-    mixed = [([('a', 'b'), ('a', 'c')], 0), ([('a', 'b')] * 4, 1), ([('a', 'b')], None)]
-    assert f.accuracy(trained.model, trained.tok, mixed)[1] == pytest.approx((1 / 2 + 1 / 4 + 0) / 3)
+        questions, _ = f.load_benchmark(trained.data / 'benchmarks' / f'{name}.jsonl')
+        assert examine(f, trained, questions) == result
+    mixed = made(([('a', 'b'), ('a', 'c')], 0), ([('a', 'b')] * 4, 1), ([('a', 'b')], None))
+    assert examine(f, trained, mixed)[1] == pytest.approx((1 / 2 + 1 / 4 + 0) / 3)
 
 def test_blanks_at_the_end_of_a_query_change_nothing(trained):
-    f = functions(max_questions=0)
-    questions = []
-    for choices, gold in f.load_benchmark(trained.data / 'benchmarks' / 'right.jsonl'):
-        questions.append(([(context + ' ', text.strip()) for context, text in choices], gold))
-    assert f.accuracy(trained.model, trained.tok, questions) == (1, 0.25)
+    f = functions()
+    questions, _ = f.load_benchmark(trained.data / 'benchmarks' / 'right.jsonl')
+    for question in questions:
+        question['choices'] = [(context + ' ', text.strip()) for context, text in question['choices']]
+    assert examine(f, trained, questions) == (1, 0.25)
 
 def test_a_text_that_the_tokenizer_cannot_write_is_never_right(trained):
     """A tokenizer of characters drops those that it does not know."""
     tok = SimpleNamespace(eot=trained.tok.eot, pad=trained.tok.pad,
                           encode=lambda text: [] if 'é' in text else trained.tok.encode(text))
     greedy = trained.tok.decode([trained.model(torch.tensor([[trained.tok.eot]]))[0, -1].argmax().item()])
-    questions = [([('', 'é'), ('', 'éé')], 0), ([('', 'é')], None), ([('', greedy)], None), ([('', 'é'), ('', 'x')], 1)]
-    assert functions().accuracy(trained.model, tok, questions)[0] == 2 / 4
+    questions = made(([('', 'é'), ('', 'éé')], 0), ([('', 'é')], None), ([('', greedy)], None), ([('', 'é'), ('', 'x')], 1))
+    assert examine(functions(), trained, questions, tok)[0] == 2 / 4
 
 def test_the_ranks_share_the_questions(trained):
-    questions = functions(max_questions=0).load_benchmark(trained.data / 'benchmarks' / 'right.jsonl')
-    questions[2] = (questions[2][0], (questions[2][1] + 1) % 4) # one of four is wrong now
+    questions, _ = functions().load_benchmark(trained.data / 'benchmarks' / 'right.jsonl')
+    questions[2]['gold'] = (questions[2]['gold'] + 1) % 4 # one of four is wrong now
     n_right = []
     for rank in range(2):
-        f = functions(run=one_process(rank, 2), all_sum=lambda n: n_right.append(n) or [n])
-        f.accuracy(trained.model, trained.tok, questions)
-    assert n_right == [1, 2]
-
-def test_max_questions(trained):
-    path = trained.data / 'benchmarks' / 'right.jsonl'
-    assert [len(functions(max_questions=n).load_benchmark(path)) for n in (0, 1, 3, 99)] == [4, 1, 3, 4]
+        f = functions(run=one_process(rank, 2), all_gather_list=lambda answers, run: answers)
+        answers = f.ask(trained.model, trained.tok, questions, dict(shots=0, delimiter=None))
+        n_right.append([(answer['question'], answer['right']) for answer in answers])
+    assert n_right == [[(0, True), (2, False)], [(1, True), (3, True)]]
 
 @pytest.mark.parametrize('row', [
     dict(query='x', choices=['a', 'b']), dict(query='x', choices=['a', 'b'], gold='b'),
@@ -219,18 +231,13 @@ def test_a_bad_row_names_its_place(row, tmp_path):
     good = dict(query='x', choices=['a', 'b'], gold=1)
     write_rows(path, [good, good, row])
     with fails(r'bad\.jsonl:3: .*query, choices, gold'):
-        functions(max_questions=0).load_benchmark(path)
-    assert functions(max_questions=2).load_benchmark(path) == [([('x', 'a'), ('x', 'b')], 1)] * 2
+        functions().load_benchmark(path)
+    write_rows(path, [good, good])
+    assert functions().load_benchmark(path) == (made(([('x', 'a'), ('x', 'b')], 1)) * 2, [])
 
-def test_benchmarks_that_need_sampling_are_left_out(tmp_path, capsys):
-    """The rows of GSM8K and HumanEval lie beside the others once they are downloaded. An empty file says so."""
-    rows = dict(gsm8k=dict(messages=[], checks={'number': 1}), humaneval=dict(task_id='x', prompt='p', test='t'))
-    for name, row in rows.items():
-        write_rows(tmp_path / name, [row])
-        assert functions().load_benchmark(tmp_path / name) == []
-        assert f'{name}: left out' in capsys.readouterr().out
+def test_an_empty_file_has_no_questions(tmp_path, capsys):
     write_rows(tmp_path / 'empty', [])
-    assert functions().load_benchmark(tmp_path / 'empty') == [] and 'no questions' in capsys.readouterr().out
+    assert functions().load_benchmark(tmp_path / 'empty') == ([], []) and 'no questions' in capsys.readouterr().out
 
 # -----------------------------------------------------------------------------
 # sampled answers
@@ -446,7 +453,9 @@ def test_report(trained, scripts, tmp_path):
     assert base['right (chance 25%)'] == base['schema (chance 50%)'] == 1
     assert base['greedy (chance 0%)'] == 0.5 and base['wrong (chance 25%)'] == 0
     only_chat = ['duplicates among 4 answers to a prompt', "reward model orders pairs of X's answers as gold does"]
-    assert set(report['table']['sft']) - set(base) == set(only_chat) and 'win rate against SFT' not in base
+    more = {measure for measure in set(report['table']['sft']) - set(base) if ', chat (' not in measure}
+    assert more == set(only_chat) and 'win rate against SFT' not in base
+    assert 'right, chat (chance 25%)' in report['table']['sft']
     first, *bests = report['best_of_n']
     assert [row['answers'] for row in bests] == [f'best of {n}' for n in (2, 4, 8, 16)]
     assert bests[1]['KL, nats'] == pytest.approx(math.log(4) - 3 / 4)
@@ -550,6 +559,7 @@ def test_two_processes_are_one(trained, scripts, tmp_path):
     ckpt = torch.load(trained.out / 'base.pt', weights_only=True)
     torch.save({**ckpt, 'stage': 'rlhf'}, tmp_path / 'rlhf.pt')
     one = run_eval(scripts, trained, tmp_path, '--temperature=0')['table']['rlhf']
+    shutil.rmtree(tmp_path / 'answers') # or two would read the answers of one
     scripts.two('eval.py', trained.profile, f'--data_dir={trained.data}', f'--out_dir={tmp_path}', '--temperature=0')
     two = json.loads((tmp_path / 'report.json').read_text(encoding='utf-8'))['table']['rlhf']
     assert 'KL from SFT, nats per answer' in one and list(one) == list(two)
