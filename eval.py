@@ -1009,11 +1009,17 @@ def take_exam(model, tok, name, benchmark, in_chat):
         if run.master:
             write_jsonl(path, [dict(key=key, seconds=seconds), *answers])
     result = {**summarize(answers, questions), 'seconds': seconds}
+    result['shots'] = 0 if in_chat else task['shots']
     cut = f', {result["n_cut"]:,} longer than the context' if result['n_cut'] else ''
     came = 'kept from an earlier run' if kept is not None else f'{seconds:.4f} s each'
     print0(f'{name}: {label}: {result["accuracy"]:.3f}, standard error {result["stderr"]:.3f}, '
            f'{result["n"]:,} questions{cut}, {came}')
     return result
+
+# figures of a benchmark -> rows of the report
+HELM = {
+    'calibration error': 'calibration error', 'robust': 'accuracy in spite of typos, case, spacing',
+    'tokens': 'tokens per question', 'seconds': 'seconds per question'}
 
 def overall_figures(results):
     """{benchmark: figures} of one model -> {measure: value}: CORE (Li et al. 2024), nanochat's
@@ -1031,10 +1037,13 @@ def overall_figures(results):
             if len(centred) < len(members):
                 measure += f' (partial: {len(centred)} of {len(members)} tasks)'
             measures[measure] = statistics.fmean(centred)
-    for key in ('calibration error', 'robust', 'tokens'):
-        values = [result[key] for result in results.values() if key in result]
+    # HELM's means are over the multiple-choice questions in bare text, which every model is asked
+    results = [result for label, result in results.items()
+               if 'calibration error' in result and not label.endswith(', chat')]
+    for key, measure in HELM.items():
+        values = [result[key] for result in results if key in result]
         if values:
-            measures[f'{key}, mean of {len(values)} benchmarks'] = statistics.fmean(values)
+            measures[f'{measure} (mean of {len(values)})'] = statistics.fmean(values)
     return measures
 
 # -----------------------------------------------------------------------------
@@ -1115,7 +1124,6 @@ def measure_pool(model, tok, size, label):
 # measure each model
 table = {}       # the report: model -> {measure: value}
 results = {}     # model -> {benchmark: figures, see summarize}
-exam_table = {}  # benchmark -> {shots, questions, ..; model: its accuracy with the standard error}
 all_answers = {} # model -> its answers, in the order of the prompts
 grades = {}      # model -> what grade_all says of its answers to the prompts with checks
 judged = {}      # model -> scores of its answers by the reward model
@@ -1136,18 +1144,7 @@ for name, ckpt in checkpoints.items():
         forms = [is_chat] if 'row' in questions[0] else sorted({False, is_chat})
         for in_chat in forms:
             label = f'{benchmark}, chat' if in_chat else benchmark
-            result = take_exam(model, tok, name, benchmark, in_chat)
-            results[name][label] = result
-            accuracy = result['accuracy']
-            column[f'{label} (chance {result["chance"]:.0%})'] = accuracy
-            for k in (10, 100):
-                if f'pass@{k}' in result:
-                    column[f'{label}, pass@{k}'] = result[f'pass@{k}']
-            cells = exam_table.setdefault(label, {})
-            cells['shots'] = 0 if in_chat else tasks[benchmark]['shots']
-            cells['questions'] = f'{result["n"]:,}'
-            cells['always the same'] = f'{result["constant"]:.1%}'
-            cells[name] = f'{accuracy:.1%} ± {result["stderr"]:.1%}'
+            results[name][label] = take_exam(model, tok, name, benchmark, in_chat)
     column.update(overall_figures(results[name]))
 
     if prompts:
@@ -1369,6 +1366,29 @@ for judge, rounds in judges.items():
 
 # -----------------------------------------------------------------------------
 # the report: sections, each a dict(title, source, head, rows)
+def benchmark_rows(results):
+    """
+    {model: {benchmark: figures}} -> rows of a table: the accuracy of each model, beside that of
+    guessing (chance) and that of the best answer which is always the same.
+    """
+    labels = {} # benchmark -> its figures for any model, in the order of their first appearance
+    for figures in results.values():
+        labels.update(figures)
+    rows = []
+    for label, any_model in labels.items():
+        row = [label, str(any_model['shots']), f'{any_model["n"]:,}']
+        row += [f'{any_model["chance"]:.0%}', f'{any_model["constant"]:.0%}']
+        more = {k: [] for k in ('pass@10', 'pass@100') if k in any_model}
+        for figures in results.values():
+            result = figures.get(label)
+            row.append(f'{result["accuracy"]:.1%} ± {result["stderr"]:.1%}' if result else None)
+            for k, cells in more.items():
+                cells.append(f'{result[k]:.1%}' if result else None)
+        rows.append(row)
+        for k, cells in more.items():
+            rows.append([f'{label}, {k}', '', '', '', '', *cells])
+    return rows
+
 measures = {} # all measures of all models, in the order of their first appearance
 for column in table.values():
     measures.update(column)
@@ -1379,6 +1399,12 @@ sections = [dict(
     title='Results', head=['measure', *table], rows=rows,
     source=f'checkpoints in {out_dir}; in {data_dir}: val_*.bin for bits per byte, benchmarks/*.jsonl '
            'under their names, prompts_val.jsonl for all else; reward.pt where the reward model judges')]
+rows = benchmark_rows(results)
+if rows:
+    head = ['benchmark', 'shots', 'questions', 'chance', 'always the same', *table]
+    sections.append(dict(
+        title='Benchmarks: accuracy and its standard error', head=head, rows=rows,
+        source=f'{data_dir}/benchmarks; every answer: {out_dir}/answers/MODEL/BENCHMARK.jsonl'))
 if best_rows:
     sections.append(dict(
         title='Best of n: what RLHF has to beat', head=BEST_HEAD, rows=best_rows,
@@ -1388,16 +1414,6 @@ for judge, rows in preferences.items():
     head = ['model', 'Elo', '95% interval', *[f'preferred to {name}' for name in all_answers]]
     source = 'preferences_ab.jsonl' if judge == 'people' else 'answers to prompts_val.jsonl'
     sections.append(dict(title=f'Preference, by {judge}', source=source, head=head, rows=rows))
-
-# accuracy beside what the best answer that is always the same would give
-head = ['shots', 'questions', 'always the same', *table]
-rows = []
-for label, cells in exam_table.items():
-    rows.append([label, *[str(cells.get(key, '')) for key in head]])
-if rows:
-    sections.append(dict(
-        title='Benchmarks: accuracy ± standard error', head=['benchmark', *head], rows=rows,
-        source=f'{data_dir}/benchmarks; the single answers: {out_dir}/answers/MODEL/BENCHMARK.jsonl'))
 
 # metrics in reward.pt: how often two judges prefer the same one of two held-out answers
 JUDGES = {

@@ -450,12 +450,11 @@ def test_report(trained, scripts, tmp_path):
     assert list(report['table']) == ['base', 'sft'] # there is no rlhf.pt
     assert list(report['costs']) == ['base', 'sft', 'reward']
     base = report['table']['base']
-    assert base['right (chance 25%)'] == base['schema (chance 50%)'] == 1
-    assert base['greedy (chance 0%)'] == 0.5 and base['wrong (chance 25%)'] == 0
+    accuracies = {name: result['accuracy'] for name, result in report['benchmarks']['base'].items()}
+    assert accuracies == dict(right=1, schema=1, greedy=0.5, wrong=0)
     only_chat = ['duplicates among 4 answers to a prompt', "reward model orders pairs of X's answers as gold does"]
-    more = {measure for measure in set(report['table']['sft']) - set(base) if ', chat (' not in measure}
-    assert more == set(only_chat) and 'win rate against SFT' not in base
-    assert 'right, chat (chance 25%)' in report['table']['sft']
+    assert set(report['table']['sft']) - set(base) == set(only_chat) and 'win rate against SFT' not in base
+    assert len(report['benchmarks']['sft']) == 8 and 'right, chat' in report['benchmarks']['sft'] # both forms
     first, *bests = report['best_of_n']
     assert [row['answers'] for row in bests] == [f'best of {n}' for n in (2, 4, 8, 16)]
     assert bests[1]['KL, nats'] == pytest.approx(math.log(4) - 3 / 4)
@@ -471,6 +470,7 @@ def test_report(trained, scripts, tmp_path):
     assert 0 <= base['all checks met'] <= 1 <= base['tokens per answer'] <= 6
     text = (out / 'report.md').read_text(encoding='utf-8')
     assert all(measure in text for measure in base) and '- sft: ' in text and '<script>' not in text
+    assert re.search(r'right +\| +0 \| +4 \| +25% \| +25% \| 100.0% ± 0.0% \|', text)
     assert re.search(r'reward model and labeller +\| +80\.0%', text) and re.search(r'asked twice +\| +85\.0%', text)
     assert '33.3%' in text # each of the three has a third of the FLOPs
     svg = (out / 'curves.svg').read_text(encoding='utf-8')
@@ -478,7 +478,7 @@ def test_report(trained, scripts, tmp_path):
     # of the reward model's two kinds of accuracy only the held-out ones are drawn; and what to expect of both stages
     assert len(boxes(svg)[1]) == 4 + 2 and svg.count('stroke-dasharray') == 2 and '>step 1,500<' in svg
     page = (out / 'report.html').read_text(encoding='utf-8')
-    check_page(page, ['Results', 'What to expect', 'Curves', 'Best of n: what RLHF has to beat',
+    check_page(page, ['Results', 'What to expect', 'Curves', 'Benchmarks: accuracy and its standard error', 'Best of n: what RLHF has to beat',
                       'Preference, by gold score', 'Preference, by reward model', 'Cost', 'The reward model',
                       'Answers to the same prompts', 'Settings, hardware, seed'])
     assert html.escape(hack) in page and page.count('<figure>') == 2 + 2
@@ -523,8 +523,9 @@ def test_a_model_against_itself(trained, scripts, tmp_path):
     assert table['rlhf']['win rate against SFT'] == 0.5 == pytest.approx((lower + upper) / 2)
     assert abs(table['rlhf']['KL from SFT, nats per answer']) < 1e-5
     assert table['rlhf']['win rate without liked phrases against SFT'] == 0.5
-    same = {k: v for k, v in table['rlhf'].items() if k in table['sft'] and 'duplicates' not in k} # of other draws
-    assert {**table['sft'], **same} == table['sft'] and len(same) == len(table['sft']) - 1
+    differ = ('duplicates', 'seconds') # of other draws; of the clock
+    same = {k: v for k, v in table['rlhf'].items() if k in table['sft'] and not k.startswith(differ)}
+    assert {**table['sft'], **same} == table['sft'] and len(same) == len(table['sft']) - 2
     assert not (tmp_path / 'curves.svg').exists() # without logs there is nothing to draw
 
 def test_the_sft_model_is_found_by_its_stage(trained, scripts, tmp_path):
@@ -550,7 +551,7 @@ def test_what_is_missing_is_left_out(trained, scripts, tmp_path):
     report = run_eval(scripts, trained, tmp_path, f'--data_dir={data}')
     base = report['table']['base']
     assert base['bits per byte'] is None and 'all checks met' not in base and report['costs'] == {}
-    assert base['tokens per answer'] >= 1 and not any('chance' in measure for measure in base)
+    assert base['tokens per answer'] >= 1 and report['benchmarks'] == {'base': {}}
 
 def test_two_processes_are_one(trained, scripts, tmp_path):
     """Greedy answers, so that both runs have the same ones."""
@@ -564,7 +565,7 @@ def test_two_processes_are_one(trained, scripts, tmp_path):
     two = json.loads((tmp_path / 'report.json').read_text(encoding='utf-8'))['table']['rlhf']
     assert 'KL from SFT, nats per answer' in one and list(one) == list(two)
     for measure, value in one.items():
-        assert two[measure] == pytest.approx(value, abs=1e-4), measure
+        assert two[measure] == pytest.approx(value, abs=1e-4) or measure.startswith('seconds'), measure
 
 def test_a_person_compares_answers(trained, scripts, tmp_path):
     """Blind and in random order; verdicts are kept, are counted by the next report, and can be learned from."""
