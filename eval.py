@@ -3,10 +3,10 @@ Evaluation: the base, SFT, DPO and RLHF models side by side. It measures what is
 about the stages: knowledge comes from pretraining, form comes from SFT, and RLHF can beat the
 demonstrations, at the price of diversity.
 
-Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
-        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl, mmlu/{dev,test}/*.csv
-        config/benchmarks.json; config/curves.json, what to expect
+Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt, the judge; STAGE.jsonl;
         out_dir/overoptimise/*/rlhf.jsonl
+        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl, mmlu/{dev,test}/*.csv
+        config/benchmarks.json, how to ask; config/curves.json, what to expect
 Writes  out_dir/report.html, report.md, report.json, curves.svg, overoptimise.svg;
         out_dir/answers/MODEL/BENCHMARK.jsonl, every answer; preferences_ab.jsonl, your verdicts
 
@@ -16,9 +16,9 @@ one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 you judge  $ python eval.py config/tiny.py --judge_pairs=20
 
 bits per byte  loss on the validation documents. It can be compared across tokenizers
-benchmarks     fraction of questions answered correctly; in brackets: what guessing would give.
-               Shots, wording and baselines: config/benchmarks.json. Chat models are asked twice: in
-               bare text as base models are, and in a conversation
+benchmarks     fraction of questions answered correctly, beside that of guessing, and of the best
+               answer that is always the same. Chat models are asked twice: in bare text as base
+               models are, and in a conversation
 answers        sampled for held-out prompts: all checks met, gold score, entropy, distinct n-grams
 win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half.
                RLHF learns the labeller's taste first, so a second row leaves out liked phrases
@@ -143,6 +143,16 @@ assert checkpoints, \
 # -----------------------------------------------------------------------------
 # how well a model predicts given text
 
+def find(folder, *pattern):
+    """-> the sorted paths of the files in a folder that match."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), *pattern)))
+
+def read_log(path):
+    """-> the rows of a .jsonl file that grows; its last line may be cut. Empty if it is missing."""
+    if not os.path.exists(path):
+        return []
+    return [row for line, row in read_jsonl(path, is_log=True)]
+
 def in_batches(items, label, batch_size=batch_size):
     """Yield batches of items. Every progress_seconds, print how many are done and the time left."""
     start = time.time()
@@ -161,7 +171,7 @@ def document_sources(tokens, tok, is_cut):
     """Validation tokens -> (names of sources, the index of each token's source). The shards were
     written from val/*.jsonl.gz, document by document. Shards from elsewhere have no sources."""
     sources = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val', '*.jsonl.gz'))):
+    for path in find(data_dir, 'val', '*.jsonl.gz'):
         sources += [row.get('source', '') for _, row in read_jsonl(path)]
     numbers = np.cumsum(tokens == tok.eot) - 1 # <|endoftext|> stands before each document
     n_documents = numbers[-1] + 1
@@ -186,7 +196,7 @@ def language_modelling(model, tok, label=''):
         return nothing
     T = model.config.block_size
     tokens = np.zeros(0, np.int64)
-    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val_*.bin'))):
+    for path in find(data_dir, 'val_*.bin'):
         missing = val_tokens + 1 - len(tokens) # + 1: the first token is never predicted
         shard = read_shard(path, tok.hash)[:missing]
         tokens = np.concatenate([tokens, shard.astype(np.int64)])
@@ -312,20 +322,35 @@ def score_groups(model, groups, pad, temperature=1.0):
         start += length
     return scores
 
-def score(model, rows, lengths, pad, temperature=1.0, label=''):
-    """Score the last lengths[i] tokens of each row of ids. -> [(logprob, entropy, is_greedy)]"""
+def sample_answers(model, queries, n, stop, heat, label, step=0):
+    """Sample at most n tokens for each query, at temperature heat -> [ids]. Ranks share the work.
+    Calls with another step draw other answers."""
+    mine = queries[run.rank::run.world_size]
+    seed_step(seed, step, run.rank) # ranks must not draw the same answers
+    answers = [None] * len(mine)
+    order = sorted(range(len(mine)), key=lambda i: len(mine[i])) # so that little is padded
+    for batch in in_batches(order, label, sample_batch):
+        with run.autocast():
+            new_ids = generate(model, [mine[i] for i in batch], n, stop, heat)
+        for i, ids in zip(batch, new_ids):
+            answers[i] = ids
+    return all_gather_list(answers, run)
+
+def score_answers(model, answers, pad, label=''):
+    """-> [(logprob, entropy, is_greedy)] of all answers, dict(query, ids, ..). Ranks share them."""
+    mine = answers[run.rank::run.world_size]
     # Rows of similar length share a batch, to save padding. The longest come first: if they fit
     # into memory, all others do, and the time left is not underestimated.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    scores = [None] * len(rows)
+    sizes = [len(answer['query']) + len(answer['ids']) for answer in mine]
+    order = sorted(range(len(mine)), key=sizes.__getitem__, reverse=True)
+    # the temperature of sampling; greedy answers come from no distribution: score them at 1
+    heat = temperature or 1.0
+    scores = [None] * len(mine)
     for batch in in_batches(order, label):
-        groups = []
-        for i in batch:
-            start = len(rows[i]) - lengths[i]
-            groups.append((rows[i][:start], [rows[i][start:]]))
-        for i, group in zip(batch, score_groups(model, groups, pad, temperature)):
+        groups = [(mine[i]['query'], [mine[i]['ids']]) for i in batch]
+        for i, group in zip(batch, score_groups(model, groups, pad, heat)):
             scores[i] = group[0]
-    return scores
+    return all_gather_list(scores, run)
 
 # characters of scripts without blanks between words: Thai to Burmese, Khmer, Chinese, Japanese
 NO_BLANKS = re.compile('[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff'
@@ -360,7 +385,7 @@ LETTERS = 'ABCD'
 def read_question(row):
     """
     A row of a benchmark -> dict(choices, gold, category). choices: [(context, continuation)].
-    gold: index of the right choice; None if there is one choice and greedy decoding must give it.
+    gold: index of the right choice; None if greedy decoding must give the only one.
     Raises KeyError, OverflowError, TypeError, ValueError if the row has another form.
 
         {query, choices, gold}                 which choice has the lowest loss per token?
@@ -423,7 +448,7 @@ def load_mmlu(folder, part):
     """MMLU as published (Hendrycks et al. 2021): folder/PART/SUBJECT_PART.csv, without a head.
     A row: question, A, B, C, D, answer."""
     questions = []
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), part, f'*_{part}.csv')))
+    paths = find(folder, part, f'*_{part}.csv')
     assert paths, f'{folder}/{part} has no *_{part}.csv: unpack MMLU in {folder}'
     for path in paths:
         subject = os.path.basename(path).removesuffix(f'_{part}.csv').replace('_', ' ')
@@ -546,7 +571,7 @@ def ask(model, tok, questions, task, pool=None, is_chat=False, label=''):
         longest = max(len(context) + len(text) for context, text in pairs)
         sizes[i] = len(before) + longest # in characters: close enough to sort by
         n_choices = max(n_choices, len(pairs))
-    order = sorted(mine, key=sizes.get, reverse=True) # like sizes share a batch, as in `score`
+    order = sorted(mine, key=sizes.get, reverse=True) # as in score_answers
 
     answers = {}
     for batch in in_batches(order, label, max(1, batch_size // n_choices)):
@@ -598,16 +623,16 @@ def summarize(answers, questions):
     questions that were cut to the context; tokens: read per question.
     """
     n = len(answers)
-    result = dict(n=n, n_cut=sum(answer['cut'] for answer in answers))
-    for key in ('right', 'tokens', 'robust'):
-        values = [float(answer[key]) for answer in answers if key in answer]
-        if values:
-            result[key] = statistics.fmean(values)
     points = [float(answer['right']) for answer in answers]
-    result['accuracy'] = result.pop('right')
-    # stdev divides by n - 1, because the mean is estimated from the same points
-    result['stderr'] = statistics.stdev(points) / math.sqrt(n) if n > 1 else 0.0
-    result.update(chance=0.0, constant=0.0)
+    robust = [float(answer['robust']) for answer in answers if 'robust' in answer]
+    result = dict(
+        n=n, n_cut=sum(answer['cut'] for answer in answers), accuracy=statistics.fmean(points),
+        stderr=0.0, chance=0.0, constant=0.0,
+        tokens=statistics.fmean(answer['tokens'] for answer in answers))
+    if n > 1: # stdev divides by n - 1, because the mean is estimated from the same points
+        result['stderr'] = statistics.stdev(points) / math.sqrt(n)
+    if robust:
+        result['robust'] = statistics.fmean(robust)
     if 'n_right' in answers[0]:
         for k in (1, 10, 100):
             if k <= n_samples:
@@ -734,107 +759,76 @@ def pass_at_k(n, n_right, k):
     return 1 - math.comb(n - n_right, k) / math.comb(n, k)
 
 def answer_exam(model, tok, questions, task, is_chat=False, label=''):
-    """n_samples answers to each question; ranks share the questions.
-    -> [dict(question, texts, n_right, right, ..)], right: the share of right ones"""
+    """n_samples answers to each question -> [dict(question, texts, n_right, right, ..)], right: the
+    share of right ones. Ranks share the work."""
     # at least half of the context is for the question
     new_tokens = min(max_exam_tokens, model.config.block_size // 2)
     room = model.config.block_size - new_tokens
-    stop = tok.end if is_chat else tok.eot
-    heat = temperature if n_samples > 1 else 0 # many answers must differ
-    mine = range(run.rank, len(questions), run.world_size)
-    prompts = {}
-    for i in mine:
-        context = questions[i]['choices'][0][0]
+    prompts = []
+    for i, question in enumerate(questions):
+        context = question['choices'][0][0]
         if not is_chat:
-            prompts[i] = [tok.eot] + tok.encode(few_shot(questions, i, task) + context)
-        elif 'test' in questions[i]['row']:
-            prompts[i] = ask_user(tok, f'Complete this Python function.\n\n{context}')
+            prompts.append([tok.eot] + tok.encode(few_shot(questions, i, task) + context))
+        elif 'test' in question['row']:
+            prompts.append(ask_user(tok, f'Complete this Python function.\n\n{context}'))
         else:
-            prompts[i] = tok.render(questions[i]['row']['messages'], prompt=True)[0]
-
-    texts = collections.defaultdict(list)
-    seed_step(seed, 0, run.rank) # ranks must not draw the same answers
-    jobs = np.repeat(mine, n_samples).tolist()
-    for batch in in_batches(jobs, label):
-        ids = [prompts[i][-room:] for i in batch]
-        with run.autocast():
-            new_ids = generate(model, ids, new_tokens, stop, heat)
-        for i, row in zip(batch, new_ids):
-            # not decode_answer, because code begins with blanks
-            data = b''.join(tok.token_bytes(token) for token in row)
-            texts[i].append(data.decode('utf-8', 'replace'))
+            prompts.append(tok.render(question['row']['messages'], prompt=True)[0])
+    queries = []
+    for ids in prompts:
+        queries += [ids[-room:]] * n_samples
+    heat = temperature if n_samples > 1 else 0 # many answers must differ
+    stop = tok.end if is_chat else tok.eot
+    sampled = sample_answers(model, queries, new_tokens, stop, heat, label)
 
     answers = []
+    mine = range(run.rank, len(questions), run.world_size)
     for done in in_batches(mine, f'{label}: marking', 1):
         i = done[0]
         row = questions[i]['row']
+        texts = []
         n_right = 0
-        for text in texts[i]:
+        for ids in sampled[i * n_samples:(i + 1) * n_samples]:
+            # not decode_answer, because code begins with blanks
+            data = b''.join(tok.token_bytes(token) for token in ids)
+            text = data.decode('utf-8', 'replace')
+            texts.append(text)
             if 'test' in row:
                 n_right += passes(code_of(row, text))
-            elif 'number' in row['checks']:
-                n_right += grade(row['checks'], number_of(text))[0]
             else:
-                n_right += grade(row['checks'], text)[0]
+                said = number_of(text) if 'number' in row['checks'] else text
+                n_right += grade(row['checks'], said)[0]
         answers.append(dict(question=i, cut=len(prompts[i]) > room, tokens=len(prompts[i]),
-                            texts=texts[i], n_right=n_right, right=n_right / n_samples))
+                            texts=texts, n_right=n_right, right=n_right / n_samples))
     return all_gather_list(answers, run)
 
 # -----------------------------------------------------------------------------
 # sampled answers
 
-def score_answers(model, answers, pad, label=''):
-    """-> for each answer (logprob, entropy, is_greedy) of its tokens, see score."""
-    rows = [answer['query'] + answer['ids'] for answer in answers]
-    lengths = [len(answer['ids']) for answer in answers]
-    # the temperature of sampling; greedy answers come from no distribution: score them at 1
-    return score(model, rows, lengths, pad, temperature or 1.0, label)
-
-def sample_answers(model, tok, is_chat, prompts, label='', step=0):
-    """
-    Sample an answer to each prompt of this rank -> [dict(query, ids, text, ended)]. step: a number
-    of its own for each call, so that two calls draw different answers.
-    """
-    mine = prompts[run.rank::run.world_size]
-    seed_step(seed, step, run.rank) # ranks must not draw the same answers
+def answer_prompts(model, tok, is_chat, prompts, label='', step=0):
+    """Sample an answer to each prompt -> [dict(query, ids, text, ended)]. Ranks share the work."""
     new_tokens = min(max_new_tokens, model.config.block_size - 1)
     room = model.config.block_size - new_tokens
     stop = tok.end if is_chat else tok.eot
-
     queries = []
-    for prompt in mine:
+    for prompt in prompts:
         if is_chat:
             ids, mask = tok.render(prompt['messages'], prompt=True)
         else:
             text = '\n'.join(message['content'] for message in prompt['messages'])
             ids = [tok.eot] + tok.encode(text + '\n')
         queries.append(ids[-room:]) # of a long prompt, the end matters most
-
-    answers = [None] * len(mine)
-    order = sorted(range(len(mine)), key=lambda i: len(queries[i])) # so that little is padded
-    for batch in in_batches(order, f'{label}: sampling answers', sample_batch):
-        with run.autocast():
-            new_ids = generate(model, [queries[i] for i in batch], new_tokens, stop, temperature)
-        for i, ids in zip(batch, new_ids):
-            text = tok.decode_answer(ids)
-            answers[i] = dict(query=queries[i], ids=ids, text=text, ended=ids[-1] == stop)
+    label = f'{label}: sampling answers'
+    sampled = sample_answers(model, queries, new_tokens, stop, temperature, label, step)
+    answers = []
+    for query, ids in zip(queries, sampled):
+        text = tok.decode_answer(ids)
+        answers.append(dict(query=query, ids=ids, text=text, ended=ids[-1] == stop))
     return answers
-
-def answer_prompts(model, tok, is_chat, prompts, label=''):
-    """Sample an answer to each prompt -> [dict(query, ids, text, ended, logprob, entropy)]."""
-    answers = sample_answers(model, tok, is_chat, prompts, label)
-    scores = score_answers(model, answers, tok.pad, f'{label}: scoring answers')
-    for answer, (logprob, entropy, is_greedy) in zip(answers, scores):
-        answer['logprob'] = logprob
-        answer['entropy'] = entropy
-    return all_gather_list(answers, run)
 
 @torch.no_grad()
 def reward_scores(model, tok, prompts, texts, label=''):
-    """
-    -> the score of each text as an answer to its prompt. model and tok: those of reward.pt. It reads
-    the text that would be shown, in the chat template, so it can score models of any tokenizer.
-    """
+    """-> the score of each text as an answer to its prompt. model and tok: those of reward.pt. It
+    reads the text in the chat template, so it can score models of any tokenizer."""
     rows = []
     for prompt, text in zip(prompts, texts):
         said = dict(role='assistant', content=text)
@@ -867,6 +861,10 @@ def grade_all(prompts, texts):
 # -----------------------------------------------------------------------------
 # many answers to one prompt
 
+def get_points(differences):
+    """-> 1 for a win, where a difference is positive; 1/2 for a tie; 0 for a loss."""
+    return 0.5 + 0.5 * np.sign(differences)
+
 def best_of(scores, values, n):
     """
     Best-of-n: of n answers take the one with the highest score. Returns the mean of its value, over
@@ -894,14 +892,9 @@ def pair_accuracy(scores, gold):
     first, second = np.triu_indices(gold.shape[1], 1)
     gaps = gold[:, first] - gold[:, second]                              # (prompts, pairs)
     margins = scores[:, first] - scores[:, second]
-    points = 0.5 + 0.5 * np.sign(gaps) * np.sign(margins)
+    points = get_points(gaps * margins)
     is_known = np.abs(gaps) > 1e-6
     return float(points[is_known].mean()) if is_known.any() else None
-
-def duplicates(texts):
-    """Share of answers that repeat one before them. texts: for each prompt its N answers."""
-    n_different = sum(len(set(answers)) for answers in texts)
-    return 1 - n_different / sum(len(answers) for answers in texts)
 
 def distinct(texts, n, budget):
     """
@@ -928,11 +921,10 @@ def wilson(p, n):
 def get_rounds(scores):
     """
     Everybody meets everybody: scores (M, R) of M models in R rounds -> rounds (R, M, M), [r, i, j]:
-    the points of model i against j; win 1, tie 1/2, loss 0. Also 0 for a pair that has not met.
+    the points of model i against j. 0 for a pair that has not met.
     """
     M = len(scores)
-    differences = scores[:, None, :] - scores[None, :, :]                # (M, M, R)
-    points = 0.5 + 0.5 * np.sign(differences)
+    points = get_points(scores[:, None, :] - scores[None, :, :])         # (M, M, R)
     points[range(M), range(M)] = 0 # nobody meets himself
     return points.transpose(2, 0, 1)
 
@@ -965,16 +957,18 @@ REFUSALS = re.compile("^sorry|^i am sorry|^i'm sorry|not know|don't know|cannot|
 # -----------------------------------------------------------------------------
 # one examination, and what all of them say together
 
+CHAT = ', chat' # after the name of a benchmark that was asked in a conversation
 DECIDES = ('limit', 'n_robust', 'n_samples', 'max_exam_tokens', 'temperature', 'seed', 'dtype')
 
-def take_exam(model, tok, name, benchmark, in_chat):
+def take_exam(model, tok, name, benchmark, form):
     """
     The figures of one model in one benchmark, see summarize. The single answers are written to
     out_dir/answers. If they are there already, from the same files and settings, they are read.
     """
     questions = exams[benchmark]
     task = tasks[benchmark]
-    label = f'{benchmark}, chat' if in_chat else benchmark
+    in_chat = form == CHAT
+    label = benchmark + form
     folder = re.sub(r'[^\w.-]+', '_', name)
     path = os.path.join(out_dir, 'answers', folder, f'{label}.jsonl')
     stamps = []
@@ -982,13 +976,11 @@ def take_exam(model, tok, name, benchmark, in_chat):
         stamps.append([os.path.getsize(source), os.path.getmtime(source)])
     key = dict(stamps=stamps, settings=[config[setting] for setting in DECIDES])
 
-    kept = [None] # nothing
-    if run.master and os.path.exists(path):
-        rows = [row for _, row in read_jsonl(path, is_log=True)]
-        if rows and rows[0].get('key') == key:
-            kept = [rows]
-    kept = all_gather_list(kept if run.master else [], run)[0] # others may not see the file
-    if kept is not None:
+    kept = read_log(path)
+    if kept and kept[0].get('key') != key:
+        kept = []
+    kept = all_gather_list([kept] if run.master else [], run)[0] # others may not see the file
+    if kept:
         head, *answers = kept
         seconds = head['seconds']
     else:
@@ -1011,7 +1003,7 @@ def take_exam(model, tok, name, benchmark, in_chat):
     result = {**summarize(answers, questions), 'seconds': seconds}
     result['shots'] = 0 if in_chat else task['shots']
     cut = f', {result["n_cut"]:,} longer than the context' if result['n_cut'] else ''
-    came = 'kept from an earlier run' if kept is not None else f'{seconds:.4f} s each'
+    came = 'kept from an earlier run' if kept else f'{seconds:.4f} s each'
     print0(f'{name}: {label}: {result["accuracy"]:.3f}, standard error {result["stderr"]:.3f}, '
            f'{result["n"]:,} questions{cut}, {came}')
     return result
@@ -1025,7 +1017,7 @@ def overall_figures(results):
     """{benchmark: figures} of one model -> {measure: value}: CORE (Li et al. 2024), nanochat's
     ChatCORE, and the means of HELM's calibration, robustness, efficiency (Liang et al. 2022)."""
     measures = {}
-    for measure, key, form in (('CORE', 'core', ''), ('ChatCORE', 'chat_core', ', chat')):
+    for measure, key, form in (('CORE', 'core', ''), ('ChatCORE', 'chat_core', CHAT)):
         members = [benchmark for benchmark, task in BENCHMARKS.items() if key in task]
         centred = [] # 0 is the baseline, 1 is perfect
         for benchmark in members:
@@ -1039,7 +1031,7 @@ def overall_figures(results):
             measures[measure] = statistics.fmean(centred)
     # HELM's means are over the multiple-choice questions in bare text, which every model is asked
     results = [result for label, result in results.items()
-               if 'calibration error' in result and not label.endswith(', chat')]
+               if 'calibration error' in result and not label.endswith(CHAT)]
     for key, measure in HELM.items():
         values = [result[key] for result in results if key in result]
         if values:
@@ -1057,7 +1049,7 @@ if os.path.exists(path):
         prompts.append(row)
 
 paths = {}
-for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl'))):
+for path in find(data_dir, 'benchmarks', '*.jsonl'):
     name = os.path.basename(path).removesuffix('.jsonl')
     paths[name] = path
 if os.path.isdir(os.path.join(data_dir, 'mmlu')):
@@ -1083,8 +1075,9 @@ for name in wanted:
     tasks[name] = {**tasks[name], 'solved': solved}
     if found:
         exams[name] = found[:limit or None]
-missing = [name for name, task in BENCHMARKS.items() if 'core' in task and name not in exams]
-if any('core' in BENCHMARKS.get(name, '') for name in exams) and missing:
+core = [name for name, task in BENCHMARKS.items() if 'core' in task]
+missing = [name for name in core if name not in exams]
+if 0 < len(missing) < len(core):
     print0(f'CORE is partial, without {", ".join(missing)}')
 
 # -----------------------------------------------------------------------------
@@ -1096,29 +1089,12 @@ if prompts and os.path.exists(path):
     reward_tok = Tokenizer(ckpt['tokenizer'])
     reward_model = load_model(ckpt, run.device, ScalarModel).eval()
 
-# many answers to each of the first prompts with checks
+# many answers to each of the first prompts with checks, sampled for best-of-n
 N_BEST = (2, 4, 8, 16)
-POOL_SIZE = 16      # of the SFT model, for best-of-n
+POOL_SIZE = 16      # of the SFT model
 SMALL_POOL_SIZE = 4 # of the other models
 checked = [i for i, prompt in enumerate(prompts) if prompt.get('checks')]
 pool_indices = checked[:pool_prompts] # in prompts
-
-def measure_pool(model, tok, size, label):
-    """
-    Sample `size` answers to each prompt of pool_indices, and grade them. Returns texts, a list for
-    each prompt, and arrays (prompts, size): all_met, gold, plain, and score if there is a reward.pt.
-    """
-    asked = []
-    for i in pool_indices:
-        asked += [prompts[i]] * size
-    answers = all_gather_list(sample_answers(model, tok, True, asked, label, step=1), run)
-    texts = [answer['text'] for answer in answers]
-    pool = grade_all(asked, texts)
-    if reward_model is not None:
-        pool['score'] = np.array(reward_scores(reward_model, reward_tok, asked, texts, label))
-    pool = {name: values.reshape(-1, size) for name, values in pool.items()}
-    pool['texts'] = [texts[first:first + size] for first in range(0, len(texts), size)]
-    return pool
 
 # -----------------------------------------------------------------------------
 # measure each model
@@ -1127,8 +1103,9 @@ results = {}     # model -> {benchmark: figures, see summarize}
 all_answers = {} # model -> its answers, in the order of the prompts
 grades = {}      # model -> what grade_all says of its answers to the prompts with checks
 judged = {}      # model -> scores of its answers by the reward model
-pools = {}       # chat model -> what measure_pool returns
-sft_model = None # the first SFT model: DPO and RLHF models are compared with it
+pools = {}       # chat model -> {all_met, gold, plain, score: arrays (prompts, answers)}
+sft_name = ''    # the first SFT model: DPO and RLHF models are compared with it
+sft_model = None
 for name, ckpt in checkpoints.items():
     t0 = time.time()
     tok = Tokenizer(ckpt['tokenizer'])
@@ -1138,18 +1115,25 @@ for name, ckpt in checkpoints.items():
 
     column.update(language_modelling(model, tok, name))
     is_chat = ckpt['stage'] != 'base'
+    if ckpt['stage'] == 'sft' and sft_model is None:
+        sft_name = name
+        sft_model = model
     results[name] = {}
     for benchmark, questions in exams.items():
-        # a chat model is asked in both forms, but what must be sampled only as a conversation
-        forms = [is_chat] if 'row' in questions[0] else sorted({False, is_chat})
-        for in_chat in forms:
-            label = f'{benchmark}, chat' if in_chat else benchmark
-            results[name][label] = take_exam(model, tok, name, benchmark, in_chat)
+        forms = ['', CHAT] if is_chat else ['']
+        if 'row' in questions[0]: # sampling takes long: ask a chat model in a conversation only
+            forms = forms[-1:]
+        for form in forms:
+            results[name][benchmark + form] = take_exam(model, tok, name, benchmark, form)
     column.update(overall_figures(results[name]))
 
     if prompts:
         answers = answer_prompts(model, tok, is_chat, prompts, name)
         all_answers[name] = answers
+        scores = score_answers(model, answers, tok.pad, f'{name}: scoring answers')
+        for answer, (logprob, entropy, _) in zip(answers, scores):
+            answer['logprob'] = logprob
+            answer['entropy'] = entropy
         texts = [answer['text'] for answer in answers]
         by_task = {} # prompts of Toytown name their task: fact, story, unknown, private, ...
         if checked:
@@ -1175,13 +1159,18 @@ for name, ckpt in checkpoints.items():
         column['answers that refuse'] = statistics.fmean(
             REFUSALS.search(text) is not None for text in texts)
         if is_chat and pool_indices:
-            is_first_sft = ckpt['stage'] == 'sft' and sft_model is None
-            size = POOL_SIZE if is_first_sft else SMALL_POOL_SIZE
-            pools[name] = measure_pool(model, tok, size, f'{name}: {size} answers a prompt')
-
-    if ckpt['stage'] == 'sft' and sft_model is None:
-        sft_name = name
-        sft_model = model
+            size = POOL_SIZE if name == sft_name else SMALL_POOL_SIZE
+            label = f'{name}: {size} answers a prompt'
+            asked = []
+            for i in pool_indices:
+                asked += [prompts[i]] * size
+            answers = answer_prompts(model, tok, True, asked, label, step=1)
+            texts = [answer['text'] for answer in answers]
+            pool = grade_all(asked, texts)
+            if reward_model is not None:
+                scores = reward_scores(reward_model, reward_tok, asked, texts, label)
+                pool['score'] = np.array(scores)
+            pools[name] = {key: values.reshape(-1, size) for key, values in pool.items()}
     print0(f'{name}: measured in {time.time() - t0:.0f} s')
 
 # -----------------------------------------------------------------------------
@@ -1204,54 +1193,47 @@ for name, answers in all_answers.items():
     # RLHF learns the labeller's taste first. So the second row is without the liked phrases.
     for kind, row in (('gold', 'win rate'), ('plain', 'win rate without liked phrases')):
         if checked:
-            differences = grades[name][kind] - grades[sft_name][kind]
-            points = 0.5 + 0.5 * np.sign(differences) # a tie is half a win
+            points = get_points(grades[name][kind] - grades[sft_name][kind])
             column[f'{row} against SFT'] = points.mean()
             column[f'{row}, 95% interval'] = wilson(points.mean(), len(points))
     if checkpoints[name]['tokenizer'] != checkpoints[sft_name]['tokenizer']:
         continue # the ids of these answers are other texts for the SFT model
-    # how likely are these answers under the SFT model? Ranks share the work
-    mine = answers[run.rank::run.world_size]
+    # how likely are these answers under the SFT model?
     tok = Tokenizer(checkpoints[name]['tokenizer'])
-    scores = score_answers(sft_model, mine, tok.pad, f'{name}: KL from SFT')
-    scores = all_gather_list(scores, run)
-    log_ratios = []
-    for answer, (ref_logprob, entropy, is_greedy) in zip(answers, scores):
-        log_ratios.append(answer['logprob'] - ref_logprob)
-    column['KL from SFT, nats per answer'] = statistics.fmean(log_ratios)
+    scores = score_answers(sft_model, answers, tok.pad, f'{name}: KL from SFT')
+    column['KL from SFT, nats per answer'] = statistics.fmean(
+        answer['logprob'] - ref_logprob for answer, (ref_logprob, _, _) in zip(answers, scores))
 
 # What a model learns from a reward model depends on whether this is right about the model's own
 # answers. After training it may be wrong: those that are left differ in what it cannot see.
 for name, pool in pools.items():
-    column = table[name]
-    few = [texts[:SMALL_POOL_SIZE] for texts in pool['texts']] # more answers repeat more
-    column[f'duplicates among {SMALL_POOL_SIZE} answers to a prompt'] = duplicates(few)
     if 'score' in pool:
         share = pair_accuracy(pool['score'], pool['gold'])
-        column["reward model orders pairs of X's answers as gold does"] = share
+        table[name]['pairs of answers that the reward model orders as gold does'] = share
 
-# Best-of-n is what RLHF must beat: the SFT model answers n times, the reward model picks one. `score`,
-# `gold`, ... are means over its answers, or over those of a trained model to the same prompts.
+# Best-of-n is what RLHF must beat: the SFT model answers n times, the reward model picks one.
+# Means over these, and over the answers of each trained model to the same prompts.
 BEST_COLUMNS = {
     'score': 'reward model', 'gold': 'gold score', 'all_met': 'all checks met',
     'preferred': 'preferred to SFT', 'plain_preferred': 'without liked phrases'}
-best_rows = []
-sft_pool = pools.get(sft_name, {}) if sft_model is not None else {}
+best_of_n = [] # rows of a table, {column: value}
+sft_pool = pools.get(sft_name, {})
 if 'score' in sft_pool:
-    samples = []
+    samplers = []
     for name, pool in pools.items():
         kl = table[name].get('KL from SFT, nats per answer')
-        samples.append((name, 0.0 if name == sft_name else kl, pool, 1))
+        samplers.append((name, 0.0 if name == sft_name else kl, pool, 1))
     for n in N_BEST:
-        samples.append((f'best of {n}', math.log(n) - (n - 1) / n, sft_pool, n))
-    for label, kl, pool, n in samples:
+        samplers.append((f'best of {n}', math.log(n) - (n - 1) / n, sft_pool, n))
+    for label, kl, pool, n in samplers:
         # Each answer meets all 16 of the SFT model. One of these is itself, if it is from there.
         for kind, name in (('gold', 'preferred'), ('plain', 'plain_preferred')):
             differences = pool[kind][:, :, None] - sft_pool[kind][:, None, :] # (prompts, N, 16)
-            pool[name] = (0.5 + 0.5 * np.sign(differences)).mean(2)
-        values = [best_of(pool['score'], pool[kind], n) for kind in BEST_COLUMNS]
-        best_rows.append([label, kl, *values])
-BEST_HEAD = ['answers', 'KL, nats', *BEST_COLUMNS.values()]
+            pool[name] = get_points(differences).mean(2)
+        row = {'answers': label, 'KL, nats': kl}
+        for kind, title in BEST_COLUMNS.items():
+            row[title] = best_of(pool['score'], pool[kind], n)
+        best_of_n.append(row)
 
 # -----------------------------------------------------------------------------
 # tables
@@ -1324,8 +1306,7 @@ def read_verdicts():
     """The verdicts of people on the models of this report, as rounds (R, M, M), see get_rounds."""
     names = list(all_answers)
     rounds = []
-    rows = read_jsonl(ab_path, is_log=True) if os.path.exists(ab_path) else []
-    for line, row in rows:
+    for row in read_log(ab_path):
         if set(row.get('models', [])) <= set(names): # others may have been judged, too
             first, second = [names.index(name) for name in row['models']]
             points = {0: 1.0, 1: 0.0}.get(row['winner'], 0.5)
@@ -1344,8 +1325,9 @@ if len(all_answers) > 1:
         judges['gold score'] = get_rounds(np.array([grades[name]['gold'] for name in all_answers]))
     if judged:
         judges['reward model'] = get_rounds(np.array([judged[name] for name in all_answers]))
-    if len(read_verdicts()) > 0:
-        judges['people'] = read_verdicts()
+    verdicts = read_verdicts()
+    if len(verdicts) > 0:
+        judges['people'] = verdicts
 
 def describe_share(points, games):
     """-> the cell of a table: the share of points, with its Wilson interval."""
@@ -1361,33 +1343,17 @@ for judge, rounds in judges.items():
     rows = []
     for i, name in enumerate(all_answers):
         shares = [describe_share(points[i, j], games[i, j]) for j in range(len(points))]
-        rows.append([name, f'{ratings[i]:.0f}', f'{limits[0, i]:.0f} to {limits[1, i]:.0f}', *shares])
+        interval = f'{limits[0, i]:.0f} to {limits[1, i]:.0f}'
+        rows.append([name, f'{ratings[i]:.0f}', interval, *shares])
     preferences[judge] = rows
 
 # -----------------------------------------------------------------------------
 # the report: sections, each a dict(title, source, head, rows)
-def benchmark_rows(results):
-    """
-    {model: {benchmark: figures}} -> rows of a table: the accuracy of each model, beside that of
-    guessing (chance) and that of the best answer which is always the same.
-    """
-    labels = {} # benchmark -> its figures for any model, in the order of their first appearance
-    for figures in results.values():
-        labels.update(figures)
-    rows = []
-    for label, any_model in labels.items():
-        row = [label, str(any_model['shots']), f'{any_model["n"]:,}']
-        row += [f'{any_model["chance"]:.0%}', f'{any_model["constant"]:.0%}']
-        more = {k: [] for k in ('pass@10', 'pass@100') if k in any_model}
-        for figures in results.values():
-            result = figures.get(label)
-            row.append(f'{result["accuracy"]:.1%} ± {result["stderr"]:.1%}' if result else None)
-            for k, cells in more.items():
-                cells.append(f'{result[k]:.1%}' if result else None)
-        rows.append(row)
-        for k, cells in more.items():
-            rows.append([f'{label}, {k}', '', '', '', '', *cells])
-    return rows
+sections = []
+
+def add_section(title, source, head, rows):
+    if rows:
+        sections.append(dict(title=title, source=source, head=head, rows=rows))
 
 measures = {} # all measures of all models, in the order of their first appearance
 for column in table.values():
@@ -1395,25 +1361,39 @@ for column in table.values():
 rows = []
 for measure in measures:
     rows.append([measure, *[column.get(measure) for column in table.values()]])
-sections = [dict(
-    title='Results', head=['measure', *table], rows=rows,
-    source=f'checkpoints in {out_dir}; in {data_dir}: val_*.bin for bits per byte, benchmarks/*.jsonl '
-           'under their names, prompts_val.jsonl for all else; reward.pt where the reward model judges')]
-rows = benchmark_rows(results)
-if rows:
-    head = ['benchmark', 'shots', 'questions', 'chance', 'always the same', *table]
-    sections.append(dict(
-        title='Benchmarks: accuracy and its standard error', head=head, rows=rows,
-        source=f'{data_dir}/benchmarks; every answer: {out_dir}/answers/MODEL/BENCHMARK.jsonl'))
-if best_rows:
-    sections.append(dict(
-        title='Best of n: what RLHF has to beat', head=BEST_HEAD, rows=best_rows,
-        source=f'{POOL_SIZE} answers of {sft_name} to {len(pool_indices)} prompts of '
-               'prompts_val.jsonl, reward.pt; the KL of best-of-n is a bound, ln n - (n-1)/n'))
+add_section(
+    'Results', f'checkpoints in {out_dir}; in {data_dir}: val_*.bin for bits per byte, '
+    'prompts_val.jsonl for the answers; reward.pt where the reward model judges',
+    ['measure', *table], rows)
+
+# accuracy beside that of guessing, and of the best answer that is always the same
+accuracies = {} # benchmark -> its row, {column: text}
+for name, figures in results.items():
+    for label, result in figures.items():
+        row = accuracies.setdefault(label, {'benchmark': label, 'shots': str(result['shots'])})
+        row['questions'] = f'{result["n"]:,}'
+        row['chance'] = f'{result["chance"]:.0%}'
+        row['always the same'] = f'{result["constant"]:.0%}'
+        row[name] = f'{result["accuracy"]:.1%} ± {result["stderr"]:.1%}'
+        for k in ('pass@10', 'pass@100'):
+            if k in result:
+                row[name] += f', {k} {result[k]:.1%}'
+head = ['benchmark', 'shots', 'questions', 'chance', 'always the same', *table]
+add_section(
+    'Benchmarks: accuracy and its standard error',
+    f'{data_dir}/benchmarks; every answer: {out_dir}/answers/MODEL/BENCHMARK.jsonl',
+    head, [[row.get(name) for name in head] for row in accuracies.values()])
+if best_of_n:
+    add_section(
+        'Best of n: what RLHF has to beat',
+        f'{POOL_SIZE} answers of {sft_name} to {len(pool_indices)} prompts of prompts_val.jsonl, '
+        'reward.pt; the KL of best-of-n is a bound, ln n - (n-1)/n',
+        list(best_of_n[0]), [list(row.values()) for row in best_of_n])
 for judge, rows in preferences.items():
-    head = ['model', 'Elo', '95% interval', *[f'preferred to {name}' for name in all_answers]]
-    source = 'preferences_ab.jsonl' if judge == 'people' else 'answers to prompts_val.jsonl'
-    sections.append(dict(title=f'Preference, by {judge}', source=source, head=head, rows=rows))
+    add_section(
+        f'Preference, by {judge}',
+        'preferences_ab.jsonl' if judge == 'people' else 'answers to prompts_val.jsonl',
+        ['model', 'Elo', '95% interval', *[f'preferred to {name}' for name in all_answers]], rows)
 
 # metrics in reward.pt: how often two judges prefer the same one of two held-out answers
 JUDGES = {
@@ -1441,24 +1421,23 @@ for stage, cost in costs.items():
     flops = f'{cost["flops"]:.2e}'
     share = f'{cost["flops"] / total:.1%}'
     rows.append([stage, cost['seconds'], flops, share, cost['tokens']])
-if rows:
-    head = ['cost of training', 'seconds', 'FLOPs', 'share', 'tokens']
-    sections.append(dict(title='Cost', source=f'STAGE.pt in {out_dir}', head=head, rows=rows))
+head = ['cost of training', 'seconds', 'FLOPs', 'share', 'tokens']
+add_section('Cost', f'STAGE.pt in {out_dir}', head, rows)
 
 rows = []
 for key, who in JUDGES.items():
     if key in costs.get('reward', {}):
         rows.append([who, f'{costs["reward"][key]:.1%}'])
-if rows:
-    head = ['who prefers the same one of two answers', 'agreement']
-    sections.append(dict(title='The reward model', source='reward.pt', head=head, rows=rows))
+head = ['who prefers the same one of two answers', 'agreement']
+add_section('The reward model', 'reward.pt', head, rows)
 
 settings['eval'] = config
 processor = platform.processor() or platform.machine()
 if run.device_type == 'cuda':
     processor = torch.cuda.get_device_name()
 hardware = (f'{run.world_size} x {run.device} ({processor}), {os.cpu_count()} cores, '
-            f'{platform.platform()}, Python {platform.python_version()}, PyTorch {torch.__version__}')
+            f'{platform.platform()}, Python {platform.python_version()}, '
+            f'PyTorch {torch.__version__}')
 
 # the same few prompts for all models
 samples = []
@@ -1585,14 +1564,12 @@ def draw(charts):
 
 def read_curve(stage, key, x='step'):
     """-> (xs, ys) of two numbers in the log of a stage. Not every line of the log has both."""
-    path = os.path.join(out_dir, f'{stage}.jsonl')
     xs = []
     ys = []
-    if os.path.exists(path):
-        for line, row in read_jsonl(path, is_log=True):
-            if row.get(key) is not None and row.get(x) is not None:
-                xs.append(row[x])
-                ys.append(row[key])
+    for row in read_log(os.path.join(out_dir, f'{stage}.jsonl')):
+        if row.get(key) is not None and row.get(x) is not None:
+            xs.append(row[x])
+            ys.append(row[key])
     return xs, ys
 
 # stage, title, {label: key in its log}; a key val_... is measured on held-out data
@@ -1632,7 +1609,8 @@ for chart in CHARTS:
     rows = [row for row in expected.get(chart['stage'], []) if key in row]
     if rows and label in curves:
         measure = f'{chart["title"]}, {label}'
-        expected_rows.append([measure, rows[-1][key], curves[label][1][-1], f'{log}: {key}'])
+        steps, values = curves[label]
+        expected_rows.append([measure, rows[-1][key], values[-1], f'{log}: {key}'])
         curves[EXPECTED] = ([row['step'] for row in rows], [row[key] for row in rows])
     charts.append(dict(chart, curves=curves, source=f'{log}: {", ".join(chart["keys"].values())}'))
 if expected_rows:
@@ -1648,36 +1626,28 @@ OVEROPTIMISATION = [
     ('val_gold', 'gold score', 'gold score (never trained on)'),
     ('val_met', 'all checks met', 'answers with all checks met')]
 
-def get_root(kl):
-    return math.sqrt(max(0, kl)) # an estimate can be negative
-
-def over_optimisation(runs):
-    """runs: names of logs in out_dir, without .jsonl -> charts of held-out scores, with best-of-n."""
-    found = []
-    for key, column, title in OVEROPTIMISATION:
-        curves = {}
-        for log in runs:
-            kls, ys = read_curve(log, key, 'val_kl')
-            if kls:
-                coefficient = os.path.basename(os.path.dirname(log))
-                curves[f'KL coef. {coefficient}'] = ([get_root(kl) for kl in kls], ys)
-        bests = best_rows[len(pools):] # the rows of best-of-n
-        if curves and bests:
-            place = BEST_HEAD.index(column)
-            curves[DOTS] = ([get_root(row[1]) for row in bests], [row[place] for row in bests])
-        if curves:
-            source = f'overoptimise/*/rlhf.jsonl: val_kl, {key}'
-            found.append(dict(title=title, x='√KL', curves=curves, source=source))
-    return found
-
-runs = []
-paths = glob.glob(os.path.join(glob.escape(out_dir), 'overoptimise', '*', 'rlhf.jsonl'))
-for path in sorted(paths, key=os.path.dirname):
-    runs.append(os.path.relpath(path, out_dir).removesuffix('.jsonl'))
-over_optimised = over_optimisation(runs)
+logs = {} # KL coefficient -> the log of its run
+for path in find(out_dir, 'overoptimise', '*', 'rlhf.jsonl'):
+    coefficient = os.path.basename(os.path.dirname(path))
+    logs[coefficient] = os.path.join('overoptimise', coefficient, 'rlhf')
+over_optimised = [] # charts
+for key, column, title in OVEROPTIMISATION:
+    curves = {}
+    for coefficient, log in logs.items():
+        kls, ys = read_curve(log, key, 'val_kl')
+        if kls: # an estimate of the KL can be negative
+            roots = [math.sqrt(max(0, kl)) for kl in kls]
+            curves[f'KL coef. {coefficient}'] = (roots, ys)
+    bests = best_of_n[len(pools):] # without the models' own rows
+    if curves and bests:
+        roots = [math.sqrt(row['KL, nats']) for row in bests]
+        curves[DOTS] = (roots, [row[column] for row in bests])
+    if curves:
+        source = f'overoptimise/*/rlhf.jsonl: val_kl, {key}'
+        over_optimised.append(dict(title=title, x='√KL', curves=curves, source=source))
 
 # -----------------------------------------------------------------------------
-# report.html: one page that needs no other file. A model may say anything, so all texts are escaped.
+# report.html: one page that needs no other file. Models may say anything: texts are escaped
 STYLE = '''
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1140px; margin: auto; padding: 0 1em 3em }
@@ -1695,7 +1665,8 @@ svg { max-width: 100%; height: auto }
 
 def html_section(section, kind=''):
     """A section as HTML: title, table, source. kind: a class of STYLE for the table."""
-    lines = [f'<h2>{html.escape(section["title"])}</h2>', f'<div class="wide"><table class="{kind}">']
+    lines = [f'<h2>{html.escape(section["title"])}</h2>']
+    lines.append(f'<div class="wide"><table class="{kind}">')
     for tag, rows in (('th', [section['head']]), ('td', section['rows'])):
         for row in rows:
             cells = [f'<{tag}>{html.escape(show(value))}</{tag}>' for value in row]
@@ -1703,26 +1674,25 @@ def html_section(section, kind=''):
     lines.append(f'</table></div><p class="source">Source: {html.escape(section["source"])}</p>')
     return '\n'.join(lines)
 
-def html_page(drawn):
-    """The whole report as a page. drawn: charts, with their sources."""
-    head = ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Report</title><meta '
-            f'name="viewport" content="width=device-width"><style>{STYLE}</style>')
-    lines = [head, f'<h1>Report on {html.escape(out_dir)}</h1>']
-    lines += [html_section(section) for section in sections[:2]]
-    lines.append('<h2>Curves</h2><div class="charts">')
-    for chart in drawn:
-        caption = f'<figcaption class="source">{html.escape(chart["source"])}</figcaption>'
-        lines.append(f'<figure>{draw([chart])}{caption}</figure>')
-    lines.append('</div>')
-    lines += [html_section(section) for section in sections[2:]]
-    if samples:
-        answers = dict(title='Answers to the same prompts', source='prompts_val.jsonl',
-                       head=['prompt', *all_answers], rows=samples)
-        lines.append(html_section(answers, 'samples'))
-    lines.append(f'<h2>Settings, hardware, seed</h2><p>Evaluated with seed {seed} on '
-                 f'{html.escape(hardware)}. The settings of each stage, from its checkpoint:</p>'
-                 f'<pre>{html.escape(json.dumps(settings, indent=1))}</pre>')
-    return '\n'.join(lines) + '\n</html>\n'
+page = ['<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Report</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>',
+        f'<h1>Report on {html.escape(out_dir)}</h1>']
+for section in sections[:2]:
+    page.append(html_section(section))
+page.append('<h2>Curves</h2><div class="charts">')
+for chart in charts + over_optimised:
+    caption = f'<figcaption class="source">{html.escape(chart["source"])}</figcaption>'
+    page.append(f'<figure>{draw([chart])}{caption}</figure>')
+page.append('</div>')
+for section in sections[2:]:
+    page.append(html_section(section))
+if samples:
+    answers = dict(title='Answers to the same prompts', source='prompts_val.jsonl',
+                   head=['prompt', *all_answers], rows=samples)
+    page.append(html_section(answers, 'samples'))
+page.append(f'<h2>Settings, hardware, seed</h2><p>Evaluated with seed {seed} on '
+            f'{html.escape(hardware)}. The settings of each stage, from its checkpoint:</p>'
+            f'<pre>{html.escape(json.dumps(settings, indent=1))}</pre></html>\n')
 
 # -----------------------------------------------------------------------------
 # write the files
@@ -1741,11 +1711,10 @@ if run.master:
         for name, text in zip(all_answers, texts):
             lines.append(f'- {name}: {text}')
         parts.append(html.escape('\n'.join(lines), quote=False)) # Markdown may hold HTML
-    best_of_n = [dict(zip(BEST_HEAD, row)) for row in best_rows]
     numbers = dict(table=table, benchmarks=results, best_of_n=best_of_n,
                    preferences=preferences, costs=costs, config=config)
     write_text(os.path.join(out_dir, 'report.json'), json.dumps(numbers, indent=1) + '\n')
-    write_text(os.path.join(out_dir, 'report.html'), html_page(charts + over_optimised))
+    write_text(os.path.join(out_dir, 'report.html'), '\n'.join(page))
     text = '\n\n'.join(parts) + '\n'
     path = os.path.join(out_dir, 'report.md')
     write_text(path, text)
