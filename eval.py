@@ -374,8 +374,8 @@ def split_at_blanks(context, continuation):
 # benchmarks: reading the questions, writing the prompts
 
 # {name: {file, shots, delimiter, baseline, core, chat_core, header}}
-BENCHMARKS_PATH = pathlib.Path(__file__).resolve().parent / 'config' / 'benchmarks.json'
-BENCHMARKS = json.loads(BENCHMARKS_PATH.read_text(encoding='utf-8'))
+CONFIG = pathlib.Path(__file__).resolve().parent / 'config'
+BENCHMARKS = json.loads((CONFIG / 'benchmarks.json').read_text(encoding='utf-8'))
 # CORE's choice of questions and shots (Li et al. 2024; seeds as in nanochat), so that its figures
 # can be compared: they do not depend on our setting `seed`
 SUBSET_SEED = 1337
@@ -972,7 +972,8 @@ def take_exam(model, tok, name, benchmark, form):
     folder = re.sub(r'[^\w.-]+', '_', name)
     path = os.path.join(out_dir, 'answers', folder, f'{label}.jsonl')
     stamps = []
-    for source in (checkpoint_paths[name], paths[task['file']], BENCHMARKS_PATH, __file__):
+    file = paths[task['file']]
+    for source in (checkpoint_paths[name], file, CONFIG / 'benchmarks.json', __file__):
         stamps.append([os.path.getsize(source), os.path.getmtime(source)])
     key = dict(stamps=stamps, settings=[config[setting] for setting in DECIDES])
 
@@ -1590,12 +1591,10 @@ CHARTS = [
     dict(stage='rlhf', title='RLHF: entropy, nats per token', keys={'entropy': 'entropy'})]
 
 # what to expect: the curves of the shipped profile, as a run of it has made them
+profiles = json.loads((CONFIG / 'curves.json').read_text(encoding='utf-8'))
 expected = {} # stage -> rows of its log
 for word in sys.argv[1:]:
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'curves.json')
-    if word.endswith('.py') and os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            expected = json.load(f).get(os.path.basename(word), expected)
+    expected = profiles.get(os.path.basename(word), expected)
 
 charts = []
 expected_rows = []
