@@ -87,7 +87,7 @@ from model import (
 data_dir = 'data/toytown'   # folder with val_*.bin, prompts_val.jsonl and benchmarks/
 out_dir = 'out/toytown'     # folder with the checkpoints; the report is written here
 models = 'base,sft,dpo,rlhf' # columns of the report: stages in out_dir, or paths of checkpoints
-benchmarks = ''             # names of files in benchmarks/, separated by commas; empty = all
+benchmarks = ''             # names, separated by commas; empty = all whose file is in data_dir
 limit = 500                 # questions per benchmark, a seeded choice; 0 = all
 n_robust = 50               # questions that are asked again with typos, case, spacing; 0 = skip
 n_samples = 1               # answers to a question of GSM8K, HumanEval; 1 = the most likely one
@@ -358,8 +358,8 @@ NO_BLANKS = re.compile('[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff'
 
 def split_at_blanks(context, continuation):
     """
-    Move the blanks between two texts to the continuation, because in running text ' owl' is one
-    token. If there are none, put one in: llm-foundry's rows leave it out.
+    Move the blanks between two texts to the continuation: in running text ' owl' is one token. If
+    there are none, put one in: llm-foundry's rows leave it out.
         ('Who? ', 'Anna') and ('Who?', 'Anna') -> ('Who?', ' Anna'), but ('谁', '我') -> ('谁', '我')
     """
     kept = context.rstrip(' \t\xa0\u3000') # a newline stays: it can be one token with what it ends
@@ -424,11 +424,11 @@ def read_question(row):
         gold = question['gold'] = int(row['gold'])
         if gold != float(row['gold']) or not 0 <= gold < len(choices):
             raise ValueError(f'gold is {row["gold"]}, but there are {len(choices)} choices')
-    return {'choices': choices, **question}
+    question['choices'] = choices
+    return question
 
 def load_benchmark(path):
-    """Questions of a .jsonl file or of MMLU's folder -> ([question], [solved questions], which MMLU
-    shows as examples)."""
+    """A .jsonl file or MMLU's folder -> ([question], [solved questions], MMLU's examples)."""
     if os.path.isdir(path):
         return load_mmlu(path, 'test'), load_mmlu(path, 'dev')
     questions = []
@@ -465,10 +465,8 @@ def load_mmlu(folder, part):
     return questions
 
 def join(question, i, delimiter):
-    """
-    Choice i of a question as (context, continuation), two texts to be written one after the other.
-    A blank between them is part of the continuation: in running text ' owl' is one token.
-    """
+    """Choice i of a question as (context, continuation), to be written one after the other. A blank
+    between them is part of the continuation, see split_at_blanks."""
     context, continuation = question['choices'][i]
     if delimiter is None: # a benchmark that is not in the table
         return split_at_blanks(context, continuation)
@@ -480,7 +478,7 @@ def join(question, i, delimiter):
 
 def few_shot(questions, i, task):
     """The text before question i: a header, and solved questions, two newlines after each. They are
-    drawn from the other questions, or are those that the benchmark names for its category."""
+    drawn from the other questions, or are MMLU's for its subject."""
     parts = []
     if 'header' in task:
         parts.append(task['header'].format(**questions[i]))
@@ -604,10 +602,8 @@ def disturb(question, kind, rng):
     return {**question, 'choices': choices}
 
 def calibration_error(answers, n_bins=10):
-    """
-    Expected calibration error (Guo et al. 2017): |accuracy - confidence|, in bins of confidence.
-    Confidence: softmax over the choices of -loss, at the choice that was made.
-    """
+    """Expected calibration error (Guo et al. 2017): |accuracy - confidence|, in bins of confidence,
+    which is the softmax over the choices of -loss, at the choice that was made."""
     gaps = [0.0] * n_bins
     for answer in answers:
         lowest = min(answer['losses'])
@@ -617,11 +613,9 @@ def calibration_error(answers, n_bins=10):
     return sum(abs(gap) for gap in gaps) / len(answers)
 
 def summarize(answers, questions):
-    """
-    Answers to a benchmark -> its figures. accuracy and its standard error; chance: accuracy of
-    guessing, 0 for free text; constant: of the best answer that is always the same; n_cut:
-    questions that were cut to the context; tokens: read per question.
-    """
+    """Answers to a benchmark -> its figures. chance: accuracy of guessing, 0 for free text;
+    constant: of the best answer that is always the same; n_cut: questions that were cut to the
+    context; tokens: read per question."""
     n = len(answers)
     points = [float(answer['right']) for answer in answers]
     robust = [float(answer['robust']) for answer in answers if 'robust' in answer]
@@ -845,10 +839,8 @@ def reward_scores(model, tok, prompts, texts, label=''):
     return [score_of[row] for row in rows]
 
 def grade_all(prompts, texts):
-    """
-    Grade texts by the checks of their prompts -> arrays (N,): all_met; gold, the gold score; plain,
-    the same without the points for liked phrases.
-    """
+    """Grade texts by the checks of their prompts -> arrays (N,): all_met; gold, the gold score;
+    plain, the same without the points for liked phrases."""
     grades = []
     for prompt, text in zip(prompts, texts):
         checks = prompt['checks']
@@ -919,10 +911,8 @@ def wilson(p, n):
     return [(centre - radius) / (1 + z2 / n), (centre + radius) / (1 + z2 / n)]
 
 def get_rounds(scores):
-    """
-    Everybody meets everybody: scores (M, R) of M models in R rounds -> rounds (R, M, M), [r, i, j]:
-    the points of model i against j. 0 for a pair that has not met.
-    """
+    """Everybody meets everybody: scores (M, R) of M models in R rounds -> rounds (R, M, M); [r, i, j]
+    are the points of model i against j, 0 for a pair that has not met."""
     M = len(scores)
     points = get_points(scores[:, None, :] - scores[None, :, :])         # (M, M, R)
     points[range(M), range(M)] = 0 # nobody meets himself
@@ -961,10 +951,8 @@ CHAT = ', chat' # after the name of a benchmark that was asked in a conversation
 DECIDES = ('limit', 'n_robust', 'n_samples', 'max_exam_tokens', 'temperature', 'seed', 'dtype')
 
 def take_exam(model, tok, name, benchmark, form):
-    """
-    The figures of one model in one benchmark, see summarize. The single answers are written to
-    out_dir/answers. If they are there already, from the same files and settings, they are read.
-    """
+    """The figures of one model in one benchmark, see summarize. The single answers are written to
+    out_dir/answers. If they are there, from the same files and settings, they are read."""
     questions = exams[benchmark]
     task = tasks[benchmark]
     in_chat = form == CHAT
@@ -1273,10 +1261,8 @@ def markdown(head, rows):
 ab_path = os.path.join(out_dir, 'preferences_ab.jsonl')
 
 def ask_person(n_asked):
-    """
-    Compare pairs of answers in the terminal. Each verdict is appended to ab_path at once, with the
-    models' names, and with the ranking that reward.py learns from. n_asked: how many are there.
-    """
+    """Compare pairs of answers in the terminal. Each verdict is appended to ab_path at once, with
+    the ranking that reward.py learns from. n_asked: how many are there."""
     rng = np.random.default_rng((seed, n_asked)) # other pairs than the last time
     print('Which answer is better? a, b, = (equally good), s (skip), q (stop)')
     for number in range(judge_pairs):
@@ -1498,10 +1484,8 @@ def get_ticks(low, high):
     return [tick for tick in ticks if low < tick < high]
 
 def draw(charts):
-    """
-    -> the text of an SVG file. A chart is a dict: title; curves, {label: (xs, ys)}; x, the name of
-    the x axis ('step' if it is missing); is_log, True for a logarithmic y axis.
-    """
+    """-> the text of an SVG file. A chart is a dict: title; curves, {label: (xs, ys)}; x, the name
+    of the x axis ('step' if it is missing); is_log, True for a logarithmic y axis."""
     svg = []
     def write(x, y, text, style):
         position = f'x="{x:.1f}" y="{y:.1f}"'
