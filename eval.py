@@ -911,8 +911,8 @@ def wilson(p, n):
     return [(centre - radius) / (1 + z2 / n), (centre + radius) / (1 + z2 / n)]
 
 def get_rounds(scores):
-    """Everybody meets everybody: scores (M, R) of M models in R rounds -> rounds (R, M, M); [r, i, j]
-    are the points of model i against j, 0 for a pair that has not met."""
+    """All meet all: scores (M, R) of M models in R rounds -> rounds (R, M, M). [r, i, j]
+    is what model i has won against j; 0 for a pair that has not met."""
     M = len(scores)
     points = get_points(scores[:, None, :] - scores[None, :, :])         # (M, M, R)
     points[range(M), range(M)] = 0 # nobody meets himself
@@ -1320,7 +1320,8 @@ def describe_share(points, games):
     """-> the cell of a table: the share of points, with its Wilson interval."""
     if games == 0:
         return None
-    return f'{points / games:.0%} ({show(wilson(points / games, games))})'
+    lower, upper = wilson(points / games, games)
+    return f'{points / games:.0%} ({lower:.0%} to {upper:.0%})'
 
 preferences = {} # judge -> rows of a table
 for judge, rounds in judges.items():
