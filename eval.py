@@ -3,11 +3,12 @@ Evaluation: the base, SFT, DPO and RLHF models side by side. It measures what is
 about the stages: knowledge comes from pretraining, form comes from SFT, and RLHF can beat the
 demonstrations, at the price of diversity.
 
-Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt for its cost; STAGE.jsonl;
-        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl
-        config/curves.json, what to expect; out_dir/overoptimise/*/rlhf.jsonl
+Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt, the judge; STAGE.jsonl;
+        out_dir/overoptimise/*/rlhf.jsonl
+        data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl, mmlu/{dev,test}/*.csv
+        config/benchmarks.json, how to ask; config/curves.json, what to expect
 Writes  out_dir/report.html, report.md, report.json, curves.svg, overoptimise.svg;
-        out_dir/preferences_ab.jsonl, your verdicts
+        out_dir/answers/MODEL/BENCHMARK.jsonl, every answer; preferences_ab.jsonl, your verdicts
 
 CPU        $ python eval.py config/tiny.py
 one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
@@ -15,7 +16,9 @@ one GPU    $ python eval.py --data_dir=data/mine --out_dir=out/mine
 you judge  $ python eval.py config/tiny.py --judge_pairs=20
 
 bits per byte  loss on the validation documents. It can be compared across tokenizers
-benchmarks     fraction of questions answered correctly; in brackets: what guessing would give
+benchmarks     fraction of questions answered correctly, beside that of guessing, and of the best
+               answer that is always the same. Chat models are asked twice: in bare text as base
+               models are, and in a conversation
 answers        sampled for held-out prompts: all checks met, gold score, entropy, distinct n-grams
 win rate       gold score against the SFT model's answer to the same prompt; a tie counts as a half.
                RLHF learns the labeller's taste first, so a second row leaves out liked phrases
@@ -26,19 +29,29 @@ KL from SFT    of whole answers, in nats: the mean of log p(answer) - log p_SFT(
 
 A base model knows no chat template. It gets the words of the prompt as the start of a document.
 
-Left out: few-shot examples; sampled benchmarks (GSM8K, HumanEval); a language model as judge.
+Left out: a language model as judge; examples (shots) in conversations.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+import collections
+import contextlib
+import csv
 import glob
 import html
+import inspect
 import itertools
 import json
 import math
 import os
+import pathlib
 import platform
+import random
 import re
+import secrets
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -46,6 +59,7 @@ import torch
 from torch.nn import functional as F
 
 from model import (
+    KVCache,
     ScalarModel,
     Tokenizer,
     all_gather_list,
@@ -63,6 +77,7 @@ from model import (
     read_shard,
     seed_step,
     setup,
+    write_jsonl,
     write_text,
 )
 
@@ -72,9 +87,13 @@ from model import (
 data_dir = 'data/toytown'   # folder with val_*.bin, prompts_val.jsonl and benchmarks/
 out_dir = 'out/toytown'     # folder with the checkpoints; the report is written here
 models = 'base,sft,dpo,rlhf' # columns of the report: stages in out_dir, or paths of checkpoints
-benchmarks = ''             # names of files in benchmarks/, separated by commas; empty = all
-max_questions = 500         # questions per benchmark; 0 = all
-val_tokens = 100000         # validation tokens for bits per byte; 0 = skip
+benchmarks = ''             # names, separated by commas; empty = all whose file is in data_dir
+limit = 500                 # questions per benchmark, a seeded choice; 0 = all
+n_robust = 50               # questions that are asked again with typos, case, spacing; 0 = skip
+n_samples = 1               # answers to a question of GSM8K, HumanEval; 1 = the most likely one
+max_exam_tokens = 256       # longest answer to such a question, in tokens
+allow_code = False          # run the programs of HumanEval: code that a model has written
+val_tokens = 10_000_000     # at most so many validation tokens for bits per byte; 0 = skip
 n_prompts = 300             # held-out prompts to answer; 0 = skip
 pool_prompts = 100          # of these, prompts that get many answers each, for best-of-n; 0 = skip
 judge_pairs = 0             # pairs of answers that you compare, without knowing who gave them
@@ -92,9 +111,9 @@ config = configure(globals())
 
 # -----------------------------------------------------------------------------
 # device and checkpoints
-for name in ('batch_size', 'sample_batch', 'max_new_tokens'):
+for name in ('batch_size', 'sample_batch', 'max_new_tokens', 'n_samples', 'max_exam_tokens'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('max_questions', 'val_tokens', 'n_prompts', 'pool_prompts', 'judge_pairs',
+for name in ('limit', 'n_robust', 'val_tokens', 'n_prompts', 'pool_prompts', 'judge_pairs',
              'progress_seconds'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 # dividing the logits by a tiny temperature would overflow
@@ -107,11 +126,13 @@ assert is_alone, f'--judge_pairs={judge_pairs} needs one process, not torchrun'
 started = time.time()
 
 checkpoints = {}
+checkpoint_paths = {}
 for name in re.split(' *, *', models.strip()):
     is_path = name.endswith('.pt')
     path = name if is_path else os.path.join(out_dir, f'{name}.pt')
     # A stage that has not been run yet is left out. A path that somebody typed must exist.
     if is_path or os.path.exists(path):
+        checkpoint_paths[name] = path
         stages = ['base', 'sft', 'dpo', 'rlhf']
         checkpoints[name] = load_checkpoint(path, stages, 'bash speedrun.sh')
     else:
@@ -121,6 +142,16 @@ assert checkpoints, \
 
 # -----------------------------------------------------------------------------
 # how well a model predicts given text
+
+def find(folder, *pattern):
+    """-> the sorted paths of the files in a folder that match."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), *pattern)))
+
+def read_log(path):
+    """-> the rows of a .jsonl file that grows; its last line may be cut. Empty if it is missing."""
+    if not os.path.exists(path):
+        return []
+    return [row for line, row in read_jsonl(path, is_log=True)]
 
 def in_batches(items, label, batch_size=batch_size):
     """Yield batches of items. Every progress_seconds, print how many are done and the time left."""
@@ -136,34 +167,53 @@ def in_batches(items, label, batch_size=batch_size):
             next_print = now + progress_seconds
         yield items[done:done + batch_size]
 
+def document_sources(tokens, tok, is_cut):
+    """Validation tokens -> (names of sources, the index of each token's source). The shards were
+    written from val/*.jsonl.gz, document by document. Shards from elsewhere have no sources."""
+    sources = []
+    for path in find(data_dir, 'val', '*.jsonl.gz'):
+        sources += [row.get('source', '') for _, row in read_jsonl(path)]
+    numbers = np.cumsum(tokens == tok.eot) - 1 # <|endoftext|> stands before each document
+    n_documents = numbers[-1] + 1
+    is_whole = n_documents == len(sources) or (is_cut and n_documents <= len(sources))
+    if not is_whole or tokens[0] != tok.eot:
+        return [''], np.zeros(len(tokens), np.int64)
+    names = sorted(set(sources))
+    index = np.array([names.index(source) for source in sources])
+    return names, index[numbers]
+
 @torch.no_grad()
-def bits_per_byte(model, tok, label=''):
+def language_modelling(model, tok, label=''):
     """
-    Loss on the first val_tokens of the validation shards, in bits per byte. None without shards.
-    A loss per token cannot be compared across tokenizers: longer tokens are harder to predict,
-    but there are fewer of them. The number of bytes does not depend on the tokenizer.
+    Predict the first val_tokens of the validation shards. -> {'perplexity': .., 'bits per byte':
+    .., 'bits per byte: SOURCE': ..}; None without shards.
+
+    A loss per token, and so the perplexity, cannot be compared across tokenizers: longer tokens are
+    harder to predict, but there are fewer of them. The number of bytes is the same for all.
     """
+    nothing = {'perplexity': None, 'bits per byte': None}
     if val_tokens == 0:
-        return None
+        return nothing
     T = model.config.block_size
     tokens = np.zeros(0, np.int64)
-    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'val_*.bin'))):
+    for path in find(data_dir, 'val_*.bin'):
         missing = val_tokens + 1 - len(tokens) # + 1: the first token is never predicted
         shard = read_shard(path, tok.hash)[:missing]
         tokens = np.concatenate([tokens, shard.astype(np.int64)])
     n_windows = (len(tokens) - 1) // T # tokens at the end that do not fill a window are not used
     if n_windows < 1:
-        return None
+        return nothing
 
-    tokens = torch.from_numpy(tokens)
+    names, source_of = document_sources(tokens, tok, len(tokens) > val_tokens)
     end = n_windows * T
+    source_of = source_of[1:end + 1].reshape(n_windows, T) # of the tokens that are predicted
+    tokens = torch.from_numpy(tokens)
     x = tokens[:end].view(n_windows, T)
     y = tokens[1:end + 1].view(n_windows, T) # the same tokens, one later
     # a special token costs bits, but it has no bytes: its size here is 0
     token_sizes = torch.tensor([len(tok.token_bytes(i)) for i in range(tok.n_vocab)])
 
-    nats = 0.0
-    n_bytes = 0
+    sums = np.zeros((3, len(names))) # nats, tokens and bytes of each source
     mine = list(range(run.rank, n_windows, run.world_size))
     for rows in in_batches(mine, f'{label}: bits per byte'):
         inputs = x[rows].to(run.device)
@@ -171,39 +221,136 @@ def bits_per_byte(model, tok, label=''):
         with run.autocast():
             logits = model(inputs)                                       # (B, T, V)
         logits = logits.float().flatten(0, 1)                            # (B*T, V)
-        nats += F.cross_entropy(logits, targets.flatten(), reduction='sum').item()
-        n_bytes += token_sizes[y[rows]].sum().item()
-    nats, n_bytes = all_sum(nats, n_bytes)
-    return nats / math.log(2) / n_bytes
+        losses = F.cross_entropy(logits, targets.flatten(), reduction='none').cpu().double()
+        sizes = token_sizes[y[rows]].flatten()
+        for row, weights in enumerate((losses, torch.ones_like(losses), sizes)):
+            sums[row] += np.bincount(source_of[rows].flatten(), weights.numpy(), len(names))
+    sums = np.array(all_sum(*sums.flatten().tolist())).reshape(sums.shape)
+    nats, n_tokens, n_bytes = sums.sum(1)
+    result = {'perplexity': math.exp(nats / n_tokens),
+              'bits per byte': nats / math.log(2) / n_bytes}
+    if len(names) > 1:
+        for name, (nats, _, n_bytes) in zip(names, sums.T):
+            if n_bytes > 0:
+                result[f'bits per byte: {name}'] = nats / math.log(2) / n_bytes
+    return result
 
 @torch.no_grad()
-def score(model, rows, lengths, pad, temperature=1.0, label=''):
+def score_groups(model, groups, pad, temperature=1.0):
     """
-    Score the last lengths[i] tokens of each row of token ids. -> [(logprob, entropy, is_greedy)].
+    Score continuations of one or more prefixes: groups is [(prefix ids, [continuation ids])].
+    -> for each group [(logprob, entropy, is_greedy)], one for each continuation.
 
-    logprob: sum of the log-probabilities of these tokens, in nats. entropy: sum of the entropies of
-    the distributions that they come from. is_greedy: would greedy decoding give the same tokens?
+    logprob: sum of the log-probabilities of the continuation's tokens, in nats. entropy: sum of the
+    entropies of the distributions that they come from. is_greedy: would greedy decoding write it?
+
+    What the continuations of a group share is computed once: its keys and values go into a cache.
+        pass 1, a row per group         [pad  pad  head  head  head]
+        pass 2, a row per continuation                              [tail  text  text  pad]
+    Pass 2 has as many columns as the longest continuation of the batch needs. Groups with shorter
+    ones put the end of their prefix there, so that no row gets longer than the context. If nothing
+    is shared, all of a row belongs to pass 2, which is then the only one.
     """
+    # the last token of a text is only predicted
+    T = max(max(len(text) for text in texts) for _, texts in groups) - 1
+    if all(len(texts) == 1 for _, texts in groups):
+        T = max(len(prefix) + len(texts[0]) for prefix, texts in groups) - 1
+    heads = []
+    rows = []    # tail and text
+    owners = []  # the group of each row
+    starts = []  # where the text begins in its row
+    lengths = []
+    for owner, (prefix, texts) in enumerate(groups):
+        longest = max(len(text) for text in texts) - 1
+        n_head = max(0, len(prefix) + longest - T)
+        heads.append(prefix[:n_head])
+        tail = prefix[n_head:]
+        for text in texts:
+            rows.append(tail + text)
+            owners.append(owner)
+            starts.append(len(tail))
+            lengths.append(len(text))
+
+    # pass 1 is padded on the left, so that pass 2 begins in one column, as in `generate`
+    P = max(len(head) for head in heads)
+    n_padding = [P - len(head) for head in heads]
+    padded = [[pad] * n + head for n, head in zip(n_padding, heads)]
+    idx = torch.tensor(padded, device=run.device)                        # (B, P)
+    owners = torch.tensor(owners, device=run.device)                     # (N,)
+    pos, mask, more_pos, more_mask = None, None, None, None
+    if max(n_padding) > 0: # without padding attention is plainly causal, which is faster
+        columns = torch.arange(P + T, device=run.device)
+        first = torch.tensor(n_padding, device=run.device)[:, None]
+        all_pos = (columns - first).clamp(min=0)                         # (B, P+T)
+        real = columns >= first                                          # (B, P+T)
+        pos, mask = all_pos[:, :P], real[:, :P]
+        more_pos, more_mask = all_pos[owners, P:], real[owners]
+    targets = pad_right(rows, pad, run.device)                           # (N, T+1)
+    columns = torch.arange(T + 1, device=run.device)
+    starts = torch.tensor(starts, device=run.device)[:, None]
+    ends = starts + torch.tensor(lengths, device=run.device)[:, None]
+    is_text = (starts <= columns) & (columns < ends)                     # (N, T+1)
+    with run.autocast():
+        if P == 0: # padded on the right only, so that no mask is needed
+            x = model.hidden(targets[:, :-1])                            # (N, T, C)
+            targets, is_text = targets[:, 1:], is_text[:, 1:]
+        elif T == 0: # answers of one token, such as A, B, C or D, need no second pass
+            x = model.hidden(idx, pos, mask)[owners, -1:]                # (N, 1, C)
+        else:
+            is_autocast = torch.is_autocast_enabled(run.device.type)
+            dtype = torch.get_autocast_dtype(run.device.type) if is_autocast else torch.float32
+            cache = KVCache(model.config, len(groups), P + T, run.device, dtype)
+            x = model.hidden(idx, pos, mask, cache)[owners, -1:]
+            cache.keep(owners) # a copy of the prefix for each continuation
+            more = model.hidden(targets[:, :-1], more_pos, more_mask, cache)
+            x = torch.cat((x, more), dim=1)                              # (N, T+1, C)
+        # the head is a large matrix: it is used only where a text stands
+        logits = model.head(x[is_text]).float()                          # (tokens, V)
+    targets = targets[is_text]                                           # (tokens,)
+    is_right = logits.argmax(-1) == targets
+    logprobs = F.log_softmax(logits / temperature, dim=-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    logprobs = logprobs.gather(-1, targets[:, None]).squeeze(1)
+
+    scores = [[] for _ in groups]
+    start = 0
+    for owner, length in zip(owners.tolist(), lengths):
+        tokens = slice(start, start + length)
+        logprob = logprobs[tokens].sum().item()
+        entropy = entropies[tokens].sum().item()
+        scores[owner].append((logprob, entropy, is_right[tokens].all().item()))
+        start += length
+    return scores
+
+def sample_answers(model, queries, n, stop, heat, label, step=0):
+    """Sample at most n tokens for each query, at temperature heat -> [ids]. Ranks share the work.
+    Calls with another step draw other answers."""
+    mine = queries[run.rank::run.world_size]
+    seed_step(seed, step, run.rank) # ranks must not draw the same answers
+    answers = [None] * len(mine)
+    order = sorted(range(len(mine)), key=lambda i: len(mine[i])) # so that little is padded
+    for batch in in_batches(order, label, sample_batch):
+        with run.autocast():
+            new_ids = generate(model, [mine[i] for i in batch], n, stop, heat)
+        for i, ids in zip(batch, new_ids):
+            answers[i] = ids
+    return all_gather_list(answers, run)
+
+def score_answers(model, answers, pad, label=''):
+    """-> [(logprob, entropy, is_greedy)] of all answers, dict(query, ids, ..). Ranks share them."""
+    mine = answers[run.rank::run.world_size]
     # Rows of similar length share a batch, to save padding. The longest come first: if they fit
     # into memory, all others do, and the time left is not underestimated.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
-    scores = [None] * len(rows)
+    sizes = [len(answer['query']) + len(answer['ids']) for answer in mine]
+    order = sorted(range(len(mine)), key=sizes.__getitem__, reverse=True)
+    # the temperature of sampling; greedy answers come from no distribution: score them at 1
+    heat = temperature or 1.0
+    scores = [None] * len(mine)
     for batch in in_batches(order, label):
-        ids = pad_right([rows[i] for i in batch], pad, run.device)       # (B, T+1)
-        with run.autocast():
-            logits = model(ids[:, :-1])                                  # (B, T, V)
-        for row, i in enumerate(batch):
-            end = len(rows[i])
-            start = end - lengths[i]
-            targets = ids[row, start:end]                                # (N,)
-            # the logits at t predict token t + 1; softmax only where it is needed, to save memory
-            row_logits = logits[row, start - 1:end - 1].float()          # (N, V)
-            logprobs = F.log_softmax(row_logits / temperature, dim=-1)   # (N, V)
-            logprob = logprobs.gather(-1, targets[:, None]).sum().item()
-            entropy = -(logprobs.exp() * logprobs).sum().item()
-            is_greedy = (row_logits.argmax(-1) == targets).all().item()
-            scores[i] = (logprob, entropy, is_greedy)
-    return scores
+        groups = [(mine[i]['query'], [mine[i]['ids']]) for i in batch]
+        for i, group in zip(batch, score_groups(model, groups, pad, heat)):
+            scores[i] = group[0]
+    return all_gather_list(scores, run)
 
 # characters of scripts without blanks between words: Thai to Burmese, Khmer, Chinese, Japanese
 NO_BLANKS = re.compile('[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff'
@@ -211,8 +358,8 @@ NO_BLANKS = re.compile('[\u0e00-\u109f\u1780-\u17ff\u2e80-\u312f\u31a0-\u9fff'
 
 def split_at_blanks(context, continuation):
     """
-    Move the blanks between two texts to the continuation, because in running text ' owl' is one
-    token. If there are none, put one in: llm-foundry's rows leave it out.
+    Move the blanks between two texts to the continuation: in running text ' owl' is one token. If
+    there are none, put one in: llm-foundry's rows leave it out.
         ('Who? ', 'Anna') and ('Who?', 'Anna') -> ('Who?', ' Anna'), but ('谁', '我') -> ('谁', '我')
     """
     kept = context.rstrip(' \t\xa0\u3000') # a newline stays: it can be one token with what it ends
@@ -223,163 +370,459 @@ def split_at_blanks(context, continuation):
         blanks = ' '
     return kept, blanks + continuation
 
-def score_continuations(model, tok, pairs, label=''):
-    """
-    [(context, continuation)], two texts each -> [(loss, is_greedy)].
-    loss: mean loss of the continuation's tokens, in nats. A sum would favour short continuations.
-    is_greedy: would greedy decoding give exactly this continuation?
-    """
-    block_size = model.config.block_size
-    rows = []
-    lengths = []
-    for context, text in pairs:
-        context, text = split_at_blanks(context, text)
-        # a tokenizer of characters drops those that it does not know
-        continuation = tok.encode(text)[:block_size] or [tok.pad]
-        room = block_size + 1 - len(continuation) # + 1: the last token is only predicted
-        prefix = [tok.eot] + tok.encode(context)
-        rows.append(prefix[-room:] + continuation) # of a long context, the end matters most
-        lengths.append(len(continuation))
-
-    losses = []
-    scores = score(model, rows, lengths, tok.pad, label=label)
-    for row, length, (logprob, entropy, is_greedy) in zip(rows, lengths, scores):
-        loss = -logprob / length
-        if row[-1] == tok.pad: # this model cannot write the continuation
-            loss = math.inf
-        losses.append((loss, is_greedy))
-    return losses
-
 # -----------------------------------------------------------------------------
-# benchmarks
+# benchmarks: reading the questions, writing the prompts
 
-def load_benchmark(path):
+# {name: {file, shots, delimiter, baseline, core, chat_core, header}}
+CONFIG = pathlib.Path(__file__).resolve().parent / 'config'
+BENCHMARKS = json.loads((CONFIG / 'benchmarks.json').read_text(encoding='utf-8'))
+# CORE's choice of questions and shots (Li et al. 2024; seeds as in nanochat), so that its figures
+# can be compared: they do not depend on our setting `seed`
+SUBSET_SEED = 1337
+SHOTS_SEED = 1234
+LETTERS = 'ABCD'
+
+def read_question(row):
     """
-    Read the questions of a benchmark: [(choices, gold)]. choices: [(context, continuation)].
-    gold: index of the right choice; None if there is one choice and greedy decoding must give it.
+    A row of a benchmark -> dict(choices, gold, category). choices: [(context, continuation)].
+    gold: index of the right choice; None if greedy decoding must give the only one.
+    Raises KeyError, OverflowError, TypeError, ValueError if the row has another form.
 
-    Three kinds of rows, as in llm-foundry and DCLM:
         {query, choices, gold}                 which choice has the lowest loss per token?
         {context_options, continuation, gold}  which context gives the continuation the lowest loss?
         {context, continuation}                does greedy decoding give the continuation?
+    These are the forms of llm-foundry and DCLM. Two more need sampled answers, and keep their row:
+        {messages, checks, answer}             GSM8K (Cobbe et al. 2021): are the checks met?
+        {prompt, test, entry_point}            HumanEval (Chen et al. 2021): are the tests passed?
     """
+    question = dict(gold=None, category=str(row.get('category', '')))
+    options = []
+    if 'choices' in row:
+        options = row['choices']
+        choices = [(row['query'], option) for option in options]
+    elif 'context_options' in row:
+        options = row['context_options']
+        choices = [(option, row['continuation']) for option in options]
+    elif 'messages' in row:
+        grade(row['checks'], 'any text') # find a bad check now
+        solution = row.get('answer') or f'#### {row["checks"].get("number")}'
+        choices = [(f'Question: {row["messages"][-1]["content"]}\nAnswer:', solution)]
+        question['row'] = row
+    elif 'test' in row:
+        choices = [(row['prompt'], row['test'] + row['entry_point'])]
+        question['row'] = row
+    else:
+        choices = [(row['context'], row['continuation'])]
+    if not isinstance(options, list):
+        raise TypeError(f'{options!r:.50} is not a list')
+    for context, continuation in choices:
+        if not isinstance(context, str) or not isinstance(continuation, str):
+            raise TypeError('a text is not a string')
+        if not continuation.strip():
+            raise ValueError('a continuation is empty')
+    if 'choices' in row or 'context_options' in row:
+        gold = question['gold'] = int(row['gold'])
+        if gold != float(row['gold']) or not 0 <= gold < len(choices):
+            raise ValueError(f'gold is {row["gold"]}, but there are {len(choices)} choices')
+    question['choices'] = choices
+    return question
+
+def load_benchmark(path):
+    """A .jsonl file or MMLU's folder -> ([question], [solved questions], MMLU's examples)."""
+    if os.path.isdir(path):
+        return load_mmlu(path, 'test'), load_mmlu(path, 'dev')
     questions = []
     for line, row in read_jsonl(path):
-        if 'messages' in row or 'test' in row: # the forms of GSM8K and HumanEval
-            print0(f'{path}: left out, because its answers must be sampled')
-            return []
-        gold = None
         try:
-            if 'choices' in row:
-                options = row['choices']
-                choices = [(row['query'], option) for option in options]
-                gold = int(row['gold'])
-            elif 'context_options' in row:
-                options = row['context_options']
-                choices = [(option, row['continuation']) for option in options]
-                gold = int(row['gold'])
-            else:
-                options = []
-                choices = [(row['context'], row['continuation'])]
-            if not isinstance(options, list):
-                raise TypeError(f'{options!r:.50} is not a list')
-            for context, continuation in choices:
-                if not isinstance(context, str) or not isinstance(continuation, str):
-                    raise TypeError('a text is not a string')
-                if not continuation.strip():
-                    raise ValueError('a continuation is empty')
-            if gold is not None and (gold != float(row['gold']) or not 0 <= gold < len(choices)):
-                raise ValueError(f'gold is {row["gold"]}, but there are {len(choices)} choices')
+            questions.append(read_question(row))
         except (KeyError, OverflowError, TypeError, ValueError) as e: # int(inf) overflows
             raise AssertionError(
                 f'{path}:{line}: {type(e).__name__}: {e}: a row holds query, choices, gold, or '
-                'context_options, continuation, gold, or context, continuation') from None
-        questions.append((choices, gold))
-        if len(questions) == max_questions:
-            break
+                'context_options, continuation, gold, or context, continuation, or messages, '
+                'checks, answer, or prompt, test, entry_point') from None
     if not questions:
         print0(f'{path}: left out, because it has no questions')
+    return questions, []
+
+def load_mmlu(folder, part):
+    """MMLU as published (Hendrycks et al. 2021): folder/PART/SUBJECT_PART.csv, without a head.
+    A row: question, A, B, C, D, answer."""
+    questions = []
+    paths = find(folder, part, f'*_{part}.csv')
+    assert paths, f'{folder}/{part} has no *_{part}.csv: unpack MMLU in {folder}'
+    for path in paths:
+        subject = os.path.basename(path).removesuffix(f'_{part}.csv').replace('_', ' ')
+        with open(path, encoding='utf-8-sig', newline='') as f:
+            for line, row in enumerate(csv.reader(f), 1):
+                assert len(row) == 6 and row[5] in tuple(LETTERS), \
+                    f'{path}: row {line} is not question, A, B, C, D, answer: {row!r:.80}'
+                query = row[0]
+                for letter, option in zip(LETTERS, row[1:]):
+                    query += f'\n{letter}. {option}'
+                gold = LETTERS.index(row[5])
+                questions.append(read_question(
+                    dict(query=query, choices=list(LETTERS), gold=gold, category=subject)))
     return questions
 
-def accuracy(model, tok, questions, label=''):
-    """-> (fraction of right answers, fraction right by guessing). Ranks share the questions."""
-    mine = questions[run.rank::run.world_size]
-    pairs = []
-    for choices, gold in mine:
-        pairs += choices
-    scores = score_continuations(model, tok, pairs, label)
+def join(question, i, delimiter):
+    """Choice i of a question as (context, continuation), to be written one after the other. A blank
+    between them is part of the continuation, see split_at_blanks."""
+    context, continuation = question['choices'][i]
+    if delimiter is None: # a benchmark that is not in the table
+        return split_at_blanks(context, continuation)
+    if question['gold'] is None: # CORE trims the contexts of this form only
+        context = context.strip()
+    text = context + delimiter
+    kept = text.removesuffix(' ')
+    return kept, text[len(kept):] + continuation
 
-    n_right = 0
-    first = 0 # where the scores of this question begin
-    for choices, gold in mine:
-        losses = [loss for loss, is_greedy in scores[first:first + len(choices)]]
-        if gold is None:
-            n_right += scores[first][1]
-        elif min(losses) < math.inf and losses.index(min(losses)) == gold:
-            n_right += 1
-        first += len(choices)
-    n_right = all_sum(n_right)[0]
+def few_shot(questions, i, task):
+    """The text before question i: a header, and solved questions, two newlines after each. They are
+    drawn from the other questions, or are MMLU's for its subject."""
+    parts = []
+    if 'header' in task:
+        parts.append(task['header'].format(**questions[i]))
+    category = questions[i]['category']
+    solved = [shot for shot in task.get('solved', []) if shot['category'] == category]
+    shots = solved[:task['shots']]
+    if not solved: # CORE draws them from the questions themselves
+        n = min(task['shots'], len(questions) - 1)
+        for j in random.Random(SHOTS_SEED + i).sample(range(len(questions) - 1), n):
+            shots.append(questions[j + 1 if j >= i else j]) # i itself is left out
+    for shot in shots:
+        parts.append(''.join(join(shot, shot['gold'] or 0, task['delimiter'])))
+    return ''.join(part + '\n\n' for part in parts)
 
-    chances = []
-    for choices, gold in questions:
-        chances.append(1 / len(choices) if gold is not None else 0) # free text cannot be guessed
-    return n_right / len(questions), statistics.fmean(chances)
+def ask_user(tok, context):
+    """A question as a user asks it, without the words that lead a base model. -> ids"""
+    text = re.sub(r'^(Question|Q):|(Answer|A):$', '', context.strip())
+    return tok.render([dict(role='user', content=text.strip())], prompt=True)[0]
+
+def encode_question(tok, before, pairs, block_size, is_chat=False):
+    """
+    [(context, continuation)] of a question -> (groups for score_groups, was a context cut?)
+
+    Context and continuation are encoded together, since that is how the model has seen text. If the
+    tokenizer joins the end of one with the beginning of the other, that token belongs to the
+    answer. In a conversation the user says the context, and the continuation is the answer.
+    """
+    groups = []
+    cut = False
+    for context, same in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        texts = [text for _, text in same]
+        if is_chat:
+            prefix = ask_user(tok, context)
+            answers = [tok.encode(' ' + text.strip()) for text in texts]
+        else:
+            rows = [tok.encode(before + context + text) for text in texts]
+            # works for lists too, in spite of its name: what all of them begin with
+            shared = os.path.commonprefix([tok.encode(before + context), *rows])
+            prefix = [tok.eot] + shared
+            answers = [row[len(shared):] for row in rows]
+        # a tokenizer of characters drops those that it does not know
+        answers = [answer[:block_size] or [tok.pad] for answer in answers]
+        room = block_size + 1 - max(len(answer) for answer in answers) # + 1: the last is predicted
+        cut = cut or len(prefix) > room
+        groups.append((prefix[-room:], answers)) # of a long context, the end matters most
+    return groups, cut
+
+# -----------------------------------------------------------------------------
+# benchmarks: asking, marking
+
+def mark(question, groups, scores, pad):
+    """The scores of a question's choices -> what is kept: dict(losses, choice, gold, right, ..)."""
+    losses = [] # mean loss of a choice's tokens, in nats. A sum would favour short choices
+    n_tokens = 0 # that the model has read
+    for (prefix, texts), group in zip(groups, scores):
+        n_tokens += len(prefix)
+        for text, (logprob, entropy, is_greedy) in zip(texts, group):
+            n_tokens += len(text) - 1
+            losses.append(math.inf if text[-1] == pad else -logprob / len(text))
+    answer = dict(losses=losses, tokens=n_tokens)
+    if question['gold'] is None:
+        answer['right'] = is_greedy and losses[0] < math.inf
+    else:
+        choice = answer['choice'] = losses.index(min(losses))
+        answer['gold'] = question['gold']
+        # choices with the same text are equally right
+        is_same = question['choices'][choice] == question['choices'][answer['gold']]
+        answer['right'] = is_same and min(losses) < math.inf
+    return answer
+
+def ask(model, tok, questions, task, pool=None, is_chat=False, label=''):
+    """Ask all questions. Ranks share them. -> [dict(question, cut, losses, right, ..)], see `mark`.
+    pool: the questions that shots are drawn from, if they are others."""
+    pool = pool or questions
+
+    def prompt(i):
+        if is_chat:
+            return '', questions[i]['choices']
+        pairs = [join(questions[i], k, task['delimiter'])
+                 for k in range(len(questions[i]['choices']))]
+        return few_shot(pool, i, task), pairs
+
+    mine = range(run.rank, len(questions), run.world_size)
+    sizes = {}
+    n_choices = 1
+    for i in mine:
+        before, pairs = prompt(i)
+        longest = max(len(context) + len(text) for context, text in pairs)
+        sizes[i] = len(before) + longest # in characters: close enough to sort by
+        n_choices = max(n_choices, len(pairs))
+    order = sorted(mine, key=sizes.get, reverse=True) # as in score_answers
+
+    answers = {}
+    for batch in in_batches(order, label, max(1, batch_size // n_choices)):
+        encoded = []
+        for i in batch:
+            encoded.append(encode_question(tok, *prompt(i), model.config.block_size, is_chat))
+        groups = list(itertools.chain(*[groups for groups, _ in encoded]))
+        scores = iter(score_groups(model, groups, tok.pad))
+        for i, (groups, cut) in zip(batch, encoded):
+            marked = mark(questions[i], groups, [next(scores) for _ in groups], tok.pad)
+            answers[i] = dict(question=i, cut=cut, **marked)
+    return all_gather_list([answers[i] for i in mine], run)
+
+def disturb(question, kind, rng):
+    """A harmless change of a question (HELM, Liang et al. 2022): 'typos', 'case' or 'spacing'."""
+    context = question['choices'][0][0]
+    parts = re.split(r'(\w{4,}| )', context) # long words and blanks, and what is between them
+    for i, part in enumerate(parts):
+        if kind == 'case':
+            parts[i] = part.lower()
+        elif kind == 'spacing' and part == ' ' and rng.random() < 0.3:
+            parts[i] = '   '
+        elif kind == 'typos' and re.fullmatch(r'\w{4,}', part) and rng.random() < 0.3:
+            letters = list(part)
+            k = rng.randrange(1, len(part) - 1)
+            letters.insert(k, letters.pop(k + 1)) # two letters change places
+            parts[i] = ''.join(letters)
+    changed = ''.join(parts)
+    choices = [(changed, text) for _, text in question['choices']]
+    return {**question, 'choices': choices}
+
+def calibration_error(answers, n_bins=10):
+    """Expected calibration error (Guo et al. 2017): |accuracy - confidence|, in bins of confidence,
+    which is the softmax over the choices of -loss, at the choice that was made."""
+    gaps = [0.0] * n_bins
+    for answer in answers:
+        lowest = min(answer['losses'])
+        if lowest < math.inf:
+            confidence = 1 / sum(math.exp(lowest - loss) for loss in answer['losses'])
+            gaps[min(n_bins - 1, int(confidence * n_bins))] += answer['right'] - confidence
+    return sum(abs(gap) for gap in gaps) / len(answers)
+
+def summarize(answers, questions):
+    """Answers to a benchmark -> its figures. chance: accuracy of guessing, 0 for free text;
+    constant: of the best answer that is always the same; n_cut: questions that were cut to the
+    context; tokens: read per question."""
+    n = len(answers)
+    points = [float(answer['right']) for answer in answers]
+    robust = [float(answer['robust']) for answer in answers if 'robust' in answer]
+    result = dict(
+        n=n, n_cut=sum(answer['cut'] for answer in answers), accuracy=statistics.fmean(points),
+        stderr=0.0, chance=0.0, constant=0.0,
+        tokens=statistics.fmean(answer['tokens'] for answer in answers))
+    if n > 1: # stdev divides by n - 1, because the mean is estimated from the same points
+        result['stderr'] = statistics.stdev(points) / math.sqrt(n)
+    if robust:
+        result['robust'] = statistics.fmean(robust)
+    if 'n_right' in answers[0]:
+        for k in (1, 10, 100):
+            if k <= n_samples:
+                result[f'pass@{k}'] = statistics.fmean(
+                    pass_at_k(n_samples, answer['n_right'], k) for answer in answers)
+        return result
+    golds = collections.Counter()
+    by_category = collections.defaultdict(list)
+    for answer in answers:
+        question = questions[answer['question']]
+        _, text = question['choices'][0]
+        golds[answer.get('gold', text.strip())] += 1 # of free text, the text itself
+        by_category[question['category']].append(answer['right'])
+    result['constant'] = golds.most_common(1)[0][1] / n
+    chances = [1 / len(answer['losses']) for answer in answers if 'gold' in answer]
+    result['chance'] = sum(chances) / n # free text cannot be guessed
+    if result['chance'] > 0:
+        result['calibration error'] = calibration_error(answers)
+    if len(by_category) > 1: # such as the subjects of MMLU
+        for name in sorted(by_category):
+            result[f'category: {name}'] = statistics.fmean(by_category[name])
+    return result
+
+# -----------------------------------------------------------------------------
+# benchmarks with sampled answers
+
+def code_runner():
+    """
+    Run a program that a model wrote, in a process of its own: `passes` sends it this source text.
+    Reads {program, word, seconds, limits} from stdin. Exit code 0: the program came to its end.
+
+    This is no security boundary. It stops accidents and simple malice: limits of time, memory,
+    files and processes; where the system allows it no network, and an empty folder as all files.
+    """
+    import ctypes, json, os, resource, select, signal, sys
+    # what solutions may import; later, the folder of these modules is out of reach
+    import bisect, collections, copy, datetime, decimal, fractions, functools, hashlib, heapq
+    import itertools, math, operator, random, re, statistics, string, time, typing
+    job = json.load(sys.stdin)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2): # output is thrown away, so it may be endless
+        os.dup2(null, fd)
+    is_root = os.geteuid() == 0
+    may_chroot = is_root
+    if sys.platform == 'linux':
+        libc = ctypes.CDLL(None)
+        spaces = 0x40000000 | 0x20000000 | 0x08000000 # own network, process ids, shared memory
+        if not is_root: # then it is allowed in an own space of users only, if at all
+            spaces |= 0x10000000
+        is_apart = libc.unshare(spaces) == 0
+        may_chroot = is_root or is_apart
+    if may_chroot:
+        os.chroot('.') # the empty folder
+        os.chdir('/')
+    if is_root: # become nobody, because root has no limit of processes
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    reader, writer = os.pipe()
+    pid = os.fork() # a program that kills its parent kills this process, not eval.py
+    if pid == 0:
+        if sys.platform == 'linux':
+            libc.prctl(1, signal.SIGKILL) # die with the parent
+        for name, value in job['limits'].items():
+            resource.setrlimit(getattr(resource, name), (value, value))
+        exec(job['program'], {'__name__': 'program'})
+        os.write(writer, job['word'].encode()) # exit code 0 alone would not prove that it got here
+        os._exit(0)
+    os.close(writer)
+    # the program has its own limit of CPU time, but it could sleep
+    ready, _, _ = select.select([reader], [], [], job['seconds'])
+    said = os.read(reader, 100) if ready else b''
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    os._exit(0 if said == job['word'].encode() else 1)
+
+CODE_SECONDS = 10 # of the clock; HumanEval's programs need less than one
+CODE_LIMITS = dict(RLIMIT_CPU=5, RLIMIT_AS=2**29, RLIMIT_FSIZE=2**20, RLIMIT_NPROC=0,
+                   RLIMIT_NOFILE=64, RLIMIT_CORE=0) # seconds, bytes, bytes, processes, files, bytes
+
+def passes(program):
+    """Does a program come to its end without an error? See code_runner for what it may do."""
+    job = dict(program=program, word=secrets.token_hex(16), seconds=CODE_SECONDS,
+               limits=CODE_LIMITS)
+    source = inspect.getsource(code_runner) + '\ncode_runner()\n'
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o777) # for nobody
+        process = subprocess.Popen(
+            [sys.executable, '-I', '-S', '-c', source], cwd=folder, env={}, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.communicate(json.dumps(job).encode(), timeout=CODE_SECONDS + 20)
+        except subprocess.TimeoutExpired:
+            pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL) # what is left of its group
+        process.wait()
+    return process.returncode == 0
+
+def code_of(row, text):
+    """The program that tests an answer to a question of HumanEval: a completion, or the whole
+    function, perhaps in a block of Markdown."""
+    block = re.search(r'```(?:python|py)?\n(.*?)(?:```|$)', text, re.S)
+    text = block[1] if block else text
+    before = row['prompt']
+    head = f'def {row["entry_point"]}('
+    if head in text:
+        before = before.partition(head)[0] # imports and helpers
+    else: # the text of a base model goes on after the function: with what begins a line
+        text = re.split(r'\n(?=\S)', '\n' + text)[0]
+    return f'{before}{text}\n{row["test"]}\ncheck({row["entry_point"]})\n'
+
+def number_of(text):
+    """The part of an answer to GSM8K that has its number: '2 + 3 = 5\n#### 5 pears' -> '5'."""
+    text, mark, after = text.partition('####')
+    numbers = [word for word in after.split() if re.search(r'\d', word)]
+    if numbers:
+        return numbers[0]
+    # A base model goes on with the next question. Of the rest, `grade` takes the last number
+    return text.split('\nQuestion:')[0]
+
+def pass_at_k(n, n_right, k):
+    """Chen et al. 2021: the probability that of k of n samples at least one is right, unbiased."""
+    return 1 - math.comb(n - n_right, k) / math.comb(n, k)
+
+def answer_exam(model, tok, questions, task, is_chat=False, label=''):
+    """n_samples answers to each question -> [dict(question, texts, n_right, right, ..)], right: the
+    share of right ones. Ranks share the work."""
+    # at least half of the context is for the question
+    new_tokens = min(max_exam_tokens, model.config.block_size // 2)
+    room = model.config.block_size - new_tokens
+    prompts = []
+    for i, question in enumerate(questions):
+        context = question['choices'][0][0]
+        if not is_chat:
+            prompts.append([tok.eot] + tok.encode(few_shot(questions, i, task) + context))
+        elif 'test' in question['row']:
+            prompts.append(ask_user(tok, f'Complete this Python function.\n\n{context}'))
+        else:
+            prompts.append(tok.render(question['row']['messages'], prompt=True)[0])
+    queries = []
+    for ids in prompts:
+        queries += [ids[-room:]] * n_samples
+    heat = temperature if n_samples > 1 else 0 # many answers must differ
+    stop = tok.end if is_chat else tok.eot
+    sampled = sample_answers(model, queries, new_tokens, stop, heat, label)
+
+    answers = []
+    mine = range(run.rank, len(questions), run.world_size)
+    for done in in_batches(mine, f'{label}: marking', 1):
+        i = done[0]
+        row = questions[i]['row']
+        texts = []
+        n_right = 0
+        for ids in sampled[i * n_samples:(i + 1) * n_samples]:
+            # not decode_answer, because code begins with blanks
+            data = b''.join(tok.token_bytes(token) for token in ids)
+            text = data.decode('utf-8', 'replace')
+            texts.append(text)
+            if 'test' in row:
+                n_right += passes(code_of(row, text))
+            else:
+                said = number_of(text) if 'number' in row['checks'] else text
+                n_right += grade(row['checks'], said)[0]
+        answers.append(dict(question=i, cut=len(prompts[i]) > room, tokens=len(prompts[i]),
+                            texts=texts, n_right=n_right, right=n_right / n_samples))
+    return all_gather_list(answers, run)
 
 # -----------------------------------------------------------------------------
 # sampled answers
 
-def score_answers(model, answers, pad, label=''):
-    """-> for each answer (logprob, entropy, is_greedy) of its tokens, see score."""
-    rows = [answer['query'] + answer['ids'] for answer in answers]
-    lengths = [len(answer['ids']) for answer in answers]
-    # the temperature of sampling; greedy answers come from no distribution: score them at 1
-    return score(model, rows, lengths, pad, temperature or 1.0, label)
-
-def sample_answers(model, tok, is_chat, prompts, label='', step=0):
-    """
-    Sample an answer to each prompt of this rank -> [dict(query, ids, text, ended)]. step: a number
-    of its own for each call, so that two calls draw different answers.
-    """
-    mine = prompts[run.rank::run.world_size]
-    seed_step(seed, step, run.rank) # ranks must not draw the same answers
+def answer_prompts(model, tok, is_chat, prompts, label='', step=0):
+    """Sample an answer to each prompt -> [dict(query, ids, text, ended)]. Ranks share the work."""
     new_tokens = min(max_new_tokens, model.config.block_size - 1)
     room = model.config.block_size - new_tokens
     stop = tok.end if is_chat else tok.eot
-
     queries = []
-    for prompt in mine:
+    for prompt in prompts:
         if is_chat:
             ids, mask = tok.render(prompt['messages'], prompt=True)
         else:
             text = '\n'.join(message['content'] for message in prompt['messages'])
             ids = [tok.eot] + tok.encode(text + '\n')
         queries.append(ids[-room:]) # of a long prompt, the end matters most
-
-    answers = [None] * len(mine)
-    order = sorted(range(len(mine)), key=lambda i: len(queries[i])) # so that little is padded
-    for batch in in_batches(order, f'{label}: sampling answers', sample_batch):
-        with run.autocast():
-            new_ids = generate(model, [queries[i] for i in batch], new_tokens, stop, temperature)
-        for i, ids in zip(batch, new_ids):
-            text = tok.decode_answer(ids)
-            answers[i] = dict(query=queries[i], ids=ids, text=text, ended=ids[-1] == stop)
+    label = f'{label}: sampling answers'
+    sampled = sample_answers(model, queries, new_tokens, stop, temperature, label, step)
+    answers = []
+    for query, ids in zip(queries, sampled):
+        text = tok.decode_answer(ids)
+        answers.append(dict(query=query, ids=ids, text=text, ended=ids[-1] == stop))
     return answers
-
-def answer_prompts(model, tok, is_chat, prompts, label=''):
-    """Sample an answer to each prompt -> [dict(query, ids, text, ended, logprob, entropy)]."""
-    answers = sample_answers(model, tok, is_chat, prompts, label)
-    scores = score_answers(model, answers, tok.pad, f'{label}: scoring answers')
-    for answer, (logprob, entropy, is_greedy) in zip(answers, scores):
-        answer['logprob'] = logprob
-        answer['entropy'] = entropy
-    return all_gather_list(answers, run)
 
 @torch.no_grad()
 def reward_scores(model, tok, prompts, texts, label=''):
-    """
-    -> the score of each text as an answer to its prompt. model and tok: those of reward.pt. It reads
-    the text that would be shown, in the chat template, so it can score models of any tokenizer.
-    """
+    """-> the score of each text as an answer to its prompt. model and tok: those of reward.pt. It
+    reads the text in the chat template, so it can score models of any tokenizer."""
     rows = []
     for prompt, text in zip(prompts, texts):
         said = dict(role='assistant', content=text)
@@ -396,10 +839,8 @@ def reward_scores(model, tok, prompts, texts, label=''):
     return [score_of[row] for row in rows]
 
 def grade_all(prompts, texts):
-    """
-    Grade texts by the checks of their prompts -> arrays (N,): all_met; gold, the gold score; plain,
-    the same without the points for liked phrases.
-    """
+    """Grade texts by the checks of their prompts -> arrays (N,): all_met; gold, the gold score;
+    plain, the same without the points for liked phrases."""
     grades = []
     for prompt, text in zip(prompts, texts):
         checks = prompt['checks']
@@ -411,6 +852,10 @@ def grade_all(prompts, texts):
 
 # -----------------------------------------------------------------------------
 # many answers to one prompt
+
+def get_points(differences):
+    """-> 1 for a win, where a difference is positive; 1/2 for a tie; 0 for a loss."""
+    return 0.5 + 0.5 * np.sign(differences)
 
 def best_of(scores, values, n):
     """
@@ -439,14 +884,9 @@ def pair_accuracy(scores, gold):
     first, second = np.triu_indices(gold.shape[1], 1)
     gaps = gold[:, first] - gold[:, second]                              # (prompts, pairs)
     margins = scores[:, first] - scores[:, second]
-    points = 0.5 + 0.5 * np.sign(gaps) * np.sign(margins)
+    points = get_points(gaps * margins)
     is_known = np.abs(gaps) > 1e-6
     return float(points[is_known].mean()) if is_known.any() else None
-
-def duplicates(texts):
-    """Share of answers that repeat one before them. texts: for each prompt its N answers."""
-    n_different = sum(len(set(answers)) for answers in texts)
-    return 1 - n_different / sum(len(answers) for answers in texts)
 
 def distinct(texts, n, budget):
     """
@@ -471,13 +911,10 @@ def wilson(p, n):
     return [(centre - radius) / (1 + z2 / n), (centre + radius) / (1 + z2 / n)]
 
 def get_rounds(scores):
-    """
-    Everybody meets everybody: scores (M, R) of M models in R rounds -> rounds (R, M, M), [r, i, j]:
-    the points of model i against j; win 1, tie 1/2, loss 0. Also 0 for a pair that has not met.
-    """
+    """All meet all: scores (M, R) of M models in R rounds -> rounds (R, M, M). [r, i, j]
+    is what model i has won against j; 0 for a pair that has not met."""
     M = len(scores)
-    differences = scores[:, None, :] - scores[None, :, :]                # (M, M, R)
-    points = 0.5 + 0.5 * np.sign(differences)
+    points = get_points(scores[:, None, :] - scores[None, :, :])         # (M, M, R)
     points[range(M), range(M)] = 0 # nobody meets himself
     return points.transpose(2, 0, 1)
 
@@ -508,6 +945,89 @@ REFUSALS = re.compile("^sorry|^i am sorry|^i'm sorry|not know|don't know|cannot|
                       "|not able to|is private", re.IGNORECASE)
 
 # -----------------------------------------------------------------------------
+# one examination, and what all of them say together
+
+CHAT = ', chat' # after the name of a benchmark that was asked in a conversation
+DECIDES = ('limit', 'n_robust', 'n_samples', 'max_exam_tokens', 'temperature', 'seed', 'dtype')
+
+def take_exam(model, tok, name, benchmark, form):
+    """The figures of one model in one benchmark, see summarize. The single answers are written to
+    out_dir/answers. If they are there, from the same files and settings, they are read."""
+    questions = exams[benchmark]
+    task = tasks[benchmark]
+    in_chat = form == CHAT
+    label = benchmark + form
+    folder = re.sub(r'[^\w.-]+', '_', name)
+    path = os.path.join(out_dir, 'answers', folder, f'{label}.jsonl')
+    stamps = []
+    file = paths[task['file']]
+    for source in (checkpoint_paths[name], file, CONFIG / 'benchmarks.json', __file__):
+        stamps.append([os.path.getsize(source), os.path.getmtime(source)])
+    key = dict(stamps=stamps, settings=[config[setting] for setting in DECIDES])
+
+    kept = read_log(path)
+    if kept and kept[0].get('key') != key:
+        kept = []
+    kept = all_gather_list([kept] if run.master else [], run)[0] # others may not see the file
+    if kept:
+        head, *answers = kept
+        seconds = head['seconds']
+    else:
+        start = time.time()
+        examine = answer_exam if 'row' in questions[0] else ask
+        answers = examine(model, tok, questions, task, is_chat=in_chat, label=f'{name}: {label}')
+        seconds = (time.time() - start) / len(questions)
+        contexts = {context for context, _ in questions[0]['choices']}
+        is_choice = questions[0]['gold'] is not None and len(contexts) == 1
+        if is_choice and not in_chat: # HELM's robustness
+            for kind in ('typos', 'case', 'spacing'):
+                changed = []
+                for i, question in enumerate(questions[:n_robust]):
+                    changed.append(disturb(question, kind, random.Random(f'{seed} {kind} {i}')))
+                again = ask(model, tok, changed, task, questions, label=f'{name}: {label}, {kind}')
+                for answer, other in zip(answers, again): # the worst of three counts
+                    answer['robust'] = answer.get('robust', True) and other['right']
+        if run.master:
+            write_jsonl(path, [dict(key=key, seconds=seconds), *answers])
+    result = {**summarize(answers, questions), 'seconds': seconds}
+    result['shots'] = 0 if in_chat else task['shots']
+    cut = f', {result["n_cut"]:,} longer than the context' if result['n_cut'] else ''
+    came = 'kept from an earlier run' if kept else f'{seconds:.4f} s each'
+    print0(f'{name}: {label}: {result["accuracy"]:.3f}, standard error {result["stderr"]:.3f}, '
+           f'{result["n"]:,} questions{cut}, {came}')
+    return result
+
+# figures of a benchmark -> rows of the report
+HELM = {
+    'calibration error': 'calibration error', 'robust': 'accuracy in spite of typos, case, spacing',
+    'tokens': 'tokens per question', 'seconds': 'seconds per question'}
+
+def overall_figures(results):
+    """{benchmark: figures} of one model -> {measure: value}: CORE (Li et al. 2024), nanochat's
+    ChatCORE, and the means of HELM's calibration, robustness, efficiency (Liang et al. 2022)."""
+    measures = {}
+    for measure, key, form in (('CORE', 'core', ''), ('ChatCORE', 'chat_core', CHAT)):
+        members = [benchmark for benchmark, task in BENCHMARKS.items() if key in task]
+        centred = [] # 0 is the baseline, 1 is perfect
+        for benchmark in members:
+            if benchmark + form in results:
+                baseline = BENCHMARKS[benchmark]['baseline']
+                accuracy = results[benchmark + form]['accuracy']
+                centred.append((accuracy - baseline) / (1 - baseline))
+        if centred:
+            if len(centred) < len(members):
+                measure += f' (partial: {len(centred)} of {len(members)} tasks)'
+            measures[measure] = statistics.fmean(centred)
+    # HELM's means are over the multiple-choice questions in bare text, which every model is asked
+    results = [result for label, result in results.items()
+               if 'calibration error' in result and not label.endswith(CHAT)]
+    for key, measure in HELM.items():
+        values = [result[key] for result in results if key in result]
+        if values:
+            measures[f'{measure} (mean of {len(values)})'] = statistics.fmean(values)
+    return measures
+
+# -----------------------------------------------------------------------------
 # prompts and benchmarks
 prompts = []
 path = os.path.join(data_dir, 'prompts_val.jsonl')
@@ -518,15 +1038,36 @@ if os.path.exists(path):
         prompts.append(row)
 
 paths = {}
-for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), 'benchmarks', '*.jsonl'))):
+for path in find(data_dir, 'benchmarks', '*.jsonl'):
     name = os.path.basename(path).removesuffix('.jsonl')
     paths[name] = path
-wanted = re.split(' *, *', benchmarks.strip()) if benchmarks else list(paths)
-questions = {}
+if os.path.isdir(os.path.join(data_dir, 'mmlu')):
+    paths['mmlu'] = os.path.join(data_dir, 'mmlu')
+tasks = {name: task for name, task in BENCHMARKS.items() if task['file'] in paths}
+known_files = {task['file'] for task in BENCHMARKS.values()}
+for name in paths:
+    if name not in known_files:
+        tasks[name] = dict(file=name, shots=0, delimiter=None)
+wanted = re.split(' *, *', benchmarks.strip()) if benchmarks else list(tasks)
+exams = {} # benchmark -> its questions
 for name in wanted:
-    assert name in paths, \
-        f'no benchmark {name!r} in {data_dir}/benchmarks: choose from {", ".join(paths) or "none"}'
-    questions[name] = load_benchmark(paths[name])
+    assert name in tasks, (f'no benchmark {name!r} in {data_dir}/benchmarks: choose from '
+                           f'{", ".join(tasks) or "none"}')
+    found, solved = load_benchmark(paths[tasks[name]['file']])
+    if found and 'test' in found[0].get('row', ''):
+        if not allow_code:
+            print0(f'{name}: left out, because it runs code that a model has written: '
+                   '--allow_code=true allows that')
+            continue
+        assert passes('import math'), 'allow_code: no program can be run here: leave it out'
+    random.Random(SUBSET_SEED).shuffle(found)
+    tasks[name] = {**tasks[name], 'solved': solved}
+    if found:
+        exams[name] = found[:limit or None]
+core = [name for name, task in BENCHMARKS.items() if 'core' in task]
+missing = [name for name in core if name not in exams]
+if 0 < len(missing) < len(core):
+    print0(f'CORE is partial, without {", ".join(missing)}')
 
 # -----------------------------------------------------------------------------
 # the reward model, if there is one: it reads the answers of all models
@@ -537,38 +1078,23 @@ if prompts and os.path.exists(path):
     reward_tok = Tokenizer(ckpt['tokenizer'])
     reward_model = load_model(ckpt, run.device, ScalarModel).eval()
 
-# many answers to each of the first prompts with checks
+# many answers to each of the first prompts with checks, sampled for best-of-n
 N_BEST = (2, 4, 8, 16)
-POOL_SIZE = 16      # of the SFT model, for best-of-n
+POOL_SIZE = 16      # of the SFT model
 SMALL_POOL_SIZE = 4 # of the other models
 checked = [i for i, prompt in enumerate(prompts) if prompt.get('checks')]
 pool_indices = checked[:pool_prompts] # in prompts
 
-def measure_pool(model, tok, size, label):
-    """
-    Sample `size` answers to each prompt of pool_indices, and grade them. Returns texts, a list for
-    each prompt, and arrays (prompts, size): all_met, gold, plain, and score if there is a reward.pt.
-    """
-    asked = []
-    for i in pool_indices:
-        asked += [prompts[i]] * size
-    answers = all_gather_list(sample_answers(model, tok, True, asked, label, step=1), run)
-    texts = [answer['text'] for answer in answers]
-    pool = grade_all(asked, texts)
-    if reward_model is not None:
-        pool['score'] = np.array(reward_scores(reward_model, reward_tok, asked, texts, label))
-    pool = {name: values.reshape(-1, size) for name, values in pool.items()}
-    pool['texts'] = [texts[first:first + size] for first in range(0, len(texts), size)]
-    return pool
-
 # -----------------------------------------------------------------------------
 # measure each model
 table = {}       # the report: model -> {measure: value}
+results = {}     # model -> {benchmark: figures, see summarize}
 all_answers = {} # model -> its answers, in the order of the prompts
 grades = {}      # model -> what grade_all says of its answers to the prompts with checks
 judged = {}      # model -> scores of its answers by the reward model
-pools = {}       # chat model -> what measure_pool returns
-sft_model = None # the first SFT model: DPO and RLHF models are compared with it
+pools = {}       # chat model -> {all_met, gold, plain, score: arrays (prompts, answers)}
+sft_name = ''    # the first SFT model: DPO and RLHF models are compared with it
+sft_model = None
 for name, ckpt in checkpoints.items():
     t0 = time.time()
     tok = Tokenizer(ckpt['tokenizer'])
@@ -576,16 +1102,27 @@ for name, ckpt in checkpoints.items():
     column = {}
     table[name] = column
 
-    column['bits per byte'] = bits_per_byte(model, tok, name)
-    for benchmark, rows in questions.items():
-        if rows:
-            right, chance = accuracy(model, tok, rows, f'{name}: {benchmark}')
-            column[f'{benchmark} (chance {chance:.0%})'] = right
+    column.update(language_modelling(model, tok, name))
+    is_chat = ckpt['stage'] != 'base'
+    if ckpt['stage'] == 'sft' and sft_model is None:
+        sft_name = name
+        sft_model = model
+    results[name] = {}
+    for benchmark, questions in exams.items():
+        forms = ['', CHAT] if is_chat else ['']
+        if 'row' in questions[0]: # sampling takes long: ask a chat model in a conversation only
+            forms = forms[-1:]
+        for form in forms:
+            results[name][benchmark + form] = take_exam(model, tok, name, benchmark, form)
+    column.update(overall_figures(results[name]))
 
     if prompts:
-        is_chat = ckpt['stage'] != 'base'
         answers = answer_prompts(model, tok, is_chat, prompts, name)
         all_answers[name] = answers
+        scores = score_answers(model, answers, tok.pad, f'{name}: scoring answers')
+        for answer, (logprob, entropy, _) in zip(answers, scores):
+            answer['logprob'] = logprob
+            answer['entropy'] = entropy
         texts = [answer['text'] for answer in answers]
         by_task = {} # prompts of Toytown name their task: fact, story, unknown, private, ...
         if checked:
@@ -611,13 +1148,18 @@ for name, ckpt in checkpoints.items():
         column['answers that refuse'] = statistics.fmean(
             REFUSALS.search(text) is not None for text in texts)
         if is_chat and pool_indices:
-            is_first_sft = ckpt['stage'] == 'sft' and sft_model is None
-            size = POOL_SIZE if is_first_sft else SMALL_POOL_SIZE
-            pools[name] = measure_pool(model, tok, size, f'{name}: {size} answers a prompt')
-
-    if ckpt['stage'] == 'sft' and sft_model is None:
-        sft_name = name
-        sft_model = model
+            size = POOL_SIZE if name == sft_name else SMALL_POOL_SIZE
+            label = f'{name}: {size} answers a prompt'
+            asked = []
+            for i in pool_indices:
+                asked += [prompts[i]] * size
+            answers = answer_prompts(model, tok, True, asked, label, step=1)
+            texts = [answer['text'] for answer in answers]
+            pool = grade_all(asked, texts)
+            if reward_model is not None:
+                scores = reward_scores(reward_model, reward_tok, asked, texts, label)
+                pool['score'] = np.array(scores)
+            pools[name] = {key: values.reshape(-1, size) for key, values in pool.items()}
     print0(f'{name}: measured in {time.time() - t0:.0f} s')
 
 # -----------------------------------------------------------------------------
@@ -640,54 +1182,47 @@ for name, answers in all_answers.items():
     # RLHF learns the labeller's taste first. So the second row is without the liked phrases.
     for kind, row in (('gold', 'win rate'), ('plain', 'win rate without liked phrases')):
         if checked:
-            differences = grades[name][kind] - grades[sft_name][kind]
-            points = 0.5 + 0.5 * np.sign(differences) # a tie is half a win
+            points = get_points(grades[name][kind] - grades[sft_name][kind])
             column[f'{row} against SFT'] = points.mean()
             column[f'{row}, 95% interval'] = wilson(points.mean(), len(points))
     if checkpoints[name]['tokenizer'] != checkpoints[sft_name]['tokenizer']:
         continue # the ids of these answers are other texts for the SFT model
-    # how likely are these answers under the SFT model? Ranks share the work
-    mine = answers[run.rank::run.world_size]
+    # how likely are these answers under the SFT model?
     tok = Tokenizer(checkpoints[name]['tokenizer'])
-    scores = score_answers(sft_model, mine, tok.pad, f'{name}: KL from SFT')
-    scores = all_gather_list(scores, run)
-    log_ratios = []
-    for answer, (ref_logprob, entropy, is_greedy) in zip(answers, scores):
-        log_ratios.append(answer['logprob'] - ref_logprob)
-    column['KL from SFT, nats per answer'] = statistics.fmean(log_ratios)
+    scores = score_answers(sft_model, answers, tok.pad, f'{name}: KL from SFT')
+    column['KL from SFT, nats per answer'] = statistics.fmean(
+        answer['logprob'] - ref_logprob for answer, (ref_logprob, _, _) in zip(answers, scores))
 
 # What a model learns from a reward model depends on whether this is right about the model's own
 # answers. After training it may be wrong: those that are left differ in what it cannot see.
 for name, pool in pools.items():
-    column = table[name]
-    few = [texts[:SMALL_POOL_SIZE] for texts in pool['texts']] # more answers repeat more
-    column[f'duplicates among {SMALL_POOL_SIZE} answers to a prompt'] = duplicates(few)
     if 'score' in pool:
         share = pair_accuracy(pool['score'], pool['gold'])
-        column["reward model orders pairs of X's answers as gold does"] = share
+        table[name]['pairs of answers that the reward model orders as gold does'] = share
 
-# Best-of-n is what RLHF must beat: the SFT model answers n times, the reward model picks one. `score`,
-# `gold`, ... are means over its answers, or over those of a trained model to the same prompts.
+# Best-of-n is what RLHF must beat: the SFT model answers n times, the reward model picks one.
+# Means over these, and over the answers of each trained model to the same prompts.
 BEST_COLUMNS = {
     'score': 'reward model', 'gold': 'gold score', 'all_met': 'all checks met',
     'preferred': 'preferred to SFT', 'plain_preferred': 'without liked phrases'}
-best_rows = []
-sft_pool = pools.get(sft_name, {}) if sft_model is not None else {}
+best_of_n = [] # rows of a table, {column: value}
+sft_pool = pools.get(sft_name, {})
 if 'score' in sft_pool:
-    samples = []
+    samplers = []
     for name, pool in pools.items():
         kl = table[name].get('KL from SFT, nats per answer')
-        samples.append((name, 0.0 if name == sft_name else kl, pool, 1))
+        samplers.append((name, 0.0 if name == sft_name else kl, pool, 1))
     for n in N_BEST:
-        samples.append((f'best of {n}', math.log(n) - (n - 1) / n, sft_pool, n))
-    for label, kl, pool, n in samples:
+        samplers.append((f'best of {n}', math.log(n) - (n - 1) / n, sft_pool, n))
+    for label, kl, pool, n in samplers:
         # Each answer meets all 16 of the SFT model. One of these is itself, if it is from there.
         for kind, name in (('gold', 'preferred'), ('plain', 'plain_preferred')):
             differences = pool[kind][:, :, None] - sft_pool[kind][:, None, :] # (prompts, N, 16)
-            pool[name] = (0.5 + 0.5 * np.sign(differences)).mean(2)
-        values = [best_of(pool['score'], pool[kind], n) for kind in BEST_COLUMNS]
-        best_rows.append([label, kl, *values])
-BEST_HEAD = ['answers', 'KL, nats', *BEST_COLUMNS.values()]
+            pool[name] = get_points(differences).mean(2)
+        row = {'answers': label, 'KL, nats': kl}
+        for kind, title in BEST_COLUMNS.items():
+            row[title] = best_of(pool['score'], pool[kind], n)
+        best_of_n.append(row)
 
 # -----------------------------------------------------------------------------
 # tables
@@ -726,10 +1261,8 @@ def markdown(head, rows):
 ab_path = os.path.join(out_dir, 'preferences_ab.jsonl')
 
 def ask_person(n_asked):
-    """
-    Compare pairs of answers in the terminal. Each verdict is appended to ab_path at once, with the
-    models' names, and with the ranking that reward.py learns from. n_asked: how many are there.
-    """
+    """Compare pairs of answers in the terminal. Each verdict is appended to ab_path at once, with
+    the ranking that reward.py learns from. n_asked: how many are there."""
     rng = np.random.default_rng((seed, n_asked)) # other pairs than the last time
     print('Which answer is better? a, b, = (equally good), s (skip), q (stop)')
     for number in range(judge_pairs):
@@ -760,8 +1293,7 @@ def read_verdicts():
     """The verdicts of people on the models of this report, as rounds (R, M, M), see get_rounds."""
     names = list(all_answers)
     rounds = []
-    rows = read_jsonl(ab_path, is_log=True) if os.path.exists(ab_path) else []
-    for line, row in rows:
+    for row in read_log(ab_path):
         if set(row.get('models', [])) <= set(names): # others may have been judged, too
             first, second = [names.index(name) for name in row['models']]
             points = {0: 1.0, 1: 0.0}.get(row['winner'], 0.5)
@@ -780,14 +1312,16 @@ if len(all_answers) > 1:
         judges['gold score'] = get_rounds(np.array([grades[name]['gold'] for name in all_answers]))
     if judged:
         judges['reward model'] = get_rounds(np.array([judged[name] for name in all_answers]))
-    if len(read_verdicts()) > 0:
-        judges['people'] = read_verdicts()
+    verdicts = read_verdicts()
+    if len(verdicts) > 0:
+        judges['people'] = verdicts
 
 def describe_share(points, games):
     """-> the cell of a table: the share of points, with its Wilson interval."""
     if games == 0:
         return None
-    return f'{points / games:.0%} ({show(wilson(points / games, games))})'
+    lower, upper = wilson(points / games, games)
+    return f'{points / games:.0%} ({lower:.0%} to {upper:.0%})'
 
 preferences = {} # judge -> rows of a table
 for judge, rounds in judges.items():
@@ -797,30 +1331,57 @@ for judge, rounds in judges.items():
     rows = []
     for i, name in enumerate(all_answers):
         shares = [describe_share(points[i, j], games[i, j]) for j in range(len(points))]
-        rows.append([name, f'{ratings[i]:.0f}', f'{limits[0, i]:.0f} to {limits[1, i]:.0f}', *shares])
+        interval = f'{limits[0, i]:.0f} to {limits[1, i]:.0f}'
+        rows.append([name, f'{ratings[i]:.0f}', interval, *shares])
     preferences[judge] = rows
 
 # -----------------------------------------------------------------------------
 # the report: sections, each a dict(title, source, head, rows)
+sections = []
+
+def add_section(title, source, head, rows):
+    if rows:
+        sections.append(dict(title=title, source=source, head=head, rows=rows))
+
 measures = {} # all measures of all models, in the order of their first appearance
 for column in table.values():
     measures.update(column)
 rows = []
 for measure in measures:
     rows.append([measure, *[column.get(measure) for column in table.values()]])
-sections = [dict(
-    title='Results', head=['measure', *table], rows=rows,
-    source=f'checkpoints in {out_dir}; in {data_dir}: val_*.bin for bits per byte, benchmarks/*.jsonl '
-           'under their names, prompts_val.jsonl for all else; reward.pt where the reward model judges')]
-if best_rows:
-    sections.append(dict(
-        title='Best of n: what RLHF has to beat', head=BEST_HEAD, rows=best_rows,
-        source=f'{POOL_SIZE} answers of {sft_name} to {len(pool_indices)} prompts of '
-               'prompts_val.jsonl, reward.pt; the KL of best-of-n is a bound, ln n - (n-1)/n'))
+add_section(
+    'Results', f'checkpoints in {out_dir}; in {data_dir}: val_*.bin for bits per byte, '
+    'prompts_val.jsonl for the answers; reward.pt where the reward model judges',
+    ['measure', *table], rows)
+
+# accuracy beside that of guessing, and of the best answer that is always the same
+accuracies = {} # benchmark -> its row, {column: text}
+for name, figures in results.items():
+    for label, result in figures.items():
+        row = accuracies.setdefault(label, {'benchmark': label, 'shots': str(result['shots'])})
+        row['questions'] = f'{result["n"]:,}'
+        row['chance'] = f'{result["chance"]:.0%}'
+        row['always the same'] = f'{result["constant"]:.0%}'
+        row[name] = f'{result["accuracy"]:.1%} ± {result["stderr"]:.1%}'
+        for k in ('pass@10', 'pass@100'):
+            if k in result:
+                row[name] += f', {k} {result[k]:.1%}'
+head = ['benchmark', 'shots', 'questions', 'chance', 'always the same', *table]
+add_section(
+    'Benchmarks: accuracy and its standard error',
+    f'{data_dir}/benchmarks; every answer: {out_dir}/answers/MODEL/BENCHMARK.jsonl',
+    head, [[row.get(name) for name in head] for row in accuracies.values()])
+if best_of_n:
+    add_section(
+        'Best of n: what RLHF has to beat',
+        f'{POOL_SIZE} answers of {sft_name} to {len(pool_indices)} prompts of prompts_val.jsonl, '
+        'reward.pt; the KL of best-of-n is a bound, ln n - (n-1)/n',
+        list(best_of_n[0]), [list(row.values()) for row in best_of_n])
 for judge, rows in preferences.items():
-    head = ['model', 'Elo', '95% interval', *[f'preferred to {name}' for name in all_answers]]
-    source = 'preferences_ab.jsonl' if judge == 'people' else 'answers to prompts_val.jsonl'
-    sections.append(dict(title=f'Preference, by {judge}', source=source, head=head, rows=rows))
+    add_section(
+        f'Preference, by {judge}',
+        'preferences_ab.jsonl' if judge == 'people' else 'answers to prompts_val.jsonl',
+        ['model', 'Elo', '95% interval', *[f'preferred to {name}' for name in all_answers]], rows)
 
 # metrics in reward.pt: how often two judges prefer the same one of two held-out answers
 JUDGES = {
@@ -848,24 +1409,23 @@ for stage, cost in costs.items():
     flops = f'{cost["flops"]:.2e}'
     share = f'{cost["flops"] / total:.1%}'
     rows.append([stage, cost['seconds'], flops, share, cost['tokens']])
-if rows:
-    head = ['cost of training', 'seconds', 'FLOPs', 'share', 'tokens']
-    sections.append(dict(title='Cost', source=f'STAGE.pt in {out_dir}', head=head, rows=rows))
+head = ['cost of training', 'seconds', 'FLOPs', 'share', 'tokens']
+add_section('Cost', f'STAGE.pt in {out_dir}', head, rows)
 
 rows = []
 for key, who in JUDGES.items():
     if key in costs.get('reward', {}):
         rows.append([who, f'{costs["reward"][key]:.1%}'])
-if rows:
-    head = ['who prefers the same one of two answers', 'agreement']
-    sections.append(dict(title='The reward model', source='reward.pt', head=head, rows=rows))
+head = ['who prefers the same one of two answers', 'agreement']
+add_section('The reward model', 'reward.pt', head, rows)
 
 settings['eval'] = config
 processor = platform.processor() or platform.machine()
 if run.device_type == 'cuda':
     processor = torch.cuda.get_device_name()
 hardware = (f'{run.world_size} x {run.device} ({processor}), {os.cpu_count()} cores, '
-            f'{platform.platform()}, Python {platform.python_version()}, PyTorch {torch.__version__}')
+            f'{platform.platform()}, Python {platform.python_version()}, '
+            f'PyTorch {torch.__version__}')
 
 # the same few prompts for all models
 samples = []
@@ -925,10 +1485,8 @@ def get_ticks(low, high):
     return [tick for tick in ticks if low < tick < high]
 
 def draw(charts):
-    """
-    -> the text of an SVG file. A chart is a dict: title; curves, {label: (xs, ys)}; x, the name of
-    the x axis ('step' if it is missing); is_log, True for a logarithmic y axis.
-    """
+    """-> the text of an SVG file. A chart is a dict: title; curves, {label: (xs, ys)}; x, the name
+    of the x axis ('step' if it is missing); is_log, True for a logarithmic y axis."""
     svg = []
     def write(x, y, text, style):
         position = f'x="{x:.1f}" y="{y:.1f}"'
@@ -992,14 +1550,12 @@ def draw(charts):
 
 def read_curve(stage, key, x='step'):
     """-> (xs, ys) of two numbers in the log of a stage. Not every line of the log has both."""
-    path = os.path.join(out_dir, f'{stage}.jsonl')
     xs = []
     ys = []
-    if os.path.exists(path):
-        for line, row in read_jsonl(path, is_log=True):
-            if row.get(key) is not None and row.get(x) is not None:
-                xs.append(row[x])
-                ys.append(row[key])
+    for row in read_log(os.path.join(out_dir, f'{stage}.jsonl')):
+        if row.get(key) is not None and row.get(x) is not None:
+            xs.append(row[x])
+            ys.append(row[key])
     return xs, ys
 
 # stage, title, {label: key in its log}; a key val_... is measured on held-out data
@@ -1020,12 +1576,10 @@ CHARTS = [
     dict(stage='rlhf', title='RLHF: entropy, nats per token', keys={'entropy': 'entropy'})]
 
 # what to expect: the curves of the shipped profile, as a run of it has made them
+profiles = json.loads((CONFIG / 'curves.json').read_text(encoding='utf-8'))
 expected = {} # stage -> rows of its log
 for word in sys.argv[1:]:
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'curves.json')
-    if word.endswith('.py') and os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            expected = json.load(f).get(os.path.basename(word), expected)
+    expected = profiles.get(os.path.basename(word), expected)
 
 charts = []
 expected_rows = []
@@ -1039,7 +1593,8 @@ for chart in CHARTS:
     rows = [row for row in expected.get(chart['stage'], []) if key in row]
     if rows and label in curves:
         measure = f'{chart["title"]}, {label}'
-        expected_rows.append([measure, rows[-1][key], curves[label][1][-1], f'{log}: {key}'])
+        steps, values = curves[label]
+        expected_rows.append([measure, rows[-1][key], values[-1], f'{log}: {key}'])
         curves[EXPECTED] = ([row['step'] for row in rows], [row[key] for row in rows])
     charts.append(dict(chart, curves=curves, source=f'{log}: {", ".join(chart["keys"].values())}'))
 if expected_rows:
@@ -1055,36 +1610,28 @@ OVEROPTIMISATION = [
     ('val_gold', 'gold score', 'gold score (never trained on)'),
     ('val_met', 'all checks met', 'answers with all checks met')]
 
-def get_root(kl):
-    return math.sqrt(max(0, kl)) # an estimate can be negative
-
-def over_optimisation(runs):
-    """runs: names of logs in out_dir, without .jsonl -> charts of held-out scores, with best-of-n."""
-    found = []
-    for key, column, title in OVEROPTIMISATION:
-        curves = {}
-        for log in runs:
-            kls, ys = read_curve(log, key, 'val_kl')
-            if kls:
-                coefficient = os.path.basename(os.path.dirname(log))
-                curves[f'KL coef. {coefficient}'] = ([get_root(kl) for kl in kls], ys)
-        bests = best_rows[len(pools):] # the rows of best-of-n
-        if curves and bests:
-            place = BEST_HEAD.index(column)
-            curves[DOTS] = ([get_root(row[1]) for row in bests], [row[place] for row in bests])
-        if curves:
-            source = f'overoptimise/*/rlhf.jsonl: val_kl, {key}'
-            found.append(dict(title=title, x='√KL', curves=curves, source=source))
-    return found
-
-runs = []
-paths = glob.glob(os.path.join(glob.escape(out_dir), 'overoptimise', '*', 'rlhf.jsonl'))
-for path in sorted(paths, key=os.path.dirname):
-    runs.append(os.path.relpath(path, out_dir).removesuffix('.jsonl'))
-over_optimised = over_optimisation(runs)
+logs = {} # KL coefficient -> the log of its run
+for path in find(out_dir, 'overoptimise', '*', 'rlhf.jsonl'):
+    coefficient = os.path.basename(os.path.dirname(path))
+    logs[coefficient] = os.path.join('overoptimise', coefficient, 'rlhf')
+over_optimised = [] # charts
+for key, column, title in OVEROPTIMISATION:
+    curves = {}
+    for coefficient, log in logs.items():
+        kls, ys = read_curve(log, key, 'val_kl')
+        if kls: # an estimate of the KL can be negative
+            roots = [math.sqrt(max(0, kl)) for kl in kls]
+            curves[f'KL coef. {coefficient}'] = (roots, ys)
+    bests = best_of_n[len(pools):] # without the models' own rows
+    if curves and bests:
+        roots = [math.sqrt(row['KL, nats']) for row in bests]
+        curves[DOTS] = (roots, [row[column] for row in bests])
+    if curves:
+        source = f'overoptimise/*/rlhf.jsonl: val_kl, {key}'
+        over_optimised.append(dict(title=title, x='√KL', curves=curves, source=source))
 
 # -----------------------------------------------------------------------------
-# report.html: one page that needs no other file. A model may say anything, so all texts are escaped.
+# report.html: one page that needs no other file. Models may say anything: texts are escaped
 STYLE = '''
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1140px; margin: auto; padding: 0 1em 3em }
@@ -1102,7 +1649,8 @@ svg { max-width: 100%; height: auto }
 
 def html_section(section, kind=''):
     """A section as HTML: title, table, source. kind: a class of STYLE for the table."""
-    lines = [f'<h2>{html.escape(section["title"])}</h2>', f'<div class="wide"><table class="{kind}">']
+    lines = [f'<h2>{html.escape(section["title"])}</h2>']
+    lines.append(f'<div class="wide"><table class="{kind}">')
     for tag, rows in (('th', [section['head']]), ('td', section['rows'])):
         for row in rows:
             cells = [f'<{tag}>{html.escape(show(value))}</{tag}>' for value in row]
@@ -1110,26 +1658,25 @@ def html_section(section, kind=''):
     lines.append(f'</table></div><p class="source">Source: {html.escape(section["source"])}</p>')
     return '\n'.join(lines)
 
-def html_page(drawn):
-    """The whole report as a page. drawn: charts, with their sources."""
-    head = ('<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Report</title><meta '
-            f'name="viewport" content="width=device-width"><style>{STYLE}</style>')
-    lines = [head, f'<h1>Report on {html.escape(out_dir)}</h1>']
-    lines += [html_section(section) for section in sections[:2]]
-    lines.append('<h2>Curves</h2><div class="charts">')
-    for chart in drawn:
-        caption = f'<figcaption class="source">{html.escape(chart["source"])}</figcaption>'
-        lines.append(f'<figure>{draw([chart])}{caption}</figure>')
-    lines.append('</div>')
-    lines += [html_section(section) for section in sections[2:]]
-    if samples:
-        answers = dict(title='Answers to the same prompts', source='prompts_val.jsonl',
-                       head=['prompt', *all_answers], rows=samples)
-        lines.append(html_section(answers, 'samples'))
-    lines.append(f'<h2>Settings, hardware, seed</h2><p>Evaluated with seed {seed} on '
-                 f'{html.escape(hardware)}. The settings of each stage, from its checkpoint:</p>'
-                 f'<pre>{html.escape(json.dumps(settings, indent=1))}</pre>')
-    return '\n'.join(lines) + '\n</html>\n'
+page = ['<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>Report</title>',
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>',
+        f'<h1>Report on {html.escape(out_dir)}</h1>']
+for section in sections[:2]:
+    page.append(html_section(section))
+page.append('<h2>Curves</h2><div class="charts">')
+for chart in charts + over_optimised:
+    caption = f'<figcaption class="source">{html.escape(chart["source"])}</figcaption>'
+    page.append(f'<figure>{draw([chart])}{caption}</figure>')
+page.append('</div>')
+for section in sections[2:]:
+    page.append(html_section(section))
+if samples:
+    answers = dict(title='Answers to the same prompts', source='prompts_val.jsonl',
+                   head=['prompt', *all_answers], rows=samples)
+    page.append(html_section(answers, 'samples'))
+page.append(f'<h2>Settings, hardware, seed</h2><p>Evaluated with seed {seed} on '
+            f'{html.escape(hardware)}. The settings of each stage, from its checkpoint:</p>'
+            f'<pre>{html.escape(json.dumps(settings, indent=1))}</pre></html>\n')
 
 # -----------------------------------------------------------------------------
 # write the files
@@ -1148,11 +1695,10 @@ if run.master:
         for name, text in zip(all_answers, texts):
             lines.append(f'- {name}: {text}')
         parts.append(html.escape('\n'.join(lines), quote=False)) # Markdown may hold HTML
-    best_of_n = [dict(zip(BEST_HEAD, row)) for row in best_rows]
-    numbers = dict(table=table, best_of_n=best_of_n, preferences=preferences, costs=costs,
-                   config=config)
+    numbers = dict(table=table, benchmarks=results, best_of_n=best_of_n,
+                   preferences=preferences, costs=costs, config=config)
     write_text(os.path.join(out_dir, 'report.json'), json.dumps(numbers, indent=1) + '\n')
-    write_text(os.path.join(out_dir, 'report.html'), html_page(charts + over_optimised))
+    write_text(os.path.join(out_dir, 'report.html'), '\n'.join(page))
     text = '\n\n'.join(parts) + '\n'
     path = os.path.join(out_dir, 'report.md')
     write_text(path, text)

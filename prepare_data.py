@@ -601,7 +601,12 @@ def from_gsm8k(row):
     return rows
 
 def from_gsm8k_exam(row):
-    return [('benchmarks', new) for kind, new in from_gsm8k(row) if kind == 'prompts']
+    """With the solution: a base model is shown solved problems before its own."""
+    rows = []
+    for kind, new in from_gsm8k(row):
+        if kind == 'prompts':
+            rows.append(('benchmarks', dict(new, answer=row['answer'])))
+    return rows
 
 def from_lambada(row):
     """The last word is to be predicted."""

@@ -27,4 +27,4 @@ rlhf = dict(
     ppo_epochs=2, learning_rate=1e-4, eval_interval=10, eval_prompts=64,
     sample_interval=1_000_000) # print no samples: hh-rlhf holds offensive texts
 
-eval = dict(max_new_tokens=48, max_questions=200, n_prompts=100)
+eval = dict(max_new_tokens=48, limit=200, n_prompts=100)

@@ -274,7 +274,8 @@ PAIRS = {'instruction_following': {'Rating': '5'}, 'honesty': {'Rating': 'N/A'}}
         (
             'gsm8k_test',
             [dict(question='2+3?', answer='#### -5')],
-            [('benchmarks/gsm8k', dict(messages=[user('2+3?')], checks={'number': -5.0}))],
+            [('benchmarks/gsm8k', dict(messages=[user('2+3?')], checks={'number': -5.0},
+                                     answer='#### -5'))],
         ),
         (
             'hh',
