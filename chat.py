@@ -48,7 +48,7 @@ from torch.overrides import TorchFunctionMode
 
 from model import (
     KVCache, ScalarModel, Tokenizer, last_token, load_checkpoint, load_model, pad_right, read_jsonl,
-    setup, write_jsonl)
+    sample, setup, write_jsonl)
 
 # `python chat.py path.pt` is short for --checkpoint=path.pt
 for i, word in enumerate(sys.argv):
@@ -138,14 +138,9 @@ def choose(logits, answers):
     probs = F.softmax(logits / temperature.clamp(min=1e-6), dim=-1)    # (B, V)
     top_k = column('top_k', torch.long)
     probs = truncate_probs(probs, top_k, column('top_p'), column('min_p'))
-    if probs.device.type != 'mps': # which has no fp64
-        probs = probs.double()
-    cdf = probs.cumsum(-1)
     # Each answer draws from its own generator, so it does not depend on who else is in the batch.
-    # Slightly below 1, so that rounding never picks a last id of probability 0.
-    u = [[a.random.random() * (1 - 1e-7)] for a in answers]
-    u = torch.tensor(u, dtype=cdf.dtype, device=cdf.device)
-    ids = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)         # (B, 1)
+    u = torch.tensor([[a.random.random()] for a in answers], dtype=torch.float64)
+    ids = sample(probs, u)                                             # (B, 1)
     ids = torch.where(temperature == 0, logits.argmax(-1, keepdim=True), ids)
     return ids[:, 0].tolist()
 
@@ -176,8 +171,8 @@ class Answer:
         self.n_tokens = 0
         self.finish = None        # 'stop', 'length', or 'left' if nobody waits any more
 
-    def add(self, token, logprobs):
-        """The next token; logprobs (V,)."""
+    def add(self, token, logits):
+        """The next token, and the logits (V,) that it was drawn from."""
         tok = self.batch.tok
         self.n_tokens += 1
         if token in (tok.end, tok.eot):
@@ -197,14 +192,15 @@ class Answer:
             n_ready -= max(len(stop) for stop in self.stop) - 1
         piece = self.text[self.n_sent:max(n_ready, self.n_sent)]
         self.n_sent += len(piece)
-        details = None if self.n_top is None else [self.describe(token, logprobs)]
+        details = None if self.n_top is None else [self.describe(token, logits)]
         if piece or details or self.finish:
             self.pieces.put(SimpleNamespace(index=self.index, text=piece, logprobs=details,
                                             finish=self.finish))
 
-    def describe(self, token, logprobs):
+    def describe(self, token, logits):
         """Log-probabilities of a token and of the best ones in its place, in OpenAI's form."""
         tok = self.batch.tok
+        logprobs = logits.log_softmax(-1)
         entries = []
         for i in [token] + logprobs.topk(self.n_top).indices.tolist():
             entries.append(dict(token=show_token(tok, i), logprob=logprobs[i].item(),
@@ -336,10 +332,9 @@ class Batch:
             x = self.model.hidden(idx, n - first, mask, self.rows(0, B, n)) # (B, 1, C)
             logits = self.model.head(x[:, -1]).float()                      # (B, V)
         self.cache.n = n + 1
-        logprobs = logits.log_softmax(-1)
         for row, token in enumerate(choose(logits, self.answers)):
             self.answers[row].last_id = token
-            self.answers[row].add(token, logprobs[row])
+            self.answers[row].add(token, logits[row])
 
 # -----------------------------------------------------------------------------
 # a conversation in the terminal

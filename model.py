@@ -304,15 +304,16 @@ class KVCache:
         self.values = self.values[:, rows]
         self.last_keys = self.last_keys[:, rows]
 
-def sample(probs):
-    """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). Faster than
-    torch.multinomial, which draws B x V random numbers. In fp64 where the device has it."""
-    if probs.device.type != 'mps':
+def sample(probs, u=None):
+    """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). One random number
+    a row is enough, u (B, 1) from [0, 1); torch.multinomial draws B x V, which is slower."""
+    if probs.device.type != 'mps': # which has no fp64
         probs = probs.double()
     cdf = probs.cumsum(-1)
     total = cdf[:, -1:]
+    u = torch.rand_like(total) if u is None else u.to(total)
     # slightly below the total, so that rounding never picks a last id of probability 0
-    u = torch.rand_like(total) * total * (1 - 1e-7)
+    u = u * total * (1 - 1e-7)
     return torch.searchsorted(cdf, u, right=True).clamp(max=probs.size(-1) - 1)
 
 def plain_steps(model, cache, idx, first, next_ids):
