@@ -400,8 +400,7 @@ STATIC_DEVICES = {'cuda'} # where generate uses static_steps
 
 def static_steps(model, cache, idx, first, next_ids):
     """plain_steps for a GPU, which runs the 250 kernels of a step faster than Python starts them. A
-    CUDA graph starts all of them with one call. It repeats the same kernels on the same memory, so
-    everything that changes from step to step must be a tensor."""
+    CUDA graph starts all of them with one call, on the same memory: what changes is in tensors."""
     if cache.n == 0: # the prompts
         idx, logits = next(plain_steps(model, cache, idx, first, next_ids))
         yield idx, logits
