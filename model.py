@@ -967,6 +967,18 @@ def load_model(ckpt, device, kind=GPT):
     model.load_state_dict(weights)
     return model.to(device)
 
+def shard(model, run):
+    """
+    Fully sharded data parallel (Rajbhandari et al. 2020): each process holds a piece of every
+    tensor, and gathers a layer only while it computes. Call it before the optimizer is made.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard # takes a second
+    policy = MixedPrecisionPolicy(run.dtype, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(run.device_type, (run.world_size,))
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
 def get_state(model, optimizers):
     """Weights and optimizer states by name, on the CPU, and whole, also if fsdp has sharded them.
     All ranks must call it; only rank 0 gets the values."""

@@ -52,6 +52,7 @@ from model import (
     seed_step,
     set_state,
     setup,
+    shard,
     should_stop,
 )
 
@@ -438,13 +439,8 @@ if pipeline:
 
 # -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
-if fsdp: # each process holds a piece of every tensor and gathers a layer only while it computes
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    policy = MixedPrecisionPolicy(run.dtype, torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(run.device_type, (run.world_size,))
-    for block in raw_model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(raw_model, mesh=mesh, mp_policy=policy)
+if fsdp:
+    shard(raw_model, run)
 optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
                              kind=optimizer, momentum=momentum)
 # fp16 has few exponent bits: scale the loss up, so that small gradients do not become 0
