@@ -370,7 +370,7 @@ def test_rollout(critic, chain):
     assert [len(ids) for ids in queries] == [8, 4]
     answers = [[owl, cat, tok.end], [cat, owl, x, cat]]
     s = ppo('rlhf.py', tok=tok, run=CPU, max_new_tokens=4, micro_batch_size=1,
-            fsdp=False, sampler=None,
+            reference=load_model(load(chain.out / 'base.pt'), 'cpu'), sampler=None,
             reward_model=load_model(reward, 'cpu', ScalarModel), generate=lambda *args: answers, block_size=48)
     actor = load_model(sft, 'cpu')
     value_model = None
@@ -379,9 +379,7 @@ def test_rollout(critic, chain):
     elif critic == 'shared':
         value_model = torch.nn.Linear(actor.config.n_embd, 1)
     net = s.ActorCritic(actor, value_model)
-    reference = s.ActorCritic(load_model(load(chain.out / 'base.pt'), 'cpu'), None)
-    s.space.update(raw_model=net, reference=reference)
-    batch = s.rollout(prompts)
+    batch = s.rollout(prompts, net)
     assert batch.query_responses.tolist() == [queries[0] + answers[0], queries[1] + answers[1] + [tok.pad] * 3]
     mask = batch.response_mask # True where the next token belongs to the answer: positions P-1 .. P+R-2
     assert mask.tolist() == [[False] * 7 + [True] * 3, [False] * 3 + [True] * 4 + [False] * 3]
@@ -393,7 +391,7 @@ def test_rollout(critic, chain):
     for b, (query, answer) in enumerate(zip(queries, answers)):
         row = torch.tensor([query + answer])
         at = torch.arange(len(query) - 1, len(query) + len(answer) - 1) # where each token of the answer is predicted
-        for model, found in ((net.actor, batch.logprobs), (reference.actor, batch.ref_logprobs)):
+        for model, found in ((net.actor, batch.logprobs), (s.space['reference'], batch.ref_logprobs)):
             logp = F.log_softmax(model(row)[0, at], -1)
             want = logp[torch.arange(len(answer)), torch.tensor(answer)]
             torch.testing.assert_close(found[b, at], want, atol=1e-4, rtol=1e-4)
@@ -424,11 +422,9 @@ def score(answers, scores=(0.0, 0.0), **settings):
     def reward_model(ids):
         return torch.tensor(scores)[:, None].expand(-1, ids.size(1))
     said = [tok.encode(answer) + [tok.end] for answer in answers]
-    s = ppo('rlhf.py', tok=tok, run=CPU, block_size=48, micro_batch_size=2, reward_model=reward_model,
-            reward_path='out/reward.pt', fsdp=False, sampler=policy, generate=lambda *args: said, **settings)
-    net = s.ActorCritic(policy, None)
-    s.space.update(raw_model=net, reference=net)
-    return s.rollout(prompts).scores.tolist()
+    s = ppo('rlhf.py', tok=tok, run=CPU, reference=policy, block_size=48, micro_batch_size=2, reward_model=reward_model,
+            reward_path='out/reward.pt', sampler=policy, generate=lambda *args: said, **settings)
+    return s.rollout(prompts, s.ActorCritic(policy, None)).scores.tolist()
 
 def test_scores():
     """Of the model, of the checks, all or nothing, or of both; and clipped."""
@@ -539,7 +535,7 @@ def one_epoch(chain, scripts):
         outs.append(stocked(chain.folder / f'micro{micro}', chain))
         check = ''' # reference and reward model are unchanged, actor and critic are not
 assert not any(p.requires_grad for m in (reference, reward_model) for p in m.parameters())
-for m, ckpt in ((reference.actor, sft), (reward_model, reward_ckpt)):
+for m, ckpt in ((reference, sft), (reward_model, reward_ckpt)):
     assert all(torch.equal(v, ckpt['weights'][k]) for k, v in m.state_dict().items())
 assert any(not torch.equal(v, sft['weights'][k]) for k, v in raw_model.actor.state_dict().items())
 assert any(not torch.equal(v, reward_ckpt['weights'][k]) for k, v in raw_model.critic.state_dict().items())
