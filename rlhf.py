@@ -167,7 +167,7 @@ ddp = run.world_size > 1 and parallel == 'ddp'
 fsdp = run.world_size > 1 and parallel == 'fsdp'
 stage = 'rlhf'
 # PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches only save memory.
-# Each process answers whole groups, and learns an equal part of each minibatch.
+# Each process answers whole groups and has an equal share of each minibatch.
 nearest_minibatch = max(1, round(minibatch_size / run.world_size)) * run.world_size
 multiple = math.lcm(nearest_minibatch, group_size * run.world_size)
 nearest_batch = max(1, round(batch_size / multiple)) * multiple
@@ -193,8 +193,8 @@ if reward != 'checks':
     block_size = min(block_size, reward_ckpt['model_args']['block_size'])
     config['starts_from'].append(reward_ckpt['metrics'].get('seconds'))
     if reward_ckpt['config'].get('starts_from') != sft['metrics'].get('seconds'):
-        print0(f'warning: {reward_path} was trained from another checkpoint than {sft_path}: it has '
-               'seen answers of another policy')
+        print0(f'warning: {reward_path} was not made from {sft_path}, so it may misjudge its answers: '
+               f'`python reward.py --init_from={sft_path} --out_dir={out_dir}` makes it again')
 resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
 out_path = os.path.join(out_dir, f'{stage}.pt')
 
