@@ -9,7 +9,7 @@ By default this runs on Toytown, a miniature internet with known faults (truth.j
 no step reads that list, but each step is scored with it at the end.
 
 Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
-         Kinds: .warc .arc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
+         Kinds: .warc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
          named *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
          All files of one folder or pattern are one source, but for those that a setting names.
 Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
@@ -166,8 +166,8 @@ OLD = f'{PARTIAL}/old'                  # the corpus that it replaces
 MARKER = f'{PARTIAL}/finished.json'     # exists when NEW is whole: only the exchange is left to do
 OURS = ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json',
         *[f'{task}_train.jsonl' for task in TASKS], *[f'{task}_val.jsonl' for task in TASKS]]
-KNOWN = re.compile(r'\.((txt|html?|jsonl?|w?arc|wet)(\.gz)?|md|parquet|bin)$', re.I)
-ENDING = re.compile(r'(\.(txt|md|jsonl?|html?|w?arc|wet|parquet|bin|gz))+$', re.I)
+KNOWN = re.compile(r'\.((txt|html?|jsonl?|warc|wet)(\.gz)?|md|parquet|bin)$', re.I)
+ENDING = re.compile(r'(\.(txt|md|jsonl?|html?|warc|wet|parquet|bin|gz))+$', re.I)
 
 def put_in_place():
     """
@@ -276,11 +276,10 @@ TIMEOUT = (10, 60)      # seconds to connect, and between two pieces of a file
 TRIES = 6               # failures in a row that brought no new bytes
 FIRST_WAIT = 1          # seconds before the second try, doubled after each failure
 AT_ONCE = 8             # downloads at a time
-SHOW_EVERY = 10         # seconds between two lines of progress
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504} # HTTP status codes of problems that may pass
 PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 STOP = threading.Event() # set when a download has failed: the others end too
-CAME = collections.Counter() # path -> bytes that have come; each thread counts its own file
+CAME = collections.Counter() # bytes of each file that have come
 
 def urls_of(name, n_files):
     """
@@ -315,14 +314,13 @@ def request(url, path, only_look):
         return '', have
     limit = 0 if url.endswith('.paths.gz') else first_bytes # lists of files are needed whole
     last = limit - 1 if limit else ''
-    address = f'{mirror.rstrip("/")}/{url.split("://")[-1]}' if mirror else url
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-{last}'} # not compressed
-    with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT) as r:
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
         if r.status_code in TRY_AGAIN:
             return f'HTTP {r.status_code}', 0
         name = os.path.basename(os.path.dirname(path))
         assert r.status_code in (200, 206, 416), (
-            f'{address}: HTTP {r.status_code} {r.reason}: put the file at {path} yourself, or take '
+            f'{url}: HTTP {r.status_code} {r.reason}: put the file at {path} yourself, or take '
             f'{name} out of --source={source}')
         if url.endswith('.gz'):
             r.raw.headers.pop('Content-Encoding', None) # or requests would unpack the file
@@ -344,9 +342,11 @@ def request(url, path, only_look):
                 if limit: # a server that knows no ranges sends the whole file
                     block = block[:limit - have]
                 have += f.write(block)
-                CAME[path] += len(block)
-                if STOP.is_set() or have == limit:
+                CAME[path] += len(block) # no other thread writes to this entry
+                if have == limit:
                     break
+                if STOP.is_set():
+                    raise SystemExit # ends this thread
     if total and have != total:
         return f'{have:,} of {total:,} bytes came', 0
     os.replace(whole_part, path)
@@ -357,6 +357,8 @@ def download(url, path, only_look=False):
     Download url to path, unless it is there; or only look how long it is. -> its length in bytes
     The next try, or run, continues one that failed.
     """
+    if mirror:
+        url = f'{mirror.rstrip("/")}/{url.split("://")[-1]}'
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     failures, most = 0, part_of(path)[1]
     while not os.path.exists(path) and not STOP.is_set():
@@ -406,15 +408,16 @@ def files_of(name):
 DISK_PER_BYTE = 0.85
 
 def check_disk(files, lengths):
-    """AssertionError if there is no room for the files of these lengths, and what is made of them"""
+    """-> bytes to download. AssertionError if the disk has no room for all that will be made."""
     n_missing = n_later = 0
     for (name, _, path), length in zip(files, lengths):
         entry = SOURCES[name]
-        n_later += DISK_PER_BYTE * length * entry['text_bytes'] / entry['bytes']
+        if entry['kind'] == 'text':
+            n_later += DISK_PER_BYTE * length * entry['text_bytes'] / entry['bytes']
         if not os.path.exists(path):
             n_missing += length - part_of(path)[1]
-    if n_missing == 0: # this was checked when they were downloaded
-        return
+    if n_missing == 0: # it was checked when they were downloaded
+        return 0
     os.makedirs(data_dir, exist_ok=True)
     needs = [(raw_dir, n_missing), (data_dir, n_later)]
     if os.stat(raw_dir).st_dev == os.stat(data_dir).st_dev: # both are on one disk
@@ -425,6 +428,7 @@ def check_disk(files, lengths):
             f'the disk of {folder} is too small: {needed / 1e9:,.1f} GB are needed (downloads '
             f'{n_missing / 1e9:,.1f}, corpus and tokens {n_later / 1e9:,.1f}), {free / 1e9:,.1f} GB'
             ' are free: set raw_dir or data_dir to another disk, or n_files to a smaller number')
+    return n_missing
 
 def fetch(files):
     """Download the files [(name, url, path), ...] that are not there, several at a time."""
@@ -434,23 +438,19 @@ def fetch(files):
         try:
             # a file that is gone, or a small disk, must not be found out after hours
             look = functools.partial(download, only_look=True)
-            lengths = list(pool.map(look, urls, paths))
-            check_disk(files, lengths)
-            n_here = sum(part_of(path)[1] or os.path.exists(path) and os.path.getsize(path)
-                         for path in paths)
-            n_missing = sum(lengths) - n_here
+            n_missing = check_disk(files, pool.map(look, urls, paths))
             start = time.time()
             tasks = [pool.submit(download, url, path) for url, path in zip(urls, paths)]
             while tasks:
-                done, tasks = concurrent.futures.wait(tasks, SHOW_EVERY, 'FIRST_EXCEPTION')
+                done, tasks = concurrent.futures.wait(tasks, 10, 'FIRST_EXCEPTION')
                 for task in done:
                     task.result() # raises what the download has raised
                 came = sum(CAME[path] for path in paths)
                 rate = came / (time.time() - start)
-                minutes = (n_missing - came) / max(1, rate) / 60
                 if came:
+                    minutes = max(0, n_missing - came) / rate / 60
                     print0(f'downloads: {came / 1e6:,.1f} of {n_missing / 1e6:,.1f} MB, '
-                           f'{rate / 1e6:.1f} MB/s, {max(0, minutes):.1f} minutes left')
+                           f'{rate / 1e6:.1f} MB/s, {minutes:.1f} minutes left')
         except BaseException: # a problem, or Ctrl-C
             STOP.set()
             pool.shutdown(cancel_futures=True)
@@ -463,9 +463,7 @@ LIMIT = 50_000_000 # bytes; longer pages and documents are left out
 HEADER_LIMIT = 1 << 16 # bytes of the fields before a record or a page
 BLOCK = 1 << 12
 GZIP_MAGIC = b'\x1f\x8b\x08' # every gzip member begins with it
-# The first line of a record of WARC, and of ARC, its forerunner: URL, IP address, date ... length
-WARC_LINE = re.compile(rb'WARC/\d\.\d+[ \t]*\r?\n')
-ARC_LINE = re.compile(rb'^(?:https?|dns|filedesc):\S* [\d.]+ \d+ [^\r\n]*\d\r?\n', re.M)
+WARC_LINE = re.compile(rb'WARC/\d\.\d+[ \t]*\r?\n') # the first line of a record
 JUNK = re.compile(rb'[^\s\0]') # between two records stand only empty lines, or a padding
 # The beginning of a page that is not compressed: a tag, a byte order mark, no control characters
 PLAIN = re.compile(rb'\s*<|\xef\xbb\xbf|\xff\xfe|\xfe\xff|[^\0-\x08\x0e-\x1a\x1c-\x1f]*\Z')
@@ -504,7 +502,7 @@ def warc_parts(f, skipped):
     if f.peek(1): # mmap refuses an empty file
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     is_gzip = data[:3] == GZIP_MAGIC
-    if not is_gzip and (ARC_LINE.match(data) or WARC_LINE.search(data)):
+    if not is_gzip and WARC_LINE.search(data):
         yield data
         return
     end = 0 # of the last member
@@ -535,32 +533,23 @@ def read_fields(f):
         line = f.readline()
     return fields if line else None
 
-def record_fields(f):
-    """The fields of a record, under WARC's names."""
-    line = f.readline()
-    if line.startswith(b'WARC/'):
-        return read_fields(f) or {}
-    url, *_, length = line.decode('latin-1').split()
-    kind = 'response' if url.startswith('http') else 'warcinfo'
-    return {'warc-type': kind, 'warc-target-uri': url, 'content-length': length}
-
 def warc_records(data, skipped):
     """
     Yield (fields, content) of records: a line WARC/1.0, fields, an empty line, the content.
 
     A wrong length or a cut costs one record: each ends at the latest where the next one begins.
     """
-    line = ARC_LINE if ARC_LINE.match(data) else WARC_LINE
     end = 0 # of the last record
-    match = line.search(data)
+    match = WARC_LINE.search(data)
     while match:
         start = match.start()
         if JUNK.search(data, end, start):
             skipped['bytes that belong to no record'] += 1
-        following = line.search(data, match.end())
+        following = WARC_LINE.search(data, match.end())
         limit = following.start() if following else len(data)
         header = io.BytesIO(data[start:min(limit, start + HEADER_LIMIT)])
-        fields = record_fields(header)
+        header.readline()
+        fields = read_fields(header) or {}
         start += header.tell() # now of the content
         length = fields.get('content-length', '')
         is_number = re.fullmatch('[0-9]{1,15}', length)
@@ -716,7 +705,8 @@ def from_choices(row):
 def from_hellaswag(row):
     """How does a text go on? Some are from wikiHow, with marks such as [title] and [step]."""
     texts = [f"{row['activity_label']}: {row['ctx']}", *row['endings']]
-    texts = [re.sub(r'\[\w+\]', '', text.replace(' [title]', '.')) for text in texts]
+    texts = [re.sub(r'\.? \[title\]', '.', text) for text in texts] # a sentence ends there
+    texts = [re.sub(r'\[\w+\]', '', text) for text in texts]
     question, *endings = [' '.join(text.split()) for text in texts]
     return conversation_of(question, endings, row['label'])
 
@@ -1033,7 +1023,7 @@ def unpack(f):
 
 def read_content(f, path, benchmark, is_own, skipped):
     """Yield the items of an open file."""
-    if re.search(r'\.(w?arc|wet)(\.gz)?$', path, re.I):
+    if re.search(r'\.(warc|wet)(\.gz)?$', path, re.I):
         for document in read_warc(f, skipped):
             yield dict(document, kind='text')
         return
