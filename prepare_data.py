@@ -19,15 +19,16 @@ Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source"
 Toytown               python toytown.py && python prepare_data.py
 your own files        python prepare_data.py --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
 one file of the web   python prepare_data.py --source=commoncrawl --data_dir=data/cc
+only download         python prepare_data.py config/d20.py --download_only=true
 16 cores              torchrun --standalone --nproc_per_node=16 prepare_data.py --source=c4
 four nodes            torchrun --nnodes=4 --nproc_per_node=64 --rdzv_backend=c10d \\
                           --rdzv_endpoint=NODE0:29500 prepare_data.py --source=commoncrawl \\
                           --n_files=1000 --data_dir=/disk/cc --raw_dir=/disk/raw
 
 Pass one: the ranks share the input files. Each file is cleaned alone, and its result stays in
-data_dir/.partial, so a killed run continues with the files that are missing. Pass two: rank 0 alone
-finds duplicates and writes the corpus; it needs about 1 KB of memory per document. Any number of
-ranks writes the same corpus, byte for byte.
+data_dir/.partial, so a killed run continues with the files that are missing. Pass two: rank 0 finds
+duplicates, with 2 KB of memory for each document; then all ranks look for benchmark questions and
+write the corpus. Any number of ranks writes the same corpus, byte for byte.
 
 Left out: models that judge quality (FineWeb-Edu, DCLM); quality rules for other languages than
 English (use --filters=url,language,pii,dedup for them); archives (unpack .zip and .tar yourself).
@@ -1886,12 +1887,15 @@ def clean_group(group, report):
             report['private'].update(kind for kind, _ in item.pop('private', []))
             if 'dedup' in wanted:
                 report['signatures'].append(minhash(item['text']))
-        report['kinds'][item['kind']] += 1
+        elif item['kind'].startswith('benchmarks/'):
+            report['exams'].append((item['kind'].removeprefix('benchmarks/'), item['row']))
+            continue
+        report['read']['items'] += 1
         yield describe(item)
 
 def new_report():
     return collections.defaultdict(collections.Counter, examples=[], fates={}, signatures=[],
-                                   token_files=[], bad_rows=[], kept={})
+                                   token_files=[], bad_rows=[], exams=[], kept={})
 
 def result_path(i, ending):
     return f'{WORK}/{i:06d}.{ending}'
@@ -2055,19 +2059,17 @@ def finish_groups():
         report = new_report()
         copies = iter(np.load(result_path(i, 'copies.npy')).tolist())
         for line, item in read_jsonl(result_path(i, 'jsonl.gz')):
-            kind, source_name = item['kind'], item['source']
-            reason = None
-            if kind == 'text':
+            if item['kind'] == 'text':
                 item['copy'] = next(copies, 0)
-                if not all(run_step(item, name, LAST_STEPS[name], report) for name in steps):
-                    continue
-            elif kind in TASKS and 'decontaminate' in steps:
-                reason = decontaminate_step(item)
-            if reason:
-                report['skipped'][f'{kind}: {reason}'] += 1
-            elif not kind.startswith('benchmarks'):
+                is_kept = all(run_step(item, name, LAST_STEPS[name], report) for name in steps)
+            else:
+                reason = decontaminate_step(item) if 'decontaminate' in steps else None
+                is_kept = reason is None
+                if reason:
+                    report['skipped'][f"{item['kind']}: {reason}"] += 1
+            if is_kept:
                 row = [line - 1, item['size'], item['side'] == 'val', item['key']]
-                report['kept'].setdefault(f'{kind} {source_name}', []).append(row)
+                report['kept'].setdefault(f"{item['kind']} {item['source']}", []).append(row)
         write_text(result_path(i, 'kept'), json.dumps(report))
 
 def read_items(numbers):
@@ -2084,8 +2086,10 @@ def read_items(numbers):
         yield item
         last = number
 
-def document_of(item):
-    return {key: item[key] for key in ('text', 'source', 'url')}
+def row_of(item):
+    if item['kind'] == 'text':
+        return {key: item[key] for key in ('text', 'source', 'url')}
+    return item['row']
 
 def write_shards():
     """Write this rank's share of the documents."""
@@ -2095,7 +2099,7 @@ def write_shards():
         is_mine = shards * world_size // (shards[-1] + 1) == RANK # some shards, one after another
         items = read_items(numbers[is_mine])
         for shard, n in zip(*np.unique(shards[is_mine], return_counts=True)):
-            documents = map(document_of, itertools.islice(items, n))
+            documents = map(row_of, itertools.islice(items, n))
             write_jsonl(f'{NEW}/{side}/{shard:06d}.jsonl.gz', documents)
 
 if RANK > 0: # the other ranks help with what takes longest; rank 0 alone does the rest
@@ -2118,10 +2122,10 @@ def add_report(report):
         else:
             total[name].update(value)
 
-kinds_of = [] # {kind: number of items} of each group
+n_items = [0]
 for i in range(len(groups)):
     report = load_json(result_path(i, 'json'))
-    kinds_of.append(report.get('kinds', {}))
+    n_items.append(report.get('read', {}).get('items', 0))
     add_report(report)
 bad_rows = total['bad_rows']
 for text in bad_rows[:keep_dropped]:
@@ -2133,12 +2137,9 @@ assert len(bad_rows) <= max_bad_rows * n_rows, (
 shutil.rmtree(NEW, ignore_errors=True) # of a run that was killed in pass two
 os.makedirs(NEW)
 exams = collections.defaultdict(dict) # benchmark -> {row as text: row}; no row twice
-for i, kinds in enumerate(kinds_of):
-    if any(kind.startswith('benchmarks') for kind in kinds): # else there is nothing to read
-        for _, item in read_jsonl(result_path(i, 'jsonl.gz')):
-            if item['kind'].startswith('benchmarks'):
-                as_text = json.dumps(item['row'], sort_keys=True)
-                exams[item['kind'].removeprefix('benchmarks/')][as_text] = item['row']
+for name, row in total['exams']:
+    as_text = json.dumps(row, sort_keys=True)
+    exams[name][as_text] = row
 exams = {name: list(rows.values()) for name, rows in exams.items()}
 for name, rows in exams.items():
     write_jsonl(f'{NEW}/benchmarks/{name}.jsonl', rows)
@@ -2154,7 +2155,7 @@ meet()
 
 # which items stay, and what the mixture must know of them
 kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> source -> numbers
-starts = np.cumsum([0, *[sum(kinds.values()) for kinds in kinds_of]]) # of groups, and the end
+starts = np.cumsum(n_items) # the number of the first item of each group, and the end
 np.save(f'{WORK}/starts.npy', starts[:-1])
 sizes = np.zeros(starts[-1], np.int64)
 is_val = np.zeros(starts[-1], bool)
@@ -2258,7 +2259,7 @@ for kind, numbers_of in kept.items():
             _, shards = np.unique(n_before // shard_bytes, return_inverse=True)
             np.save(f'{WORK}/{side}.shards.npy', np.stack([numbers, shards]))
         else:
-            write_jsonl(f'{NEW}/{kind}_{side}.jsonl', (item['row'] for item in read_items(numbers)))
+            write_jsonl(f'{NEW}/{kind}_{side}.jsonl', map(row_of, read_items(numbers)))
             print0(f'{kind}_{side}.jsonl: {len(numbers):,} rows')
 meet()
 write_shards()

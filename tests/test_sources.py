@@ -1063,11 +1063,11 @@ def test_all_sources_in_miniature(server, tmp_path, scripts):
     for first_bytes in (0, 4000):
         out = tmp_path / str(first_bytes)
         more = [*flags, f'--first_bytes={first_bytes}', f'--data_dir={out}']
-        told = scripts.ok('prepare_data.py', *more, '--download_only=true').out
-        assert 'files are in' in told and not (out / 'funnel.json').exists()
-        n_requests = len(server.log)
+        if first_bytes:
+            told = scripts.ok('prepare_data.py', *more, '--download_only=true').out
+            assert 'files are in' in told and not (out / 'funnel.json').exists()
+            server.bodies.clear() # all files are gone now
         scripts.ok('prepare_data.py', *more)
-        assert len(server.log) == n_requests # nothing is downloaded twice
         result = json.loads((out / 'funnel.json').read_text())
         found[first_bytes] = result['counts']
         texts = {name for name in names if LIB.SOURCES[name]['kind'] == 'text'}
