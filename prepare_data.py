@@ -141,20 +141,16 @@ world_size = int(os.environ.get('WORLD_SIZE', 1))
 if world_size > 1: # a rank with a slow file keeps the others waiting, perhaps for days
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=30))
 
-def stop_all_ranks(problem):
-    """Every rank calls this with its problem or ''. If there is one, all ranks stop with it."""
+def meet(problem=''):
+    """Every rank waits here for all others. If one has a problem, all stop with it."""
     problems = [problem] * world_size
     if world_size > 1:
-        dist.all_gather_object(problems, problem)
+        try:
+            dist.all_gather_object(problems, problem)
+        except RuntimeError: # no connection to a rank: it has stopped, and said why
+            raise SystemExit(1) from None
     found = [text for text in problems if text]
     assert not found, found[0]
-
-def meet():
-    """Wait for all ranks. One that has stopped has said why."""
-    try:
-        stop_all_ranks('')
-    except RuntimeError: # no connection to it
-        raise SystemExit(1) from None
 
 # -----------------------------------------------------------------------------
 # find the input files, and finish what a killed run has left
@@ -268,7 +264,7 @@ if RANK == 0 and not download_only:
         shutil.rmtree(PARTIAL, ignore_errors=True)
         os.makedirs(WORK)
         write_text(settings_path, settings)
-stop_all_ranks('') # the others wait until the folder is ready
+meet() # the others wait until the folder is ready
 
 # -----------------------------------------------------------------------------
 # download public data
@@ -403,18 +399,17 @@ def files_of(name):
     assert not is_cut, f'first_bytes: a part of {file_names[0]} is of no use: leave {name} out'
     return [(name, url, f'{folder}/{file_name}') for url, file_name in zip(urls, file_names)]
 
-# What the disk must hold later, in bytes for each byte of text: the results of pass one and the
-# corpus are there together and packed, 0.4 each; then the results go, and the tokens come, 2 bytes
-# for each 4.5 bytes of text: 0.4 + 0.45.
-DISK_PER_BYTE = 0.85
-
 def check_disk(files, lengths):
-    """-> bytes to download. AssertionError if the disk has no room for all that will be made."""
+    """
+    -> bytes to download. AssertionError if the disk has no room for all that will be made: for
+    each byte of text one byte, since at most there are the results of pass one (packed, 0.4; the
+    signatures, 448 of 2,000 bytes, 0.2) and the corpus (0.4), later that and the tokens (0.45).
+    """
     n_missing = n_later = 0
     for (name, _, path), length in zip(files, lengths):
         entry = SOURCES[name]
         if entry['kind'] == 'text':
-            n_later += DISK_PER_BYTE * length * entry['text_bytes'] / entry['bytes']
+            n_later += length * entry['text_bytes'] / entry['bytes']
         if not os.path.exists(path):
             n_missing += length - part_of(path)[1]
     if n_missing == 0: # it was checked when they were downloaded
@@ -1947,7 +1942,7 @@ try:
         fetch(downloads)
 except AssertionError as e:
     problem = str(e)
-stop_all_ranks(problem)
+meet(problem)
 if download_only:
     print0(f'{len(downloads)} files are in {raw_dir}')
     raise SystemExit
@@ -1963,7 +1958,7 @@ try:
     clean_all(groups, sizes)
 except AssertionError as e: # a mistake in the files of one rank stops all of them
     problem = str(e)
-stop_all_ranks(problem)
+meet(problem)
 
 # -----------------------------------------------------------------------------
 # pass two. Step "dedup": MinHash with FineWeb's numbers, 112 values in 14 bands of 8

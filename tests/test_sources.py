@@ -230,8 +230,8 @@ def test_a_download_that_fails_ends_the_others(server, tmp_path, monkeypatch):
 
 
 def test_a_small_disk_is_found_before_the_first_byte(server, tmp_path, monkeypatch):
-    """By hand: 3 GB of downloads and 0.85 x 6 GB of text, on one disk and on two."""
-    free, disks = dict(raw=8.0e9, data=8.0e9), dict(raw=1, data=1)
+    """By hand: 3 GB of downloads and 6 GB of text, on one disk and on two."""
+    free, disks = dict(raw=8.9e9, data=8.9e9), dict(raw=1, data=1)
     def usage(path):
         return SimpleNamespace(free=free[os.path.basename(path)])
     def stat(path):
@@ -240,16 +240,16 @@ def test_a_small_disk_is_found_before_the_first_byte(server, tmp_path, monkeypat
     lib = stocked(server, tmp_path, 1)
     lib.space['os'] = SimpleNamespace(**dict(vars(os), stat=stat))
     files = lib.files_of('c4')
-    with fails(r'/data is too small: 8\.1 GB are needed \(downloads 3\.0, corpus and tokens 5\.1\), 8\.0 GB are free: set'):
+    with fails(r'/data is too small: 9\.0 GB are needed \(downloads 3\.0, corpus and tokens 6\.0\), 8\.9 GB are free: set'):
         lib.check_disk(files, [3_000_000_000])
-    free['data'] = 8.2e9
+    free['data'] = 9.1e9
     assert lib.check_disk(files, [3_000_000_000]) == 3_000_000_000
     disks['data'] = 2
-    free.update(raw=2.9e9, data=5.2e9)
+    free.update(raw=2.9e9, data=6.1e9)
     with fails(r'/raw is too small: 3\.0 GB are needed'):
         lib.check_disk(files, [3_000_000_000])
-    free.update(raw=3.1e9, data=5.0e9)
-    with fails(r'/data is too small: 5\.1 GB are needed'):
+    free.update(raw=3.1e9, data=5.9e9)
+    with fails(r'/data is too small: 6\.0 GB are needed'):
         lib.check_disk(files, [3_000_000_000])
     lib.space['os'] = os
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
