@@ -3,10 +3,16 @@ Stage 1: pretraining. The model learns the language, and the facts in the docume
 each next token. This takes most of the compute of the recipe. The result is a base model: it
 continues documents, it does not answer questions.
 
+Mid-training is the same again, if it is wanted: one pass over conversations and some documents,
+from the base model on, with lower learning rates. The model meets the form of the conversations,
+and many more of them than SFT needs (Hu et al. 2024: high-quality data belongs into the decay).
+
 Reads   data_dir/train_*.bin, data_dir/val_*.bin, data_dir/tokenizer.json
 Writes  out_dir/base.pt, out_dir/base.jsonl (the curve), out_dir/base.resume.pt while it runs
+With --stage=mid it reads out_dir/base.pt and mid_{train,val}_*.bin, and writes out_dir/mid.* alike.
 
 on a laptop     $ python pretrain.py config/tiny.py
+mid-training    $ python pretrain.py config/tiny.py config/midtrain.py --stage=mid
 on one GPU      $ python pretrain.py config/gpt2.py
 on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 pretrain.py config/gpt2.py
 on two nodes    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \
@@ -61,6 +67,7 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
+stage = 'base'              # base: pretraining; mid: mid-training
 init_from = ''              # start from this checkpoint (.pt) and its model, not the one below
 # model
 arch = 'gpt2'               # gpt2 (LayerNorm, learned positions, GELU) or llama (RMSNorm, rotary)
@@ -77,6 +84,7 @@ key_shift = False           # half of the key heads get the key of the token bef
 # training
 max_iters = 600000          # steps; 0 = as many as tokens_per_param asks for
 tokens_per_param = 20.0     # if max_iters = 0: tokens per parameter (Hoffmann et al. 2022)
+mid_epochs = 1              # mid: passes over the data; they decide the number of steps
 batch_size = 12             # examples in a micro-batch on each process; lower it to save memory
 total_batch_size = 0        # examples in a step, all processes; 0 = one micro-batch on each process
 dropout = 0.1               # share of the activations that is dropped while training
@@ -85,6 +93,7 @@ optimizer = 'adamw'         # adamw, or muon for the matrices in the blocks and 
 learning_rate = 3e-4        # max learning rate
 min_lr = 3e-5               # learning rate at the end of the cosine
 warmup_iters = 2000         # steps of linear warm-up
+mid_lr_scale = 0.3          # mid: learning_rate and min_lr times this, without warm-up
 weight_decay = 0.1          # weight decay of matrices; vectors do not decay
 momentum = 0.95             # muon: momentum; 0.8 is better in a run of some hundred steps
 beta1 = 0.9                 # adamw: decay rate of the first moment
@@ -107,7 +116,8 @@ seed = 1337                 # seed of everything random
 resume = True               # continue from the resume file if an interrupted run has left one
 config = configure(globals())
 
-for name in ('eval_iters', 'batch_size', 'eval_interval', 'log_interval', 'save_interval'):
+for name in ('eval_iters', 'batch_size', 'eval_interval', 'log_interval', 'save_interval',
+             'mid_epochs', 'mid_lr_scale'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
 for name in ('max_iters', 'total_batch_size', 'min_lr',
              'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip'):
@@ -115,6 +125,7 @@ for name in ('max_iters', 'total_batch_size', 'min_lr',
 for name in ('dropout', 'momentum', 'beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
 assert max_iters or tokens_per_param > 0, '--max_iters=0 needs a positive --tokens_per_param'
+assert stage in ('base', 'mid'), f"stage must be 'base' or 'mid', not {stage!r}"
 assert parallel in ('ddp', 'fsdp', 'pipeline'), (
     f"parallel must be 'ddp', 'fsdp' or 'pipeline', not {parallel!r}")
 
@@ -223,7 +234,15 @@ fsdp = run.world_size > 1 and parallel == 'fsdp'
 pipeline = run.world_size > 1 and parallel == 'pipeline'
 assert not (fsdp and optimizer == 'muon'), 'fsdp cuts matrices, muon needs whole ones: use adamw'
 assert run.dtype != torch.float16 or parallel == 'ddp', 'float16 works with --parallel=ddp only'
-stage = 'base'
+prefix = '' # of the token shards
+if stage == 'mid':
+    prefix = 'mid_'
+    init_from = init_from or os.path.join(out_dir, 'base.pt')
+    learning_rate *= mid_lr_scale
+    min_lr *= mid_lr_scale
+    warmup_iters = 0
+else: # so that a base model stays as it is when these are changed
+    del config['mid_epochs'], config['mid_lr_scale']
 if sanity: # the same loop on one batch, with settings that suit it
     stage = 'sanity'
     max_iters = save_interval = 301 # it saves nothing, unless it is interrupted
@@ -236,8 +255,9 @@ out_path = os.path.join(out_dir, f'{stage}.pt')
 shards = {} # split -> token shards
 window_ends = {} # split -> for each shard the number of windows up to its end
 for split in ('train', 'val'):
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')))
-    assert paths, f'no {data_dir}/{split}_*.bin: run `python tokenizer.py --data_dir={data_dir}`'
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{prefix}{split}_*.bin')))
+    remedy = f'python tokenizer.py --data_dir={data_dir}' + (' --mid_chats=1' if prefix else '')
+    assert paths, f'no {data_dir}/{prefix}{split}_*.bin: run `{remedy}`'
     shards[split] = [read_shard(path, tok.hash) for path in paths]
     window_ends[split] = np.cumsum([max(0, len(t) - 1) // block_size for t in shards[split]])
     n_tokens = sum(len(tokens) for tokens in shards[split])
@@ -294,7 +314,8 @@ def get_batches(step):
 # -----------------------------------------------------------------------------
 # model
 if init_from:
-    ckpt = load_checkpoint(init_from, ['base', 'sft', 'dpo', 'rlhf'], 'python pretrain.py')
+    ckpt = load_checkpoint(init_from, ['base', 'mid', 'sft', 'dpo', 'rlhf'], 'python pretrain.py')
+    config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
     model_args = ckpt['model_args']
     assert Tokenizer(ckpt['tokenizer']).hash == tok.hash, (
         f'{init_from} has another tokenizer than {tok_path}: encode the data with the former')
@@ -310,6 +331,8 @@ else:
 n_params = raw_model.n_params()
 flops_per_token = raw_model.flops_per_token(block_size)
 max_iters = max_iters or math.ceil(tokens_per_param * n_params / tokens_per_step)
+if stage == 'mid':
+    max_iters = math.ceil(mid_epochs * n_train / total_batch_size)
 n_epochs = max_iters * total_batch_size / n_train
 print0(f'model: {raw_model.config.arch}, {n_params:,} parameters '
        f'({raw_model.n_params(embedding=False):,} without embeddings), block_size {block_size}; '
