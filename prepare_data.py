@@ -33,8 +33,8 @@ Left out: models that judge quality (FineWeb-Edu, DCLM); quality rules for other
 English (use --filters=url,language,pii,dedup for them); archives (unpack .zip and .tar yourself).
 """
 from configurator import configure, read_settings # first: makes Ctrl-C one line
-import collections, datetime, functools, glob, gzip, hashlib, html, io, ipaddress, itertools, json
-import mmap, os, pathlib, re, shutil, time, typing, zlib
+import collections, concurrent.futures, contextlib, datetime, functools, glob, gzip, hashlib, html
+import io, ipaddress, itertools, json, mmap, os, pathlib, re, shutil, threading, time, typing, zlib
 
 import numpy as np
 import requests
@@ -51,6 +51,9 @@ files = 'data/raw/toytown'  # files, folders, patterns such as crawl/*.warc.gz; 
 data_dir = 'data/toytown'   # where the corpus is written
 raw_dir = 'data/raw'        # where downloads are kept; a file there is not downloaded again
 n_files = 1                 # how many files to download of a source that has many
+mirror = ''                 # download https://HOST/PATH from here, as MIRROR/HOST/PATH
+first_bytes = 0             # download only so much of each file, for a rehearsal; 0 = whole files
+download_only = False       # stop when the files are in raw_dir: before GPUs are rented
 crawl = 'CC-MAIN-2025-51'   # which crawl of Common Crawl
 wet = False                 # Common Crawl's extracted text (WET), a tenth of the size of its pages
 chat_as_text = False        # also put the text of training conversations into the corpus
@@ -100,7 +103,7 @@ def load_json(path):
             raise AssertionError(f'{path}: not JSON ({e}): repair or delete it') from None
 
 CONFIG_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config')
-SOURCES = load_json(f'{CONFIG_DIR}/sources.json') # {name: {kind, size, licence, about, urls}}
+SOURCES = load_json(f'{CONFIG_DIR}/sources.json') # {name: {kind, bytes, text_bytes, rows, ...}}
 ALL_STEPS = ['url', 'text', 'language', 'repetition', 'quality', 'c4', 'fineweb', 'pii', # pass one
              'dedup', 'decontaminate'] # pass two: these need other documents
 NOT_FOR_CURATED = ['language', 'repetition', 'quality', 'c4', 'fineweb']
@@ -125,7 +128,8 @@ for name, needed in NEEDED.items():
     setting = 'filters' if needed in ALL_STEPS else 'source'
     assert is_used or is_default, (f'{name} = {config[name]!r} would be ignored: add {needed} to '
                                    f'--{setting}={config[setting]}')
-assert seed >= 0, f'seed must be at least 0, not {seed}'
+for name in ('seed', 'first_bytes'):
+    assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 weights = {} # source -> share of the bytes
 for part in filter(None, mixture.split(',')):
     name, _, weight = part.partition(':')
@@ -243,9 +247,10 @@ for path in own_files:
 stamps = {}
 for path in [*own_files, __file__, *sorted(glob.glob(f'{CONFIG_DIR}/*.json'))]:
     stamps[path] = [os.path.getsize(path), os.path.getmtime(path)]
-settings = json.dumps([config, weights, stamps], sort_keys=True)
+decides = {name: value for name, value in config.items() if name not in ('mirror', 'download_only')}
+settings = json.dumps([decides, weights, stamps], sort_keys=True)
 settings_path = f'{PARTIAL}/settings.json'
-if RANK == 0:
+if RANK == 0 and not download_only:
     if os.path.exists(MARKER):
         put_in_place()
     is_same = os.path.exists(settings_path) and load_json(settings_path) == json.loads(settings)
@@ -263,8 +268,12 @@ stop_all_ranks('') # the others wait until the folder is ready
 TIMEOUT = (10, 60)      # seconds to connect, and between two pieces of a file
 TRIES = 6               # failures in a row that brought no new bytes
 FIRST_WAIT = 1          # seconds before the second try, doubled after each failure
+AT_ONCE = 8             # downloads at a time
+SHOW_EVERY = 10         # seconds between two lines of progress
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504} # HTTP status codes of problems that may pass
 PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+STOP = threading.Event() # set when a download has failed: the others end too
+CAME = collections.Counter() # path -> bytes that have come; each thread counts its own file
 
 def urls_of(name, n_files):
     """
@@ -288,64 +297,84 @@ def part_of(path):
     parts = glob.glob(f'{glob.escape(path)}.*.part')
     return (parts[0], os.path.getsize(parts[0])) if parts else ('', 0)
 
-def request(url, path):
-    """Send one request for the missing bytes. -> what went wrong, or ''"""
+def request(url, path, only_look):
+    """
+    Send one request for the missing bytes of a file, or only look whether the server has it.
+    -> (what went wrong or '', the length of the file or 0 if the server does not tell)
+    """
     part, have = part_of(path)
-    headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-'} # identity: not compressed
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
+    if have and part == f'{path}.{have}.part': # nothing is missing
+        os.replace(part, path)
+        return '', have
+    limit = 0 if url.endswith('.paths.gz') else first_bytes # lists of files are needed whole
+    last = limit - 1 if limit else ''
+    address = f'{mirror.rstrip("/")}/{url.split("://")[-1]}' if mirror else url
+    headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-{last}'} # not compressed
+    with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT) as r:
         if r.status_code in TRY_AGAIN:
-            return f'HTTP {r.status_code}'
-        if r.status_code == 416 and part == f'{path}.{have}.part': # nothing is missing
-            os.replace(part, path)
-            return ''
-        assert r.status_code in (200, 206, 416), \
-            f'{url}: HTTP {r.status_code} {r.reason}: put the file at {path} yourself'
+            return f'HTTP {r.status_code}', 0
+        name = os.path.basename(os.path.dirname(path))
+        assert r.status_code in (200, 206, 416), (
+            f'{address}: HTTP {r.status_code} {r.reason}: put the file at {path} yourself, or take '
+            f'{name} out of --source={source}')
         if url.endswith('.gz'):
             r.raw.headers.pop('Content-Encoding', None) # or requests would unpack the file
         span = re.fullmatch(r'bytes (\d+)-\d+/(\d+)', r.headers.get('Content-Range', ''))
         total = int(span[2] if span else r.headers.get('Content-Length', 0))
+        if limit:
+            total = min(total, limit)
+        if only_look:
+            return '', total
         whole_part = f'{path}.{total}.part'
         is_rest = r.status_code == 206 and span and int(span[1]) == have
         if part and not (is_rest and part == whole_part): # the server sends all, or another file
             os.remove(part)
             have = 0
         if r.status_code != 200 and not (is_rest and have == int(span[1])):
-            return 'the file has changed: start over'
-        megabytes, all_megabytes = have / 1e6, total / 1e6
-        print0(f'{url}: {megabytes:,.1f} of {all_megabytes:,.1f} MB are here')
+            return 'the file has changed: start over', 0
         with open(whole_part, 'ab' if have else 'wb') as f:
             for block in r.iter_content(1 << 15):
+                if limit: # a server that knows no ranges sends the whole file
+                    block = block[:limit - have]
                 have += f.write(block)
+                CAME[path] += len(block)
+                if STOP.is_set() or have == limit:
+                    break
     if total and have != total:
-        return f'{have:,} of {total:,} bytes came'
+        return f'{have:,} of {total:,} bytes came', 0
     os.replace(whole_part, path)
-    return ''
+    return '', have
 
-def download(url, path):
-    """Download url to path, unless it is there. The next try, or run, continues a failed one."""
+def download(url, path, only_look=False):
+    """
+    Download url to path, unless it is there; or only look how long it is. -> its length in bytes
+    The next try, or run, continues one that failed.
+    """
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     failures, most = 0, part_of(path)[1]
-    while not os.path.exists(path):
+    while not os.path.exists(path) and not STOP.is_set():
         try:
-            problem = request(url, path)
+            problem, length = request(url, path, only_look)
         except PASSING as e:
             problem = type(e).__name__
         except (requests.RequestException, ValueError) as e: # a bad URL: waiting does not help
             raise AssertionError(f'{url}: {" ".join(str(e).split())}') from None
         if not problem:
-            print0(f'{path}: {os.path.getsize(path) / 1e6:,.1f} MB')
-            return
+            return length
         have = part_of(path)[1]
         failures = 0 if have > most else failures + 1
         most = max(most, have)
         assert failures < TRIES, (f'{url}: {problem}: run the same command later (what came is '
                                   f'kept), or put the file at {path} yourself')
         print0(f'{url}: {problem}')
-        time.sleep(FIRST_WAIT * 2**max(0, failures - 1))
+        STOP.wait(FIRST_WAIT * 2**max(0, failures - 1))
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
-def fetch(name):
-    """Download this rank's share of a source. -> the paths of all its files, equal on all ranks"""
+def files_of(name):
+    """The files of a public source, equal on all ranks. -> [(name, url, path), ...]"""
     folder = f'{raw_dir}/{name}'
+    if first_bytes: # a folder of their own, so that they are never taken for whole files
+        folder = f'{raw_dir}/first_{first_bytes}/{name}'
     urls = urls_of(name, n_files)
     if name == 'commoncrawl': # its URL is that of a list of files; each rank gets a copy of it
         kind = 'wet' if wet else 'warc'
@@ -360,10 +389,65 @@ def fetch(name):
     file_names = [url.split('/')[-1] for url in urls]
     if len(set(file_names)) < len(file_names): # hh has four files named train.jsonl.gz
         file_names = ['-'.join(url.split('/')[-2:]) for url in urls]
-    paths = [f'{folder}/{file_name}' for file_name in file_names]
-    for i in range(RANK, len(urls), world_size):
-        download(urls[i], paths[i])
-    return paths
+    is_cut = first_bytes and file_names[0].endswith(('.bin', '.parquet'))
+    assert not is_cut, f'first_bytes: a part of {file_names[0]} is of no use: leave {name} out'
+    return [(name, url, f'{folder}/{file_name}') for url, file_name in zip(urls, file_names)]
+
+# What the disk must hold later, in bytes for each byte of text: the results of pass one and the
+# corpus are there together and packed, 0.4 each; then the results go, and the tokens come, 2 bytes
+# for each 4.5 bytes of text: 0.4 + 0.45.
+DISK_PER_BYTE = 0.85
+
+def check_disk(files, lengths):
+    """AssertionError if there is no room for the files of these lengths, and what is made of them"""
+    n_missing = n_later = 0
+    for (name, _, path), length in zip(files, lengths):
+        entry = SOURCES[name]
+        n_later += DISK_PER_BYTE * length * entry['text_bytes'] / entry['bytes']
+        if not os.path.exists(path):
+            n_missing += length - part_of(path)[1]
+    if n_missing == 0: # this was checked when they were downloaded
+        return
+    os.makedirs(data_dir, exist_ok=True)
+    needs = [(raw_dir, n_missing), (data_dir, n_later)]
+    if os.stat(raw_dir).st_dev == os.stat(data_dir).st_dev: # both are on one disk
+        needs = [(data_dir, n_missing + n_later)]
+    for folder, needed in needs:
+        free = shutil.disk_usage(folder).free
+        assert needed <= free, (
+            f'the disk of {folder} is too small: {needed / 1e9:,.1f} GB are needed (downloads '
+            f'{n_missing / 1e9:,.1f}, corpus and tokens {n_later / 1e9:,.1f}), {free / 1e9:,.1f} GB'
+            ' are free: set raw_dir or data_dir to another disk, or n_files to a smaller number')
+
+def fetch(files):
+    """Download the files [(name, url, path), ...] that are not there, several at a time."""
+    urls = [url for _, url, _ in files]
+    paths = [path for _, _, path in files]
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            # a file that is gone, or a small disk, must not be found out after hours
+            look = functools.partial(download, only_look=True)
+            lengths = list(pool.map(look, urls, paths))
+            check_disk(files, lengths)
+            n_here = sum(part_of(path)[1] or os.path.exists(path) and os.path.getsize(path)
+                         for path in paths)
+            n_missing = sum(lengths) - n_here
+            start = time.time()
+            tasks = [pool.submit(download, url, path) for url, path in zip(urls, paths)]
+            while tasks:
+                done, tasks = concurrent.futures.wait(tasks, SHOW_EVERY, 'FIRST_EXCEPTION')
+                for task in done:
+                    task.result() # raises what the download has raised
+                came = sum(CAME[path] for path in paths)
+                rate = came / (time.time() - start)
+                minutes = (n_missing - came) / max(1, rate) / 60
+                if came:
+                    print0(f'downloads: {came / 1e6:,.1f} of {n_missing / 1e6:,.1f} MB, '
+                           f'{rate / 1e6:.1f} MB/s, {max(0, minutes):.1f} minutes left')
+        except BaseException: # a problem, or Ctrl-C
+            STOP.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 # -----------------------------------------------------------------------------
 # read WARC files: web pages as a crawler received them (ISO 28500)
@@ -600,6 +684,35 @@ def from_gsm8k(row):
         rows.append(('prompts', dict(messages=messages[:1], checks=checks)))
     return rows
 
+LETTERS = 'ABCDEFGHIJ'
+
+def conversation_of(question, options, gold):
+    """
+    A question with choices, in one of the two forms in which eval.py asks such questions in a chat:
+        'Which?\\nA. this\\nB. that' -> 'B' (MMLU)        'Which?' -> 'that' (ARC)
+    The question itself decides, so that it is never in the training and in the validation data.
+    """
+    answer = options[gold]
+    if zlib.crc32(question.encode('utf-8', 'replace')) % 2:
+        answer = LETTERS[gold]
+        for letter, option in zip(LETTERS, options):
+            question += f'\n{letter}. {option.strip()}'
+    return [('chat', dict(messages=messages_of(question, answer)))]
+
+def from_choices(row):
+    """CommonsenseQA and ARC: answerKey is the label of the right choice."""
+    choices = row['question']['choices']
+    labels = [choice['label'] for choice in choices]
+    options = [choice['text'] for choice in choices]
+    return conversation_of(row['question']['stem'], options, labels.index(row['answerKey']))
+
+def from_hellaswag(row):
+    """How does a text go on? Some are from wikiHow, with marks such as [title] and [step]."""
+    texts = [f"{row['activity_label']}: {row['ctx']}", *row['endings']]
+    texts = [re.sub(r'\[\w+\]', '', text.replace(' [title]', '.')) for text in texts]
+    question, *endings = [' '.join(text.split()) for text in texts]
+    return conversation_of(question, endings, row['label'])
+
 def from_gsm8k_exam(row):
     """With the solution: a base model is shown solved problems before its own."""
     rows = []
@@ -686,6 +799,8 @@ FORMS = {
     'instruction output': from_instruction,
     'instruction response': from_instruction,
     'question answer': from_gsm8k,
+    'question answerKey': from_choices,
+    'activity_label ctx endings label': from_hellaswag,
     'chosen rejected': from_hh,
     'message_tree_id prompt': from_oasst,
     'instruction completions': from_ultrafeedback,
@@ -901,6 +1016,14 @@ def read_rows(rows, path, benchmark, is_own, skipped):
             elif kind != 'text':
                 yield dict(kind=kind, row=new)
 
+def unpack(f):
+    """All that can be unpacked of a .gz that first_bytes has cut."""
+    pieces = []
+    with contextlib.suppress(EOFError), gzip.open(f) as unpacked:
+        for piece in iter(unpacked.read1, b''):
+            pieces.append(piece)
+    return b''.join(pieces)
+
 def read_content(f, path, benchmark, is_own, skipped):
     """Yield the items of an open file."""
     if re.search(r'\.(w?arc|wet)(\.gz)?$', path, re.I):
@@ -909,7 +1032,8 @@ def read_content(f, path, benchmark, is_own, skipped):
         return
     name = path.lower()
     if name.endswith('.gz'):
-        f = io.BufferedReader(gzip.open(f), 1 << 20)
+        unpacked = io.BytesIO(unpack(f)) if first_bytes and not is_own else gzip.open(f)
+        f = io.BufferedReader(unpacked, 1 << 20)
         name = name.removesuffix('.gz')
     if name.endswith(('.jsonl', '.json')) and f.peek(2)[:2] in (b'\xff\xfe', b'\xfe\xff'):
         text = f.read().decode('utf-16') # as some programs on Windows write
@@ -965,7 +1089,7 @@ def read_file(path, source_name, skipped):
         reason = f'damaged, the rest is left out ({e})'
         if is_own:
             yield dict(kind='bad row', place=path, reason=reason)
-        else:
+        elif not first_bytes: # then the end of a file is missing, as was asked for
             print0(f'{path}: {reason}')
             skipped['damaged file'] += 1
 
@@ -1810,12 +1934,19 @@ inputs = [('files', path) for path in own_files] # (source, path)
 problem = ''
 try:
     check_form(own_files[RANK::world_size])
+    downloads = [] # (source, url, path)
     for name in source.split(','):
         if name != 'files':
-            inputs += [(name, path) for path in fetch(name)]
+            downloads += files_of(name)
+    inputs += [(name, path) for name, _, path in downloads]
+    if RANK == 0:
+        fetch(downloads)
 except AssertionError as e:
     problem = str(e)
 stop_all_ranks(problem)
+if download_only:
+    print0(f'{len(downloads)} files are in {raw_dir}')
+    raise SystemExit
 groups, sizes = [], [] # small files make up a group; a large one is a group alone
 for source_name, path in inputs:
     size = os.path.getsize(path)
