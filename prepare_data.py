@@ -148,6 +148,13 @@ def stop_all_ranks(problem):
     found = [text for text in problems if text]
     assert not found, found[0]
 
+def meet():
+    """Wait for all ranks. One that has stopped has said why."""
+    try:
+        stop_all_ranks('')
+    except RuntimeError: # no connection to it
+        raise SystemExit(1) from None
+
 # -----------------------------------------------------------------------------
 # find the input files, and finish what a killed run has left
 
@@ -1892,6 +1899,10 @@ def clean_group(group, report):
         report['kinds'][item['kind']] += 1
         yield describe(item)
 
+def new_report():
+    return collections.defaultdict(collections.Counter, examples=[], fates={}, signatures=[],
+                                   token_files=[], bad_rows=[], kept={})
+
 def result_path(i, ending):
     return f'{WORK}/{i:06d}.{ending}'
 
@@ -1905,8 +1916,7 @@ def clean_all(groups, sizes):
     n_done = 0
     began = time.time()
     for i in mine:
-        report = collections.defaultdict(collections.Counter, examples=[], fates={}, signatures=[],
-                                         token_files=[], bad_rows=[])
+        report = new_report()
         write_jsonl(result_path(i, 'jsonl.gz'), clean_group(groups[i], report))
         signatures = np.array(report.pop('signatures'), np.uint32)
         with atomic_write(result_path(i, 'npy')) as partial, open(partial, 'wb') as f:
@@ -1960,8 +1970,6 @@ try:
 except AssertionError as e: # a mistake in the files of one rank stops all of them
     problem = str(e)
 stop_all_ranks(problem)
-if RANK > 0: # the rest is for rank 0
-    raise SystemExit
 
 # -----------------------------------------------------------------------------
 # pass two. Step "dedup": MinHash with FineWeb's numbers, 112 values in 14 bands of 8
@@ -1994,14 +2002,22 @@ def near_duplicates(signatures, threshold=0.7):
                 kept_with[band].append(i)
     return copy_of
 
-seen_keys = set()
+def write_copies():
+    """Write for each text of each group: 0 = it stays, 1 = a near copy, 2 = with the same words."""
+    signatures = [np.load(result_path(i, 'npy')) for i in range(len(groups))]
+    ends = np.cumsum([len(rows) for rows in signatures])
+    signatures = np.concatenate(signatures)
+    copy_of = near_duplicates(signatures, near_duplicate)
+    copies = np.flatnonzero(copy_of != np.arange(len(copy_of)))
+    is_same = (signatures[copies] == signatures[copy_of[copies]]).all(1)
+    verdicts = np.zeros(len(copy_of), np.uint8)
+    verdicts[copies] = np.where(is_same, 2, 1)
+    for i, part in enumerate(np.split(verdicts, ends[:-1])):
+        np.save(result_path(i, 'copies.npy'), part)
 
 def dedup_step(doc):
     """Was this text, or one nearly like it, there before?"""
-    if doc['key'] in seen_keys:
-        return 'exact'
-    seen_keys.add(doc['key'])
-    return 'near' if copy_of[doc['number']] != doc['number'] else None
+    return (None, 'near', 'exact')[doc['copy']]
 
 # -----------------------------------------------------------------------------
 # step "decontaminate": texts that contain a benchmark question (Brown et al. 2020, C)
@@ -2039,76 +2055,132 @@ def decontaminate_step(item):
 
 LAST_STEPS = dict(dedup=dedup_step, decontaminate=decontaminate_step)
 
-def read_results(kinds):
-    """Yield (number, item) of the kinds that pass one has kept; the numbers count all items."""
-    start = 0
-    for i in range(len(groups)):
-        if any(kind.startswith(kinds) for kind in kinds_of[i]): # else there is nothing to read
-            for line, item in read_jsonl(result_path(i, 'jsonl.gz')):
-                if item['kind'].startswith(kinds):
-                    yield start + line - 1, item
-        start += sum(kinds_of[i].values())
+def finish_groups():
+    """The last steps for this rank's groups. A report lists the items that stay."""
+    global exam_hashes, exam_names # for decontaminate_step
+    exam_hashes = np.load(f'{WORK}/exam_hashes.npy', 'r') # 'r': the ranks share the memory
+    exam_names = np.load(f'{WORK}/exam_names.npy', 'r')
+    steps = [name for name in LAST_STEPS if name in filters.split(',')]
+    for i in range(RANK, len(groups), world_size):
+        report = new_report()
+        copies = iter(np.load(result_path(i, 'copies.npy')).tolist())
+        for line, item in read_jsonl(result_path(i, 'jsonl.gz')):
+            kind, source_name = item['kind'], item['source']
+            reason = None
+            if kind == 'text':
+                item['copy'] = next(copies, 0)
+                if not all(run_step(item, name, LAST_STEPS[name], report) for name in steps):
+                    continue
+            elif kind in TASKS and 'decontaminate' in steps:
+                reason = decontaminate_step(item)
+            if reason:
+                report['skipped'][f'{kind}: {reason}'] += 1
+            elif not kind.startswith('benchmarks'):
+                row = [line - 1, item['size'], item['side'] == 'val', item['key']]
+                report['kept'].setdefault(f'{kind} {source_name}', []).append(row)
+        write_text(result_path(i, 'kept'), json.dumps(report))
 
-total = collections.defaultdict(collections.Counter, examples=[], fates={}) # all reports together
-kinds_of = []   # {kind: number of items} of each group
-token_files = []
-bad_rows = []
-signatures = [np.zeros((0, 112), np.uint32)]
+def read_items(numbers):
+    """Yield the items with these numbers, in this order. They should ascend as far as possible."""
+    starts = np.load(f'{WORK}/starts.npy') # the number of the first item of each group
+    last = -1
+    for number in numbers:
+        i = np.searchsorted(starts, number, 'right') - 1
+        if last < starts[i] or number <= last: # of another group, or the next epoch begins
+            lines = read_jsonl(result_path(i, 'jsonl.gz'))
+        for line, item in lines:
+            if starts[i] + line - 1 == number:
+                break
+        yield item
+        last = number
+
+def document_of(item):
+    return {key: item[key] for key in ('text', 'source', 'url')}
+
+def write_shards():
+    """Write this rank's share of the documents."""
+    for path in sorted(glob.glob(f'{glob.escape(WORK)}/*.shards.npy')):
+        numbers, shards = np.load(path) # of each document, and of the file that it goes to
+        side = os.path.basename(path).split('.')[0]
+        is_mine = shards * world_size // (shards[-1] + 1) == RANK # some shards, one after another
+        items = read_items(numbers[is_mine])
+        for shard, n in zip(*np.unique(shards[is_mine], return_counts=True)):
+            documents = map(document_of, itertools.islice(items, n))
+            write_jsonl(f'{NEW}/{side}/{shard:06d}.jsonl.gz', documents)
+
+if RANK > 0: # the other ranks help with what takes longest; rank 0 alone does the rest
+    meet() # the copies and the exam questions are found
+    finish_groups()
+    meet()
+    meet() # the corpus is planned
+    write_shards()
+    meet()
+    raise SystemExit
+
+total = new_report() # all reports together
+
+def add_report(report):
+    for url, fate in report.pop('fates').items():
+        total['fates'].setdefault(url, {}).update(fate)
+    for name, value in report.items():
+        if isinstance(value, list):
+            total[name] += value
+        else:
+            total[name].update(value)
+
+kinds_of = [] # {kind: number of items} of each group
 for i in range(len(groups)):
     report = load_json(result_path(i, 'json'))
-    total['fates'].update(report.pop('fates'))
-    total['examples'] += report.pop('examples')
-    token_files += report.pop('token_files')
-    bad_rows += report.pop('bad_rows')
     kinds_of.append(report.get('kinds', {}))
-    signatures.append(np.load(result_path(i, 'npy')))
-    for name, counts in report.items():
-        total[name].update(counts)
+    add_report(report)
+bad_rows = total['bad_rows']
 for text in bad_rows[:keep_dropped]:
     print0(f'left out: {text}')
 n_rows = total['read']['rows']
 assert len(bad_rows) <= max_bad_rows * n_rows, (
     f'{bad_rows[0]}: {len(bad_rows):,} of {n_rows:,} rows are bad: repair them, or raise '
     f'--max_bad_rows={max_bad_rows}')
-copy_of = near_duplicates(np.concatenate(signatures), near_duplicate)
-del signatures
-
 shutil.rmtree(NEW, ignore_errors=True) # of a run that was killed in pass two
 os.makedirs(NEW)
 exams = collections.defaultdict(dict) # benchmark -> {row as text: row}; no row twice
-for _, item in read_results('benchmarks/'):
-    name = item['kind'].removeprefix('benchmarks/')
-    as_text = json.dumps(item['row'], sort_keys=True)
-    exams[name][as_text] = item['row']
+for i, kinds in enumerate(kinds_of):
+    if any(kind.startswith('benchmarks') for kind in kinds): # else there is nothing to read
+        for _, item in read_jsonl(result_path(i, 'jsonl.gz')):
+            if item['kind'].startswith('benchmarks'):
+                as_text = json.dumps(item['row'], sort_keys=True)
+                exams[item['kind'].removeprefix('benchmarks/')][as_text] = item['row']
 exams = {name: list(rows.values()) for name, rows in exams.items()}
-exam_hashes, exam_names = exam_ngrams(exams)
 for name, rows in exams.items():
     write_jsonl(f'{NEW}/benchmarks/{name}.jsonl', rows)
     print0(f'benchmarks/{name}.jsonl: {len(rows):,} questions')
 
+exam_hashes, exam_names = exam_ngrams(exams)
+np.save(f'{WORK}/exam_hashes.npy', exam_hashes)
+np.save(f'{WORK}/exam_names.npy', np.array(exam_names, str))
+write_copies()
+meet()
+finish_groups()
+meet()
+
 # which items stay, and what the mixture must know of them
-kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> source -> its items
-n_items = sum(sum(kinds.values()) for kinds in kinds_of)
-sizes = np.zeros(n_items, np.int64)
-is_val = np.zeros(n_items, bool)
-keys = np.zeros(n_items, np.uint64) # they decide the side
-late_steps = [name for name in LAST_STEPS if name in filters.split(',')]
-n_texts = 0
-for number, item in read_results(('text', *TASKS)):
-    if item['kind'] == 'text':
-        item['number'] = n_texts # its row in the signatures
-        n_texts += 1
-        is_kept = all(run_step(item, name, LAST_STEPS[name], total) for name in late_steps)
-    else:
-        reason = decontaminate_step(item) if 'decontaminate' in late_steps else None
-        is_kept = reason is None
-        if not is_kept:
-            total['skipped'][f"{item['kind']}: {reason}"] += 1
-    if is_kept:
-        kept[item['kind']][item['source']].append(number)
-        sizes[number] = item['size']
-        is_val[number] = item['side'] == 'val'
-        keys[number] = item['key']
+kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> source -> numbers
+starts = np.cumsum([0, *[sum(kinds.values()) for kinds in kinds_of]]) # of groups, and the end
+np.save(f'{WORK}/starts.npy', starts[:-1])
+sizes = np.zeros(starts[-1], np.int64)
+is_val = np.zeros(starts[-1], bool)
+keys = np.zeros(starts[-1], np.uint64) # they decide the side
+for i in range(len(groups)):
+    report = load_json(result_path(i, 'kept'))
+    for name, rows in report.pop('kept').items():
+        kind, _, source_name = name.partition(' ')
+        lines, *columns = np.array(rows, np.uint64).T
+        numbers = starts[i] + lines.astype(int)
+        sizes[numbers], is_val[numbers], keys[numbers] = columns
+        kept[kind][source_name].append(numbers)
+    add_report(report)
+for numbers_of in kept.values():
+    for name, parts in numbers_of.items():
+        numbers_of[name] = np.concatenate(parts)
 
 # -----------------------------------------------------------------------------
 # the mixture: how often each item is taken. Weights are of bytes, among the sources of one kind
@@ -2137,12 +2209,12 @@ for name in ALL_STEPS:
     lost.append(f'{name} {n_lost:,}')
 assert 'text' in kept or not n_read, (f'no document of {n_read:,} is left, dropped by '
                                       f'{", ".join(lost)}: run fewer steps: --filters=pii,dedup')
-assert kept or token_files or exams, f'{files}: the input files are empty'
+assert kept or total['token_files'] or exams, f'{files}: the input files are empty'
 known = set().union(*kept.values())
 unknown = sorted(set(weights) - known)
 assert not unknown, (f'mixture: nothing from {", ".join(unknown)}; '
                      f'there is {", ".join(sorted(known))}')
-times = np.zeros(n_items, np.int64) # how often each item is taken
+times = np.zeros(len(sizes), np.int64) # how often each item is taken
 rng = np.random.default_rng(seed)
 for kind, numbers_of in sorted(kept.items()):
     have = {} # bytes of each source
@@ -2178,42 +2250,30 @@ for kind, numbers_of in kept.items():
 counts = collections.Counter()
 mixed = collections.defaultdict(collections.Counter) # kind -> {source: bytes}
 
-def choose_rows(kind, side):
-    """Yield rows as often as the mixture says: all items once, then those to be repeated."""
-    for epoch in range(times.max(initial=0)):
-        for number, item in read_results(kind):
-            if times[number] > epoch and item['side'] == side:
-                counts[f'{kind} {side} rows'] += 1
-                counts[f'{kind} {side} bytes'] += item['size']
-                mixed[kind][item['source']] += item['size']
-                if kind == 'text':
-                    yield {key: item[key] for key in ('text', 'source', 'url')}
-                else:
-                    yield item['row']
-
-def split_shards(documents):
-    """Yield lists of documents with about shard_bytes of text each."""
-    shard, size = [], 0
-    for doc in documents:
-        shard.append(doc)
-        size += n_bytes(doc)
-        if size >= shard_bytes:
-            yield shard
-            shard, size = [], 0
-    if shard:
-        yield shard
-
-for side in ('train', 'val'):
-    documents = choose_rows('text', side)
-    for n, shard in enumerate(split_shards(documents)):
-        write_jsonl(f'{NEW}/{side}/{n:06d}.jsonl.gz', shard)
-    for kind in TASKS:
-        if kind in kept:
-            name = f'{kind}_{side}.jsonl'
-            write_jsonl(f'{NEW}/{name}', choose_rows(kind, side))
-            n_rows = counts[f'{kind} {side} rows']
-            print0(f'{name}: {n_rows:,} rows')
-for path in token_files: # token shards are linked, not copied
+for kind, numbers_of in kept.items():
+    for name, numbers in numbers_of.items():
+        n_taken = int((sizes[numbers] * times[numbers]).sum())
+        if n_taken:
+            mixed[kind][name] = n_taken
+    all_numbers = np.sort(np.concatenate([*numbers_of.values()]))
+    for side in ('train', 'val'):
+        numbers = all_numbers[is_val[all_numbers] == (side == 'val')]
+        epochs = range(times[numbers].max())
+        # all items once, then those to be repeated
+        numbers = np.concatenate([numbers[times[numbers] > epoch] for epoch in epochs])
+        n_before = np.cumsum(sizes[numbers]) - sizes[numbers] # bytes
+        counts[f'{kind} {side} rows'] = len(numbers)
+        counts[f'{kind} {side} bytes'] = int(sizes[numbers].sum())
+        if kind == 'text':
+            _, shards = np.unique(n_before // shard_bytes, return_inverse=True)
+            np.save(f'{WORK}/{side}.shards.npy', np.stack([numbers, shards]))
+        else:
+            write_jsonl(f'{NEW}/{kind}_{side}.jsonl', (item['row'] for item in read_items(numbers)))
+            print0(f'{kind}_{side}.jsonl: {len(numbers):,} rows')
+meet()
+write_shards()
+meet()
+for path in total['token_files']: # token shards are linked, not copied
     name = os.path.basename(path)
     side = 'val' if re.search('(^|[_-])val[_-]', name) else 'train'
     number = re.sub('.*(train|val)_?', '', name)
