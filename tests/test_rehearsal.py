@@ -5,17 +5,20 @@ stages run as speedrun.sh runs them, with a model of two layers.
 import gzip
 import http.server
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import configurator
 from conftest import ROOT, definitions, load
 from model import GPT, GPTConfig, ScalarModel
 
@@ -152,3 +155,152 @@ def serve(folder):
     server.folder, server.asked = folder, []
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return server, f'http://127.0.0.1:{server.server_port}'
+
+# -----------------------------------------------------------------------------
+# what speedrun.sh runs
+
+MADE = dict(toytown='data/raw/toytown/truth.jsonl', prepare_data='{data_dir}/funnel.json',
+            tokenizer='{data_dir}/tokenizer.json', pretrain='{out_dir}/{stage}.pt', sft='{out_dir}/sft.pt',
+            reward='{out_dir}/reward.pt', rlhf='{out_dir}/rlhf.pt', eval='{out_dir}/report.md', scaling='estimate')
+STUB = '''
+import os
+config = configure(globals(), quiet=True)
+path = MADE.format(**config)
+os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+open(path, 'w').close()
+if config.get('mid_chats'):
+    open(config['data_dir'] + '/mid_train_000000.bin', 'w').close()
+'''
+
+@pytest.fixture
+def speedrun(tmp_path):
+    """speedrun.sh with the settings of the real scripts, which only touch what they would write. -> its commands"""
+    for name in ('configurator.py', 'speedrun.sh', 'requirements.txt'):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / 'config', tmp_path / 'config')
+    (tmp_path / 'model.py').touch()
+    for name, made in MADE.items():
+        settings = [f'{key} = {default!r} # {comment}\n' for key, (default, comment, _) in
+                    configurator.read_settings(ROOT / f'{name}.py').items()]
+        stub = STUB.replace('MADE', repr(made))
+        (tmp_path / f'{name}.py').write_text('from configurator import configure\n' + ''.join(settings) + stub)
+    programs = tmp_path / '.venv' / 'bin'
+    programs.mkdir(parents=True)
+    (programs / 'python').write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (programs / 'torchrun').write_text('#!/bin/sh\nshift 2\nexec python "$@"\n') # after its two flags
+    for path in programs.iterdir():
+        path.chmod(0o755)
+    shutil.copy(tmp_path / 'requirements.txt', tmp_path / '.venv' / 'installed.txt')
+
+    def run(*words, **env):
+        done = subprocess.run(['bash', 'speedrun.sh', *words], cwd=tmp_path, capture_output=True, text=True,
+                              env={**os.environ, **env}, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.findall(r'^\$ (.*)\n(?!finished before)', done.stdout, re.M)
+    run.folder = tmp_path
+    return run
+
+def test_the_commands_of_a_profile(speedrun):
+    def commands(words, train='python'):
+        scripts = ['pretrain.py', 'pretrain.py', 'sft.py', 'reward.py', 'rlhf.py', 'eval.py']
+        trained = [f'{train} {script} {words}' for script in scripts]
+        trained[1] += ' stage=mid'
+        clean = f'torchrun --standalone --nproc_per_node=cpu prepare_data.py {words}'
+        return [clean, f'python tokenizer.py {words}', *trained]
+    # the rehearsal changes the profile, so it comes last
+    assert speedrun('--rehearse=true', 'config/d20.py') == commands('config/d20.py config/rehearse.py')
+    # a setting of mid-training is none of the base model, which costs a hundred times as much
+    words = 'config/d20.py config/rehearse.py', '--mid_lr_scale=0.5'
+    assert speedrun(*words[0].split(), words[1]) == commands('config/d20.py config/rehearse.py mid_lr_scale=0.5')[3:]
+    # without mid-training: a mid.pt that is left over would be the start of sft.py
+    (speedrun.folder / 'data/rehearsal/mid_train_000000.bin').unlink() # as tokenizer.py does
+    ran = speedrun('config/d20.py', 'config/rehearse.py', '--mid_chats=0', NPROC='2')
+    every = commands('config/d20.py config/rehearse.py mid_chats=0', 'torchrun --standalone --nproc_per_node=2')
+    assert ran == every[1:3] + every[4:]
+    assert not (speedrun.folder / 'out/rehearsal/mid.pt').exists()
+    assert speedrun('config/d20.py', '--estimate=8xH100') == [] and (speedrun.folder / 'estimate').exists()
+
+def test_the_commands_of_midtrain(speedrun):
+    """It starts from the base model of another run."""
+    ran = speedrun('config/tiny.py', 'config/midtrain.py')
+    assert [command.split()[1] for command in ran] == [
+        'toytown.py', 'prepare_data.py', 'tokenizer.py', 'pretrain.py', 'sft.py', 'reward.py', 'rlhf.py', 'eval.py']
+    assert ran[3] == 'python pretrain.py config/tiny.py config/midtrain.py stage=mid'
+
+# -----------------------------------------------------------------------------
+# the rehearsal
+
+N_BYTES = 30_000
+FAST = dict(prepare_data=[f'first_bytes={N_BYTES}'], pretrain=['max_iters=4'], mid=['mid_text=0.1'],
+            rlhf=['max_iters=2', 'batch_size=4', 'minibatch_size=4'],
+            eval=['limit=1', 'n_robust=0', 'n_prompts=2', 'pool_prompts=1', 'val_tokens=2000'])
+
+@pytest.fixture(scope='module')
+def mirror(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('mirror')
+    write_mirror(folder, 'd20', n_files=2, n_rows=40)
+    server, url = serve(folder)
+    yield SimpleNamespace(folder=folder, server=server, url=url)
+    server.shutdown()
+
+@pytest.fixture(scope='module')
+def d20(mirror, scripts, tmp_path_factory):
+    """All stages of config/d20.py, rehearsed -> the folder in which they ran."""
+    folder = tmp_path_factory.mktemp('d20')
+    words = ['config/d20.py', f'mirror={mirror.url}', 'config/rehearse.py']
+    for stage in ('prepare_data', 'tokenizer', 'pretrain', 'mid', 'sft', 'reward', 'rlhf', 'eval'):
+        script, more = ('pretrain.py', ['stage=mid']) if stage == 'mid' else (f'{stage}.py', [])
+        scripts.ok(script, *words, *more, *FAST.get(stage, []), cwd=folder)
+    return folder
+
+def check_checkpoints(profile, out):
+    """
+    The checkpoints of a rehearsal are those of the full profile, but for the settings that the rehearsal changes: with
+    these, a model of the full profile on the meta device has the same names and shapes.
+    """
+    settings = settings_of('pretrain.py', f'config/{profile}.py')
+    settings['vocab_size'] = settings_of('tokenizer.py', f'config/{profile}.py')['vocab_size']
+    names = GPTConfig.__dataclass_fields__
+    full = asdict(GPTConfig(**{name: value for name, value in settings.items() if name in names}))
+    for stage, kind in dict(base=GPT, mid=GPT, sft=GPT, reward=ScalarModel, rlhf=GPT).items():
+        ckpt = load(out / f'{stage}.pt')
+        changed = {name: value for name, value in ckpt['model_args'].items() if value != full[name]}
+        assert set(changed) == {'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_hidden', 'block_size', 'vocab_size'}, stage
+        with torch.device('meta'):
+            small = kind(GPTConfig(**{**full, **changed})).state_dict()
+            large = kind(GPTConfig(**full)).state_dict()
+        shapes = {name: tensor.shape for name, tensor in ckpt['weights'].items()}
+        assert shapes == {name: tensor.shape for name, tensor in small.items()}, stage
+        in_any_block = re.compile(r'blocks\.\d+')
+        assert {in_any_block.sub('blocks.N', name) for name in shapes} == {in_any_block.sub('blocks.N', name)
+                                                                          for name in large}
+        assert all(len(shape) == large[name].dim() for name, shape in shapes.items())
+        assert ckpt['stage'] == stage
+
+def test_d20(d20, mirror, scripts):
+    """Every source gives rows of its kinds, from no more than the first bytes of each file; all stages end well."""
+    files = {str(path.relative_to(mirror.folder)) for path in mirror.folder.rglob('*') if path.is_file()}
+    assert {path.lstrip('/') for path, _ in mirror.server.asked} == files
+    assert max(n for _, n in mirror.server.asked) == N_BYTES
+    funnel = json.loads((d20 / 'data/rehearsal/funnel.json').read_text(encoding='utf-8'))
+    assert {kind: set(sources) for kind, sources in funnel['mixture'].items()} == dict(
+        text={'c4'}, chat={'oasst2', 'dolly', 'gsm8k', 'hellaswag_train', 'commonsense_qa_train'},
+        preferences={'hh', 'ultrafeedback', 'oasst2'}, prompts={'hh', 'ultrafeedback', 'oasst2', 'gsm8k'})
+    assert len(list((d20 / 'data/rehearsal/benchmarks').iterdir())) == 24
+    check_checkpoints('d20', d20 / 'out/rehearsal')
+    report = json.loads((d20 / 'out/rehearsal/report.json').read_text(encoding='utf-8'))
+    text = json.dumps(report)
+    assert all(name in text for name in ('CORE', 'mmlu', 'gsm8k', 'humaneval', 'arc_easy'))
+    page = (d20 / 'out/rehearsal/report.html').read_text(encoding='utf-8')
+    assert all(f'>{model}<' in page for model in ('base', 'mid', 'sft', 'rlhf')) and 'mid-training: loss' in page
+    said = scripts.ok('chat.py', 'out/rehearsal/rlhf.pt', '--prompt=Who are you?', '--max_new_tokens=8', cwd=d20)
+    assert said.out.strip()
+
+def test_d32_on_two_processes(d20, scripts, tmp_path):
+    """The models are in pieces (fsdp), the checkpoints are whole."""
+    shutil.copytree(d20 / 'data', tmp_path / 'data')
+    words = ['config/d32.py', 'config/rehearse.py']
+    for stage in ('pretrain', 'mid', 'sft', 'reward', 'rlhf'):
+        script, more = ('pretrain.py', ['stage=mid']) if stage == 'mid' else (f'{stage}.py', [])
+        scripts.two(script, *words, *more, *FAST.get(stage, []), cwd=tmp_path)
+    check_checkpoints('d32', tmp_path / 'out/rehearsal')
