@@ -981,7 +981,6 @@ def shard(model, run):
 def gather(model, whole):
     """Copy the weights of a sharded model into `whole`, a plain copy of it, which a process can use
     without the others: they may have fewer prompts, or shorter answers. All ranks must call this."""
-    model.reshard() # a forward pass without a backward pass leaves some weights gathered
     for whole_p, p in zip(whole.parameters(), model.parameters(), strict=True):
         whole_p.copy_(p.full_tensor())
 

@@ -428,6 +428,9 @@ def test_resume_is_bit_identical(number, chain, scripts, uninterrupted, tmp_path
     assert a['self_agreement'] is not None
     assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
 
+# after a run with fsdp: each of the two processes holds half of every tensor
+HALF = 'assert all(0.6 * p.numel() > p.to_local().numel() for p in raw_model.parameters() if len(p) > 1)'
+
 def same(one, two, stage='reward'):
     # A bias cancels out of every margin: its gradient is rounding, which Adam makes as large as any. The mean takes it
     # off.
@@ -443,23 +446,20 @@ def same(one, two, stage='reward'):
         assert a[name] == pytest.approx(b[name], abs=1e-5)
 
 def test_processes_and_micro_batches_change_nothing(chain, scripts, tmp_path):
-    one, two, micro = (stocked(tmp_path / n, chain, 'sft') for n in ('one', 'two', 'micro'))
+    one, two, moved = (stocked(tmp_path / n, chain, 'sft') for n in ('one', 'two', 'moved'))
     flags = ('--learning_rate=1e-4', '--total_batch_size=4')
-    scripts.both((command(chain, one, *flags, '--batch_size=4'), {}),
-                 (command(chain, micro, *flags, '--batch_size=1'), {}))
+    scripts.ok(*command(chain, one, *flags, '--batch_size=4'))
     said = scripts.two(*command(chain, two, *flags, '--batch_size=2'))
     assert said[1].out == '' and 'saved' in said[0].out
     same(one, two)
-    same(one, micro)
-    # two processes with fsdp, stopped; one process, stopped; two processes with fsdp and smaller micro-batches
-    moved = stocked(tmp_path / 'moved', chain, 'sft')
+    # two processes with fsdp, stopped; one process with four micro-batches, stopped; again two
     words = command(chain, moved, *flags, '--batch_size=2', '--parallel=fsdp')
     with pytest.raises(AssertionError, match='stopped at step 4 and saved'):
         scripts.two(*words, before=kill_at(3, signal.SIGTERM))
-    scripts.fails('stopped at step 9 and saved', *command(chain, moved, *flags, '--batch_size=4'),
-                  before=kill_at(8, signal.SIGTERM))
-    said = scripts.two(*words, '--batch_size=1')
-    assert 'at step 9' in said[0].out and 'saved' in said[0].out and said[1].out == ''
+    scripts.fails('stopped at step 12 and saved', *command(chain, moved, *flags, '--batch_size=1'),
+                  before=kill_at(11, signal.SIGTERM))
+    said = scripts.two(*words, '--batch_size=1', after=HALF)
+    assert 'at step 12' in said[0].out and 'saved' in said[0].out and said[1].out == ''
     same(one, moved)
 
 def test_dpo_in_two_processes(chain, scripts, tmp_path):
@@ -469,10 +469,7 @@ def test_dpo_in_two_processes(chain, scripts, tmp_path):
     scripts.two(*command(chain, two, *flags, '--batch_size=4'))
     assert distance(one / 'dpo.pt', one / 'sft.pt') > 1e-4
     same(one, two, 'dpo')
-    words = command(chain, fsdp, *flags, '--batch_size=2', '--parallel=fsdp')
-    with pytest.raises(AssertionError, match='stopped at step 3 and saved'):
-        scripts.two(*words, before=kill_at(2, signal.SIGTERM))
-    scripts.two(*words)
+    scripts.two(*command(chain, fsdp, *flags, '--batch_size=2', '--parallel=fsdp'), after=HALF)
     same(one, fsdp, 'dpo')
 
 def test_two_processes_sample(chain, scripts, tmp_path):
@@ -557,8 +554,6 @@ BAD = [
      r'preferences_train\.jsonl: no example fits'),
     (None, ['--device=toaster'], 'toaster'), (None, ['--sample_answers=0'], 'sample_answers must be positive'),
     (None, ['--judge=human'], 'judge=human needs prompts'),
-    (None, ['--batch_size=3', '--total_batch_size=8'],
-     'total_batch_size 8 is not a multiple of batch_size 3 x 1 processes: --total_batch_size=9$'),
     (None, ['--parallel=pipeline'], "parallel must be 'ddp' or 'fsdp', not 'pipeline'"),
     (None, ['--share=0'], 'share must be above 0 and at most 1, not 0'),
     (None, ['--objective=ppo'], 'objective must be one of'),
