@@ -76,8 +76,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (
-    ScalarModel, Tokenizer, all_gather_list, all_sum, catch_signals, cleanup, generate, get_state,
-    grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers, open_log,
+    ScalarModel, Tokenizer, all_gather_list, all_sum, catch_signals, cleanup, gather, generate,
+    get_state, grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers, open_log,
     pad_right, print0, read_prompts, save_checkpoint, save_resume, seed_step, set_state, setup, shard,
     should_stop)
 
@@ -167,7 +167,7 @@ ddp = run.world_size > 1 and parallel == 'ddp'
 fsdp = run.world_size > 1 and parallel == 'fsdp'
 stage = 'rlhf'
 # PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches only save memory.
-# Each process answers whole groups, and learns an equal part of each minibatch.
+# Each process answers whole groups and has an equal share of each minibatch.
 nearest_minibatch = max(1, round(minibatch_size / run.world_size)) * run.world_size
 multiple = math.lcm(nearest_minibatch, group_size * run.world_size)
 nearest_batch = max(1, round(batch_size / multiple)) * multiple
@@ -193,8 +193,8 @@ if reward != 'checks':
     block_size = min(block_size, reward_ckpt['model_args']['block_size'])
     config['starts_from'].append(reward_ckpt['metrics'].get('seconds'))
     if reward_ckpt['config'].get('starts_from') != sft['metrics'].get('seconds'):
-        print0(f'warning: {reward_path} was trained from another checkpoint than {sft_path}: it has '
-               'seen answers of another policy')
+        print0(f'warning: {reward_path} was not made from {sft_path}, so it may misjudge its answers: '
+               f'`python reward.py --init_from={sft_path} --out_dir={out_dir}` makes it again')
 resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
 out_path = os.path.join(out_dir, f'{stage}.pt')
 
@@ -301,7 +301,7 @@ def freeze(model):
 # PPO detail: no dropout in any of the four models. Otherwise the first ratio is not 1.
 sft['model_args']['dropout'] = 0.0
 actor = load_model(sft, run.device)
-reference = freeze(ActorCritic(load_model(sft, run.device), None))
+reference = freeze(load_model(sft, run.device))
 reward_model = None
 value_model = None
 if reward_ckpt is not None:
@@ -319,14 +319,11 @@ elif algo == 'ppo':
         nn.init.zeros_(value_model.head.weight)
 raw_model = ActorCritic(actor, value_model)
 sampler = actor
-if fsdp: # each process holds a piece of every tensor
-    for net in (raw_model, reference, reward_model):
-        if net is not None:
-            shard(net, run)
-    # FSDP would keep a part of the model whole between forward and backward. We need pieces: there
-    # is no backward pass after a rollout.
-    raw_model.set_reshard_after_forward(True)
-    sampler = freeze(load_model(sft, run.device)) # a whole actor: see rollout
+if fsdp:
+    # A forward pass of a sharded model needs all ranks. But they sample until their own longest
+    # answer has ended, so each one samples with a whole copy of the actor.
+    sampler = load_model(sft, run.device)
+    shard(raw_model, run)
 
 # -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
@@ -362,9 +359,9 @@ def split_by_length(rows, lengths):
     return [(part, lengths[part].max().item()) for part in parts]
 
 @torch.no_grad()
-def rollout(prompts):
+def rollout(prompts, net):
     """
-    Answer the prompts, a list of (row, ids). Returns a namespace:
+    Answer the prompts, a list of (row, ids). net: the ActorCritic. Returns a namespace:
         query_responses         (B, T) ids of prompt and response, padded on the right
         response_mask           (B, T-1) True where the next token is a response token
         logprobs, ref_logprobs  (B, T-1) of actor and reference; 0 where the mask is False
@@ -375,11 +372,6 @@ def rollout(prompts):
         texts                   list of B strings, the decoded responses
     """
     # 1. roll out
-    if fsdp:
-        # Ranks sample until their own longest answer has ended, so no step may wait for other ranks,
-        # as a forward pass of pieces does. Fill a whole copy of the actor first.
-        for whole, piece in zip(sampler.parameters(), actor.parameters(), strict=True):
-            whole.copy_(piece.full_tensor())
     # PPO detail: pure sampling, no top-k or top-p: the ratio needs answers of the policy itself.
     # PPO detail: left padding, with positions that do not count the pads. generate() does it.
     queries = [ids for _, ids in prompts]
@@ -407,8 +399,8 @@ def rollout(prompts):
         ids = query_responses[part, :T]
         mask = response_mask[part, :T - 1]
         with run.autocast():
-            logits, values[part, :T - 1] = raw_model(ids, mask)
-            ref_logits, _ = reference(ids, mask)
+            logits, values[part, :T - 1] = net(ids, mask)
+            ref_logits = get_logits(reference, reference.hidden(ids), mask)
         logprobs[part, :T - 1] = get_logprobs(logits, ids, mask)
         ref_logprobs[part, :T - 1] = get_logprobs(ref_logits, ids, mask)
         logp = F.log_softmax(logits, dim=-1)                    # (N, V)
@@ -632,23 +624,17 @@ def evaluate():
     Answer validation prompts, always the same ones, with the same seed. Prints some of the answers,
     so that one sees them change. Returns means over the answers.
     """
-    all_prompts = val_prompts[:eval_prompts]
-    prompts = all_prompts[run.rank::run.world_size]
-    # With fsdp all ranks must take part in every forward pass. So a rank that has a prompt less than
-    # others answers one more, which does not count.
-    n_each = math.ceil(len(all_prompts) / run.world_size)
-    asked = prompts + all_prompts[:n_each - len(prompts)]
+    prompts = val_prompts[:eval_prompts][run.rank::run.world_size]
     seed_step(seed, 0, run.rank)
     score = 0.0
     kl = 0.0
     ended = 0
     texts = []
-    for first in range(0, n_each, own_batch_size):
-        batch = rollout(asked[first:first + own_batch_size])
-        n_own = len(prompts) - first
-        score += batch.scores[:n_own].sum().item()
-        kl += (batch.logprobs - batch.ref_logprobs)[:n_own].sum().item()
-        ended += batch.ended[:n_own].sum().item()
+    for first in range(0, len(prompts), own_batch_size):
+        batch = rollout(prompts[first:first + own_batch_size], ActorCritic(sampler, None)) # no critic
+        score += batch.scores.sum().item()
+        kl += (batch.logprobs - batch.ref_logprobs).sum().item()
+        ended += batch.ended.sum().item()
         texts += batch.texts
     for (row, _), text in zip(prompts[:3], texts):
         print0(f'    {row["messages"][-1]["content"]!r} -> {text!r}')
@@ -670,11 +656,8 @@ def print_answer(batch, rewards, i):
 
 def save(path, step, metrics):
     """Save the actor as a chat model."""
-    weights = actor.state_dict()
-    if fsdp:
-        weights = get_state(actor, [])['weights']
     if run.master:
-        save_checkpoint(path, stage, weights, asdict(actor.config), tok,
+        save_checkpoint(path, stage, sampler.state_dict(), asdict(sampler.config), tok,
                         config, step, metrics)
 
 def get_lr_factor(step):
@@ -695,6 +678,9 @@ n_bad_critic = progress['n_bad_critic'] # updates in a row in which the critic w
 started = time.time() - progress['seconds'] # as if the run had never been interrupted
 t0 = time.time()
 for step in range(first_step, max_iters + 1):
+    if fsdp:
+        gather(actor, sampler)
+
     # evaluate: all ranks take part
     if step % eval_interval == 0 or step == max_iters:
         val_metrics = evaluate()
@@ -720,7 +706,7 @@ for step in range(first_step, max_iters + 1):
     # PPO detail: a seed that depends on the rank, so that the processes sample different answers.
     seed_step(seed, step + 1, run.rank) # evaluate() uses step 0
     prompts = get_prompts(step)
-    batch = rollout(prompts)
+    batch = rollout(prompts, raw_model)
     rewards = get_rewards(batch, kl_coef)
     batch.advantages, batch.returns = get_advantages(batch, rewards)
 
