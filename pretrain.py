@@ -17,7 +17,6 @@ on one GPU      $ python pretrain.py config/gpt2.py
 on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 pretrain.py config/gpt2.py
 on two nodes    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \
                       pretrain.py config/gpt2.py             (on the other node: --node_rank=1)
-only estimated  $ python pretrain.py config/d32.py --estimate=8xH100
 
 Without a profile, the settings are those of GPT-2 124M: 600,000 steps of 12,288 tokens, far too
 many for a CPU or a small corpus. The length is printed before the first step, the time left after.
@@ -77,7 +76,6 @@ n_kv_head = 0               # heads of keys and values (grouped-query attention)
 n_embd = 768                # width of the embeddings and of the residual stream
 n_hidden = 0                # width of the MLP; 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
 block_size = 1024           # maximum context length, in tokens
-vocab_size = 50304          # only for --estimate before there is a tokenizer.json
 tie_embeddings = True       # share one matrix between the input and the output embedding
 qk_norm = False             # RMSNorm on queries and keys: allows higher learning rates
 key_shift = False           # half of the key heads get the key of the token before (small models)
@@ -105,7 +103,6 @@ eval_iters = 200            # micro-batches of validation data in an evaluation,
 log_interval = 10           # steps between log lines
 save_interval = 2000        # steps between saves of the resume file
 # instead of training
-estimate = ''               # print what a run needs on these GPUs, such as 8xH100, and stop
 sanity = False              # learn one batch by heart: proves that data, model and optimizer work
 # system
 parallel = 'ddp'            # several processes: ddp, fsdp (large models), pipeline (slow networks)
@@ -130,101 +127,13 @@ assert parallel in ('ddp', 'fsdp', 'pipeline'), (
     f"parallel must be 'ddp', 'fsdp' or 'pipeline', not {parallel!r}")
 
 tok_path = os.path.join(data_dir, 'tokenizer.json')
-if os.path.exists(tok_path) or not estimate:
-    tok = Tokenizer.load(tok_path)
-    vocab_size = tok.n_vocab
-    config.update(vocab_size=vocab_size, tokenizer=tok.hash) # a resumed run must have the same
+tok = Tokenizer.load(tok_path)
+vocab_size = tok.n_vocab
+config.update(vocab_size=vocab_size, tokenizer=tok.hash) # a resumed run must have the same
 gpt_config = GPTConfig(
     arch=arch, vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head,
     n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden, dropout=dropout,
     tie_embeddings=tie_embeddings, qk_norm=qk_norm, key_shift=key_shift)
-
-# -----------------------------------------------------------------------------
-# --estimate: what a run needs, without running it
-PEAK_FLOPS = {'H100': 989e12, 'A100': 312e12, '4090': 165e12} # bf16, from the data sheets
-GPU_MEMORY = {'H100': 80e9, 'A100': 80e9, '4090': 24e9} # bytes
-GPU_DOLLARS = {'H100': 3.0, 'A100': 1.8, '4090': 0.4} # per GPU and hour, about, in 2025
-USUAL_MFU = 0.4 # share of the peak that training reaches in practice
-
-class FusedAttention(torch.autograd.Function):
-    """Stands in for attention: keeps for the backward pass what a fused kernel keeps."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y = torch.empty_like(q)
-        logsumexp = torch.empty(q.shape[:-1], device=q.device) # fp32, one number per query
-        ctx.save_for_backward(q, k, v, y, logsumexp)
-        return y
-
-def count_activations(gpt_config, batch_size, dtype=torch.bfloat16):
-    """
-    Bytes kept between the forward and backward pass of a micro-batch, as autograd reports them. On
-    the meta device tensors have shapes, but take no memory.
-    """
-    with torch.device('meta'):
-        gpt = GPT(gpt_config).to(dtype)
-        x = torch.zeros(batch_size, gpt_config.block_size, dtype=torch.long)
-    weight_ids = {p.untyped_storage()._cdata for p in [*gpt.parameters(), *gpt.buffers()]}
-    saved = {} # storage id -> tensor; holding the tensor keeps its id from being used twice
-
-    def pack(tensor):
-        storage_id = tensor.untyped_storage()._cdata
-        if storage_id not in weight_ids:
-            saved[storage_id] = tensor
-        return tensor
-
-    def attention(q, k, v, **options):
-        return FusedAttention.apply(q, k, v)
-
-    plain_attention = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attention
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        F.cross_entropy(gpt(x).float().flatten(0, 1), x.flatten())
-    F.scaled_dot_product_attention = plain_attention
-    n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    logits_grad = x.numel() * gpt_config.vocab_size * (4 + dtype.itemsize) # in fp32 and in dtype
-    return n_bytes + logits_grad
-
-if estimate:
-    count, _, gpu = estimate.rpartition('x')
-    assert count.isdigit() and int(count) > 0 and gpu in PEAK_FLOPS, (
-        f'estimate must be a number of GPUs and their kind, such as 8xH100, not {estimate!r}; '
-        f'known kinds: {", ".join(PEAK_FLOPS)}')
-    n_gpus = int(count)
-    with torch.device('meta'):
-        gpt = GPT(gpt_config)
-    n_params = gpt.n_params()
-    total_batch_size = total_batch_size or batch_size * n_gpus
-    tokens_per_step = total_batch_size * block_size
-    max_iters = max_iters or math.ceil(tokens_per_param * n_params / tokens_per_step)
-    n_tokens = max_iters * tokens_per_step
-    print0(f'parameters: {n_params:,}, {gpt.n_params(embedding=False):,} without embeddings')
-    print0(f'tokens: {n_tokens:,} in {max_iters:,} steps, {n_tokens / n_params:.1f} a parameter')
-
-    n_shards = 1 if parallel == 'ddp' else n_gpus
-    n_moments = 2 * n_params # AdamW keeps two numbers for each parameter, Muon one
-    if optimizer == 'muon':
-        n_moments -= sum(p.numel() for p in gpt.blocks.parameters() if p.dim() > 1)
-    parts = {'weights, fp32': 4 * n_params / n_shards}
-    parts['gradients, fp32'] = 4 * n_params / n_shards
-    parts[f'state of {optimizer}, fp32'] = 4 * n_moments / n_shards
-    parts[f'activations of {batch_size} windows, bf16'] = count_activations(gpt_config, batch_size)
-    if parallel == 'fsdp': # one layer computes while the next one is gathered
-        largest = max(gpt.wte.weight.numel(), sum(p.numel() for p in gpt.blocks[0].parameters()))
-        parts['two gathered layers, bf16, and the gradient of one, fp32'] = (2 * 2 + 4) * largest
-    print0(f'memory on each of {n_gpus} {gpu} with {parallel}:')
-    for what, size in parts.items():
-        print0(f'  {size / 1e9:8.2f} GB  {what}')
-    needed = sum(parts.values())
-    fits = needed < 0.92 * GPU_MEMORY[gpu] # CUDA itself takes some
-    verdict = 'it fits' if fits else 'it does NOT fit: lower --batch_size, or --parallel=fsdp'
-    print0(f'  {needed / 1e9:8.2f} GB  of {GPU_MEMORY[gpu] / 1e9:.0f} GB: {verdict}')
-
-    flops = n_tokens * gpt.flops_per_token(block_size)
-    hours = flops / (n_gpus * PEAK_FLOPS[gpu] * USUAL_MFU) / 3600
-    print0(f'time: {flops:.2e} FLOPs at {USUAL_MFU:.0%} MFU: {hours:,.2f} hours, '
-           f'{hours * n_gpus * GPU_DOLLARS[gpu]:,.0f} dollars')
-    raise SystemExit
 
 # -----------------------------------------------------------------------------
 # device and data
@@ -527,6 +436,7 @@ def get_lr(step):
 # the loop
 log = open_log(os.path.join(out_dir, f'{stage}.jsonl'), first_step)
 peak_flops = 0.0 # unknown
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, '4090': 165e12} # bf16, data sheets
 if run.device_type == 'cuda':
     for gpu, flops in PEAK_FLOPS.items():
         if gpu in torch.cuda.get_device_name(run.device):

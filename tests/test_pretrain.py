@@ -1,4 +1,4 @@
-"""pretrain.py on one process: data, length of a run, resume, sanity, fp16, init_from, estimate, bad input; the chain."""
+"""pretrain.py on one process: data, length of a run, resume, sanity, fp16, init_from, bad input; the chain."""
 import math
 import re
 import shutil
@@ -337,51 +337,6 @@ def test_mid_training_of_what_does_not_fit(chain, scripts, tmp_path):
         scripts.fails(pattern, *command(chain, out, '--stage=mid', *flags, data=in_folder))
     scripts.fails("stage must be 'base' or 'mid', not 'middle'", *command(chain, out, '--stage=middle'))
     assert folder_bytes(data, out) == old
-
-# -----------------------------------------------------------------------------
-# estimate
-
-@pytest.mark.parametrize('shape', [
-    dict(arch='gpt2'), dict(arch='llama', qk_norm=True, tie_embeddings=False, n_kv_head=2)], ids=str)
-def test_activations_are_what_autograd_keeps(shape):
-    """The same count on real tensors in fp32; attention on a CPU keeps what the fused kernel does."""
-    config = GPTConfig(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=64, **shape)
-    torch.manual_seed(0)
-    net, x = GPT(config), torch.randint(100, (3, 32))
-    weights, kept = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *net.buffers()]}, {}
-    def keep(t):
-        if t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        torch.nn.functional.cross_entropy(net(x).flatten(0, 1), x.flatten())
-    real = sum(n for n, _ in kept.values())
-    counted = definitions('pretrain.py').count_activations(config, 3, torch.float32)
-    assert counted - 3 * 32 * 100 * 8 == pytest.approx(real, rel=0.02)
-
-def test_estimate_by_hand(scripts, tmp_path):
-    """GPT-2 124M: the arithmetic of its parameters, FLOPs, states and hours."""
-    out = scripts.ok('pretrain.py', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}', 'config/gpt2.py',
-                     '--estimate=8xH100', cwd=ROOT).out
-    V, C, L, T = 50304, 768, 12, 1024
-    n = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
-    assert f'parameters: {n:,}' in out
-    per_token = 6 * (n - T * C) + 12 * L * C * T # the embedding is the output matrix too
-    assert re.search(r'0\.50 GB  weights, fp32\n +0\.50 GB  gradients, fp32\n +1\.00 GB  state of adamw, fp32', out)
-    tokens = 19073 * 512 * 1024
-    hours = tokens * per_token / (8 * 989e12 * 0.4) / 3600
-    assert f'tokens: {tokens:,}' in out and f'{tokens * per_token:.2e} FLOPs' in out
-    assert f'{hours:.2f} hours, {hours * 8 * 3:.0f} dollars' in out
-    assert not list(tmp_path.iterdir())
-
-def test_profiles_fit_their_gpus(scripts, tmp_path):
-    for profile, n, tokens in (('gpt2', 124e6, 10e9), ('d20', 561e6, 11.2e9), ('d32', 1.88e9, 37.6e9)):
-        out = scripts.ok('pretrain.py', f'config/{profile}.py', f'--data_dir={tmp_path}', '--estimate=8xH100',
-                         cwd=ROOT).out
-        assert ' GB  of 80 GB: it fits' in out
-        assert int(re.search(r'parameters: ([\d,]+)', out)[1].replace(',', '')) == pytest.approx(n, rel=0.01)
-        assert int(re.search(r'tokens: ([\d,]+)', out)[1].replace(',', '')) == pytest.approx(tokens, rel=0.01)
-    scripts.fails("8xH10'; known kinds: H100, A100, 4090", 'pretrain.py', '--estimate=8xH10', cwd=ROOT)
 
 # -----------------------------------------------------------------------------
 # bad input
