@@ -9,7 +9,7 @@ By default this runs on Toytown, a miniature internet with known faults (truth.j
 no step reads that list, but each step is scored with it at the end.
 
 Reads:   the files that `files` names, or public data sets (config/sources.json) from the network.
-         Kinds: .warc .arc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
+         Kinds: .warc .wet .html .txt .md .jsonl .json .parquet .bin, most also as .gz. Files
          named *_train and *_val stay on that side; a folder named benchmarks/ holds exam questions.
          All files of one folder or pattern are one source, but for those that a setting names.
 Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source", "url"}
@@ -19,15 +19,16 @@ Writes:  data_dir/train/*.jsonl.gz  val/*.jsonl.gz   documents {"text", "source"
 Toytown               python toytown.py && python prepare_data.py
 your own files        python prepare_data.py --files=notes.txt,crawl/*.warc.gz --data_dir=data/mine
 one file of the web   python prepare_data.py --source=commoncrawl --data_dir=data/cc
+only download         python prepare_data.py config/d20.py --download_only=true
 16 cores              torchrun --standalone --nproc_per_node=16 prepare_data.py --source=c4
 four nodes            torchrun --nnodes=4 --nproc_per_node=64 --rdzv_backend=c10d \\
                           --rdzv_endpoint=NODE0:29500 prepare_data.py --source=commoncrawl \\
                           --n_files=1000 --data_dir=/disk/cc --raw_dir=/disk/raw
 
 Pass one: the ranks share the input files. Each file is cleaned alone, and its result stays in
-data_dir/.partial, so a killed run continues with the files that are missing. Pass two: rank 0 alone
-finds duplicates and writes the corpus; it needs about 1 KB of memory per document. Any number of
-ranks writes the same corpus, byte for byte.
+data_dir/.partial, so a killed run continues with the files that are missing. Pass two: rank 0 finds
+duplicates, with 2 KB of memory for each document; then all ranks look for benchmark questions and
+write the corpus. Any number of ranks writes the same corpus, byte for byte.
 
 Left out: models that judge quality (FineWeb-Edu, DCLM); quality rules for other languages than
 English (use --filters=url,language,pii,dedup for them); archives (unpack .zip and .tar yourself).
@@ -140,11 +141,14 @@ world_size = int(os.environ.get('WORLD_SIZE', 1))
 if world_size > 1: # a rank with a slow file keeps the others waiting, perhaps for days
     dist.init_process_group('gloo', timeout=datetime.timedelta(days=30))
 
-def stop_all_ranks(problem):
-    """Every rank calls this with its problem or ''. If there is one, all ranks stop with it."""
+def meet(problem=''):
+    """Every rank waits here for all others. If one has a problem, all stop with it."""
     problems = [problem] * world_size
     if world_size > 1:
-        dist.all_gather_object(problems, problem)
+        try:
+            dist.all_gather_object(problems, problem)
+        except RuntimeError: # no connection to a rank: it has stopped, and said why
+            raise SystemExit(1) from None
     found = [text for text in problems if text]
     assert not found, found[0]
 
@@ -159,8 +163,8 @@ OLD = f'{PARTIAL}/old'                  # the corpus that it replaces
 MARKER = f'{PARTIAL}/finished.json'     # exists when NEW is whole: only the exchange is left to do
 OURS = ['train', 'val', 'benchmarks', 'dropped.jsonl', 'funnel.json',
         *[f'{task}_train.jsonl' for task in TASKS], *[f'{task}_val.jsonl' for task in TASKS]]
-KNOWN = re.compile(r'\.((txt|html?|jsonl?|w?arc|wet)(\.gz)?|md|parquet|bin)$', re.I)
-ENDING = re.compile(r'(\.(txt|md|jsonl?|html?|w?arc|wet|parquet|bin|gz))+$', re.I)
+KNOWN = re.compile(r'\.((txt|html?|jsonl?|warc|wet)(\.gz)?|md|parquet|bin)$', re.I)
+ENDING = re.compile(r'(\.(txt|md|jsonl?|html?|warc|wet|parquet|bin|gz))+$', re.I)
 
 def put_in_place():
     """
@@ -260,7 +264,7 @@ if RANK == 0 and not download_only:
         shutil.rmtree(PARTIAL, ignore_errors=True)
         os.makedirs(WORK)
         write_text(settings_path, settings)
-stop_all_ranks('') # the others wait until the folder is ready
+meet() # the others wait until the folder is ready
 
 # -----------------------------------------------------------------------------
 # download public data
@@ -269,11 +273,10 @@ TIMEOUT = (10, 60)      # seconds to connect, and between two pieces of a file
 TRIES = 6               # failures in a row that brought no new bytes
 FIRST_WAIT = 1          # seconds before the second try, doubled after each failure
 AT_ONCE = 8             # downloads at a time
-SHOW_EVERY = 10         # seconds between two lines of progress
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504} # HTTP status codes of problems that may pass
 PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 STOP = threading.Event() # set when a download has failed: the others end too
-CAME = collections.Counter() # path -> bytes that have come; each thread counts its own file
+CAME = collections.Counter() # bytes of each file that have come
 
 def urls_of(name, n_files):
     """
@@ -308,14 +311,13 @@ def request(url, path, only_look):
         return '', have
     limit = 0 if url.endswith('.paths.gz') else first_bytes # lists of files are needed whole
     last = limit - 1 if limit else ''
-    address = f'{mirror.rstrip("/")}/{url.split("://")[-1]}' if mirror else url
     headers = {'Accept-Encoding': 'identity', 'Range': f'bytes={have}-{last}'} # not compressed
-    with requests.get(address, headers=headers, stream=True, timeout=TIMEOUT) as r:
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
         if r.status_code in TRY_AGAIN:
             return f'HTTP {r.status_code}', 0
         name = os.path.basename(os.path.dirname(path))
         assert r.status_code in (200, 206, 416), (
-            f'{address}: HTTP {r.status_code} {r.reason}: put the file at {path} yourself, or take '
+            f'{url}: HTTP {r.status_code} {r.reason}: put the file at {path} yourself, or take '
             f'{name} out of --source={source}')
         if url.endswith('.gz'):
             r.raw.headers.pop('Content-Encoding', None) # or requests would unpack the file
@@ -337,9 +339,11 @@ def request(url, path, only_look):
                 if limit: # a server that knows no ranges sends the whole file
                     block = block[:limit - have]
                 have += f.write(block)
-                CAME[path] += len(block)
-                if STOP.is_set() or have == limit:
+                CAME[path] += len(block) # no other thread writes to this entry
+                if have == limit:
                     break
+                if STOP.is_set():
+                    raise SystemExit # ends this thread
     if total and have != total:
         return f'{have:,} of {total:,} bytes came', 0
     os.replace(whole_part, path)
@@ -350,6 +354,8 @@ def download(url, path, only_look=False):
     Download url to path, unless it is there; or only look how long it is. -> its length in bytes
     The next try, or run, continues one that failed.
     """
+    if mirror:
+        url = f'{mirror.rstrip("/")}/{url.split("://")[-1]}'
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     failures, most = 0, part_of(path)[1]
     while not os.path.exists(path) and not STOP.is_set():
@@ -393,21 +399,21 @@ def files_of(name):
     assert not is_cut, f'first_bytes: a part of {file_names[0]} is of no use: leave {name} out'
     return [(name, url, f'{folder}/{file_name}') for url, file_name in zip(urls, file_names)]
 
-# What the disk must hold later, in bytes for each byte of text: the results of pass one and the
-# corpus are there together and packed, 0.4 each; then the results go, and the tokens come, 2 bytes
-# for each 4.5 bytes of text: 0.4 + 0.45.
-DISK_PER_BYTE = 0.85
-
 def check_disk(files, lengths):
-    """AssertionError if there is no room for the files of these lengths, and what is made of them"""
+    """
+    -> bytes to download. AssertionError if the disk has no room for all that will be made: for
+    each byte of text one byte, since at most there are the results of pass one (packed, 0.4; the
+    signatures, 448 of 2,000 bytes, 0.2) and the corpus (0.4), later that and the tokens (0.45).
+    """
     n_missing = n_later = 0
     for (name, _, path), length in zip(files, lengths):
         entry = SOURCES[name]
-        n_later += DISK_PER_BYTE * length * entry['text_bytes'] / entry['bytes']
+        if entry['kind'] == 'text':
+            n_later += length * entry['text_bytes'] / entry['bytes']
         if not os.path.exists(path):
             n_missing += length - part_of(path)[1]
-    if n_missing == 0: # this was checked when they were downloaded
-        return
+    if n_missing == 0: # it was checked when they were downloaded
+        return 0
     os.makedirs(data_dir, exist_ok=True)
     needs = [(raw_dir, n_missing), (data_dir, n_later)]
     if os.stat(raw_dir).st_dev == os.stat(data_dir).st_dev: # both are on one disk
@@ -418,6 +424,7 @@ def check_disk(files, lengths):
             f'the disk of {folder} is too small: {needed / 1e9:,.1f} GB are needed (downloads '
             f'{n_missing / 1e9:,.1f}, corpus and tokens {n_later / 1e9:,.1f}), {free / 1e9:,.1f} GB'
             ' are free: set raw_dir or data_dir to another disk, or n_files to a smaller number')
+    return n_missing
 
 def fetch(files):
     """Download the files [(name, url, path), ...] that are not there, several at a time."""
@@ -427,23 +434,19 @@ def fetch(files):
         try:
             # a file that is gone, or a small disk, must not be found out after hours
             look = functools.partial(download, only_look=True)
-            lengths = list(pool.map(look, urls, paths))
-            check_disk(files, lengths)
-            n_here = sum(part_of(path)[1] or os.path.exists(path) and os.path.getsize(path)
-                         for path in paths)
-            n_missing = sum(lengths) - n_here
+            n_missing = check_disk(files, pool.map(look, urls, paths))
             start = time.time()
             tasks = [pool.submit(download, url, path) for url, path in zip(urls, paths)]
             while tasks:
-                done, tasks = concurrent.futures.wait(tasks, SHOW_EVERY, 'FIRST_EXCEPTION')
+                done, tasks = concurrent.futures.wait(tasks, 10, 'FIRST_EXCEPTION')
                 for task in done:
                     task.result() # raises what the download has raised
                 came = sum(CAME[path] for path in paths)
                 rate = came / (time.time() - start)
-                minutes = (n_missing - came) / max(1, rate) / 60
                 if came:
+                    minutes = max(0, n_missing - came) / rate / 60
                     print0(f'downloads: {came / 1e6:,.1f} of {n_missing / 1e6:,.1f} MB, '
-                           f'{rate / 1e6:.1f} MB/s, {max(0, minutes):.1f} minutes left')
+                           f'{rate / 1e6:.1f} MB/s, {minutes:.1f} minutes left')
         except BaseException: # a problem, or Ctrl-C
             STOP.set()
             pool.shutdown(cancel_futures=True)
@@ -456,9 +459,7 @@ LIMIT = 50_000_000 # bytes; longer pages and documents are left out
 HEADER_LIMIT = 1 << 16 # bytes of the fields before a record or a page
 BLOCK = 1 << 12
 GZIP_MAGIC = b'\x1f\x8b\x08' # every gzip member begins with it
-# The first line of a record of WARC, and of ARC, its forerunner: URL, IP address, date ... length
-WARC_LINE = re.compile(rb'WARC/\d\.\d+[ \t]*\r?\n')
-ARC_LINE = re.compile(rb'^(?:https?|dns|filedesc):\S* [\d.]+ \d+ [^\r\n]*\d\r?\n', re.M)
+WARC_LINE = re.compile(rb'WARC/\d\.\d+[ \t]*\r?\n') # the first line of a record
 JUNK = re.compile(rb'[^\s\0]') # between two records stand only empty lines, or a padding
 # The beginning of a page that is not compressed: a tag, a byte order mark, no control characters
 PLAIN = re.compile(rb'\s*<|\xef\xbb\xbf|\xff\xfe|\xfe\xff|[^\0-\x08\x0e-\x1a\x1c-\x1f]*\Z')
@@ -497,7 +498,7 @@ def warc_parts(f, skipped):
     if f.peek(1): # mmap refuses an empty file
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     is_gzip = data[:3] == GZIP_MAGIC
-    if not is_gzip and (ARC_LINE.match(data) or WARC_LINE.search(data)):
+    if not is_gzip and WARC_LINE.search(data):
         yield data
         return
     end = 0 # of the last member
@@ -528,32 +529,23 @@ def read_fields(f):
         line = f.readline()
     return fields if line else None
 
-def record_fields(f):
-    """The fields of a record, under WARC's names."""
-    line = f.readline()
-    if line.startswith(b'WARC/'):
-        return read_fields(f) or {}
-    url, *_, length = line.decode('latin-1').split()
-    kind = 'response' if url.startswith('http') else 'warcinfo'
-    return {'warc-type': kind, 'warc-target-uri': url, 'content-length': length}
-
 def warc_records(data, skipped):
     """
     Yield (fields, content) of records: a line WARC/1.0, fields, an empty line, the content.
 
     A wrong length or a cut costs one record: each ends at the latest where the next one begins.
     """
-    line = ARC_LINE if ARC_LINE.match(data) else WARC_LINE
     end = 0 # of the last record
-    match = line.search(data)
+    match = WARC_LINE.search(data)
     while match:
         start = match.start()
         if JUNK.search(data, end, start):
             skipped['bytes that belong to no record'] += 1
-        following = line.search(data, match.end())
+        following = WARC_LINE.search(data, match.end())
         limit = following.start() if following else len(data)
         header = io.BytesIO(data[start:min(limit, start + HEADER_LIMIT)])
-        fields = record_fields(header)
+        header.readline()
+        fields = read_fields(header) or {}
         start += header.tell() # now of the content
         length = fields.get('content-length', '')
         is_number = re.fullmatch('[0-9]{1,15}', length)
@@ -709,7 +701,8 @@ def from_choices(row):
 def from_hellaswag(row):
     """How does a text go on? Some are from wikiHow, with marks such as [title] and [step]."""
     texts = [f"{row['activity_label']}: {row['ctx']}", *row['endings']]
-    texts = [re.sub(r'\[\w+\]', '', text.replace(' [title]', '.')) for text in texts]
+    texts = [re.sub(r'\.? \[title\]', '.', text) for text in texts] # a sentence ends there
+    texts = [re.sub(r'\[\w+\]', '', text) for text in texts]
     question, *endings = [' '.join(text.split()) for text in texts]
     return conversation_of(question, endings, row['label'])
 
@@ -1026,7 +1019,7 @@ def unpack(f):
 
 def read_content(f, path, benchmark, is_own, skipped):
     """Yield the items of an open file."""
-    if re.search(r'\.(w?arc|wet)(\.gz)?$', path, re.I):
+    if re.search(r'\.(warc|wet)(\.gz)?$', path, re.I):
         for document in read_warc(f, skipped):
             yield dict(document, kind='text')
         return
@@ -1889,8 +1882,15 @@ def clean_group(group, report):
             report['private'].update(kind for kind, _ in item.pop('private', []))
             if 'dedup' in wanted:
                 report['signatures'].append(minhash(item['text']))
-        report['kinds'][item['kind']] += 1
+        elif item['kind'].startswith('benchmarks/'):
+            report['exams'].append((item['kind'].removeprefix('benchmarks/'), item['row']))
+            continue
+        report['read']['items'] += 1
         yield describe(item)
+
+def new_report():
+    return collections.defaultdict(collections.Counter, examples=[], fates={}, signatures=[],
+                                   token_files=[], bad_rows=[], exams=[], kept={})
 
 def result_path(i, ending):
     return f'{WORK}/{i:06d}.{ending}'
@@ -1905,8 +1905,7 @@ def clean_all(groups, sizes):
     n_done = 0
     began = time.time()
     for i in mine:
-        report = collections.defaultdict(collections.Counter, examples=[], fates={}, signatures=[],
-                                         token_files=[], bad_rows=[])
+        report = new_report()
         write_jsonl(result_path(i, 'jsonl.gz'), clean_group(groups[i], report))
         signatures = np.array(report.pop('signatures'), np.uint32)
         with atomic_write(result_path(i, 'npy')) as partial, open(partial, 'wb') as f:
@@ -1943,7 +1942,7 @@ try:
         fetch(downloads)
 except AssertionError as e:
     problem = str(e)
-stop_all_ranks(problem)
+meet(problem)
 if download_only:
     print0(f'{len(downloads)} files are in {raw_dir}')
     raise SystemExit
@@ -1959,9 +1958,7 @@ try:
     clean_all(groups, sizes)
 except AssertionError as e: # a mistake in the files of one rank stops all of them
     problem = str(e)
-stop_all_ranks(problem)
-if RANK > 0: # the rest is for rank 0
-    raise SystemExit
+meet(problem)
 
 # -----------------------------------------------------------------------------
 # pass two. Step "dedup": MinHash with FineWeb's numbers, 112 values in 14 bands of 8
@@ -1994,14 +1991,22 @@ def near_duplicates(signatures, threshold=0.7):
                 kept_with[band].append(i)
     return copy_of
 
-seen_keys = set()
+def write_copies():
+    """Write for each text of each group: 0 = it stays, 1 = a near copy, 2 = with the same words."""
+    signatures = [np.load(result_path(i, 'npy')) for i in range(len(groups))]
+    ends = np.cumsum([len(rows) for rows in signatures])
+    signatures = np.concatenate(signatures)
+    copy_of = near_duplicates(signatures, near_duplicate)
+    copies = np.flatnonzero(copy_of != np.arange(len(copy_of)))
+    is_same = (signatures[copies] == signatures[copy_of[copies]]).all(1)
+    verdicts = np.zeros(len(copy_of), np.uint8)
+    verdicts[copies] = np.where(is_same, 2, 1)
+    for i, part in enumerate(np.split(verdicts, ends[:-1])):
+        np.save(result_path(i, 'copies.npy'), part)
 
 def dedup_step(doc):
     """Was this text, or one nearly like it, there before?"""
-    if doc['key'] in seen_keys:
-        return 'exact'
-    seen_keys.add(doc['key'])
-    return 'near' if copy_of[doc['number']] != doc['number'] else None
+    return (None, 'near', 'exact')[doc['copy']]
 
 # -----------------------------------------------------------------------------
 # step "decontaminate": texts that contain a benchmark question (Brown et al. 2020, C)
@@ -2039,76 +2044,129 @@ def decontaminate_step(item):
 
 LAST_STEPS = dict(dedup=dedup_step, decontaminate=decontaminate_step)
 
-def read_results(kinds):
-    """Yield (number, item) of the kinds that pass one has kept; the numbers count all items."""
-    start = 0
-    for i in range(len(groups)):
-        if any(kind.startswith(kinds) for kind in kinds_of[i]): # else there is nothing to read
-            for line, item in read_jsonl(result_path(i, 'jsonl.gz')):
-                if item['kind'].startswith(kinds):
-                    yield start + line - 1, item
-        start += sum(kinds_of[i].values())
+def finish_groups():
+    """The last steps for this rank's groups. A report lists the items that stay."""
+    global exam_hashes, exam_names # for decontaminate_step
+    exam_hashes = np.load(f'{WORK}/exam_hashes.npy', 'r') # 'r': the ranks share the memory
+    exam_names = np.load(f'{WORK}/exam_names.npy', 'r')
+    steps = [name for name in LAST_STEPS if name in filters.split(',')]
+    for i in range(RANK, len(groups), world_size):
+        report = new_report()
+        copies = iter(np.load(result_path(i, 'copies.npy')).tolist())
+        for line, item in read_jsonl(result_path(i, 'jsonl.gz')):
+            if item['kind'] == 'text':
+                item['copy'] = next(copies, 0)
+                is_kept = all(run_step(item, name, LAST_STEPS[name], report) for name in steps)
+            else:
+                reason = decontaminate_step(item) if 'decontaminate' in steps else None
+                is_kept = reason is None
+                if reason:
+                    report['skipped'][f"{item['kind']}: {reason}"] += 1
+            if is_kept:
+                row = [line - 1, item['size'], item['side'] == 'val', item['key']]
+                report['kept'].setdefault(f"{item['kind']} {item['source']}", []).append(row)
+        write_text(result_path(i, 'kept'), json.dumps(report))
 
-total = collections.defaultdict(collections.Counter, examples=[], fates={}) # all reports together
-kinds_of = []   # {kind: number of items} of each group
-token_files = []
-bad_rows = []
-signatures = [np.zeros((0, 112), np.uint32)]
+def read_items(numbers):
+    """Yield the items with these numbers, in this order. They should ascend as far as possible."""
+    starts = np.load(f'{WORK}/starts.npy') # the number of the first item of each group
+    last = -1
+    for number in numbers:
+        i = np.searchsorted(starts, number, 'right') - 1
+        if last < starts[i] or number <= last: # of another group, or the next epoch begins
+            lines = read_jsonl(result_path(i, 'jsonl.gz'))
+        for line, item in lines:
+            if starts[i] + line - 1 == number:
+                break
+        yield item
+        last = number
+
+def row_of(item):
+    if item['kind'] == 'text':
+        return {key: item[key] for key in ('text', 'source', 'url')}
+    return item['row']
+
+def write_shards():
+    """Write this rank's share of the documents."""
+    for path in sorted(glob.glob(f'{glob.escape(WORK)}/*.shards.npy')):
+        numbers, shards = np.load(path) # of each document, and of the file that it goes to
+        side = os.path.basename(path).split('.')[0]
+        is_mine = shards * world_size // (shards[-1] + 1) == RANK # some shards, one after another
+        items = read_items(numbers[is_mine])
+        for shard, n in zip(*np.unique(shards[is_mine], return_counts=True)):
+            documents = map(row_of, itertools.islice(items, n))
+            write_jsonl(f'{NEW}/{side}/{shard:06d}.jsonl.gz', documents)
+
+if RANK > 0: # the other ranks help with what takes longest; rank 0 alone does the rest
+    meet() # the copies and the exam questions are found
+    finish_groups()
+    meet()
+    meet() # the corpus is planned
+    write_shards()
+    meet()
+    raise SystemExit
+
+total = new_report() # all reports together
+
+def add_report(report):
+    for url, fate in report.pop('fates').items():
+        total['fates'].setdefault(url, {}).update(fate)
+    for name, value in report.items():
+        if isinstance(value, list):
+            total[name] += value
+        else:
+            total[name].update(value)
+
+n_items = [0]
 for i in range(len(groups)):
     report = load_json(result_path(i, 'json'))
-    total['fates'].update(report.pop('fates'))
-    total['examples'] += report.pop('examples')
-    token_files += report.pop('token_files')
-    bad_rows += report.pop('bad_rows')
-    kinds_of.append(report.get('kinds', {}))
-    signatures.append(np.load(result_path(i, 'npy')))
-    for name, counts in report.items():
-        total[name].update(counts)
+    n_items.append(report.get('read', {}).get('items', 0))
+    add_report(report)
+bad_rows = total['bad_rows']
 for text in bad_rows[:keep_dropped]:
     print0(f'left out: {text}')
 n_rows = total['read']['rows']
 assert len(bad_rows) <= max_bad_rows * n_rows, (
     f'{bad_rows[0]}: {len(bad_rows):,} of {n_rows:,} rows are bad: repair them, or raise '
     f'--max_bad_rows={max_bad_rows}')
-copy_of = near_duplicates(np.concatenate(signatures), near_duplicate)
-del signatures
-
 shutil.rmtree(NEW, ignore_errors=True) # of a run that was killed in pass two
 os.makedirs(NEW)
 exams = collections.defaultdict(dict) # benchmark -> {row as text: row}; no row twice
-for _, item in read_results('benchmarks/'):
-    name = item['kind'].removeprefix('benchmarks/')
-    as_text = json.dumps(item['row'], sort_keys=True)
-    exams[name][as_text] = item['row']
+for name, row in total['exams']:
+    as_text = json.dumps(row, sort_keys=True)
+    exams[name][as_text] = row
 exams = {name: list(rows.values()) for name, rows in exams.items()}
-exam_hashes, exam_names = exam_ngrams(exams)
 for name, rows in exams.items():
     write_jsonl(f'{NEW}/benchmarks/{name}.jsonl', rows)
     print0(f'benchmarks/{name}.jsonl: {len(rows):,} questions')
 
+exam_hashes, exam_names = exam_ngrams(exams)
+np.save(f'{WORK}/exam_hashes.npy', exam_hashes)
+np.save(f'{WORK}/exam_names.npy', np.array(exam_names, str))
+write_copies()
+meet()
+finish_groups()
+meet()
+
 # which items stay, and what the mixture must know of them
-kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> source -> its items
-n_items = sum(sum(kinds.values()) for kinds in kinds_of)
-sizes = np.zeros(n_items, np.int64)
-is_val = np.zeros(n_items, bool)
-keys = np.zeros(n_items, np.uint64) # they decide the side
-late_steps = [name for name in LAST_STEPS if name in filters.split(',')]
-n_texts = 0
-for number, item in read_results(('text', *TASKS)):
-    if item['kind'] == 'text':
-        item['number'] = n_texts # its row in the signatures
-        n_texts += 1
-        is_kept = all(run_step(item, name, LAST_STEPS[name], total) for name in late_steps)
-    else:
-        reason = decontaminate_step(item) if 'decontaminate' in late_steps else None
-        is_kept = reason is None
-        if not is_kept:
-            total['skipped'][f"{item['kind']}: {reason}"] += 1
-    if is_kept:
-        kept[item['kind']][item['source']].append(number)
-        sizes[number] = item['size']
-        is_val[number] = item['side'] == 'val'
-        keys[number] = item['key']
+kept = collections.defaultdict(lambda: collections.defaultdict(list)) # kind -> source -> numbers
+starts = np.cumsum(n_items) # the number of the first item of each group, and the end
+np.save(f'{WORK}/starts.npy', starts[:-1])
+sizes = np.zeros(starts[-1], np.int64)
+is_val = np.zeros(starts[-1], bool)
+keys = np.zeros(starts[-1], np.uint64) # they decide the side
+for i in range(len(groups)):
+    report = load_json(result_path(i, 'kept'))
+    for name, rows in report.pop('kept').items():
+        kind, _, source_name = name.partition(' ')
+        lines, *columns = np.array(rows, np.uint64).T
+        numbers = starts[i] + lines.astype(int)
+        sizes[numbers], is_val[numbers], keys[numbers] = columns
+        kept[kind][source_name].append(numbers)
+    add_report(report)
+for numbers_of in kept.values():
+    for name, parts in numbers_of.items():
+        numbers_of[name] = np.concatenate(parts)
 
 # -----------------------------------------------------------------------------
 # the mixture: how often each item is taken. Weights are of bytes, among the sources of one kind
@@ -2137,12 +2195,12 @@ for name in ALL_STEPS:
     lost.append(f'{name} {n_lost:,}')
 assert 'text' in kept or not n_read, (f'no document of {n_read:,} is left, dropped by '
                                       f'{", ".join(lost)}: run fewer steps: --filters=pii,dedup')
-assert kept or token_files or exams, f'{files}: the input files are empty'
+assert kept or total['token_files'] or exams, f'{files}: the input files are empty'
 known = set().union(*kept.values())
 unknown = sorted(set(weights) - known)
 assert not unknown, (f'mixture: nothing from {", ".join(unknown)}; '
                      f'there is {", ".join(sorted(known))}')
-times = np.zeros(n_items, np.int64) # how often each item is taken
+times = np.zeros(len(sizes), np.int64) # how often each item is taken
 rng = np.random.default_rng(seed)
 for kind, numbers_of in sorted(kept.items()):
     have = {} # bytes of each source
@@ -2178,42 +2236,30 @@ for kind, numbers_of in kept.items():
 counts = collections.Counter()
 mixed = collections.defaultdict(collections.Counter) # kind -> {source: bytes}
 
-def choose_rows(kind, side):
-    """Yield rows as often as the mixture says: all items once, then those to be repeated."""
-    for epoch in range(times.max(initial=0)):
-        for number, item in read_results(kind):
-            if times[number] > epoch and item['side'] == side:
-                counts[f'{kind} {side} rows'] += 1
-                counts[f'{kind} {side} bytes'] += item['size']
-                mixed[kind][item['source']] += item['size']
-                if kind == 'text':
-                    yield {key: item[key] for key in ('text', 'source', 'url')}
-                else:
-                    yield item['row']
-
-def split_shards(documents):
-    """Yield lists of documents with about shard_bytes of text each."""
-    shard, size = [], 0
-    for doc in documents:
-        shard.append(doc)
-        size += n_bytes(doc)
-        if size >= shard_bytes:
-            yield shard
-            shard, size = [], 0
-    if shard:
-        yield shard
-
-for side in ('train', 'val'):
-    documents = choose_rows('text', side)
-    for n, shard in enumerate(split_shards(documents)):
-        write_jsonl(f'{NEW}/{side}/{n:06d}.jsonl.gz', shard)
-    for kind in TASKS:
-        if kind in kept:
-            name = f'{kind}_{side}.jsonl'
-            write_jsonl(f'{NEW}/{name}', choose_rows(kind, side))
-            n_rows = counts[f'{kind} {side} rows']
-            print0(f'{name}: {n_rows:,} rows')
-for path in token_files: # token shards are linked, not copied
+for kind, numbers_of in kept.items():
+    for name, numbers in numbers_of.items():
+        n_taken = int((sizes[numbers] * times[numbers]).sum())
+        if n_taken:
+            mixed[kind][name] = n_taken
+    all_numbers = np.sort(np.concatenate([*numbers_of.values()]))
+    for side in ('train', 'val'):
+        numbers = all_numbers[is_val[all_numbers] == (side == 'val')]
+        epochs = range(times[numbers].max())
+        # all items once, then those to be repeated
+        numbers = np.concatenate([numbers[times[numbers] > epoch] for epoch in epochs])
+        n_before = np.cumsum(sizes[numbers]) - sizes[numbers] # bytes
+        counts[f'{kind} {side} rows'] = len(numbers)
+        counts[f'{kind} {side} bytes'] = int(sizes[numbers].sum())
+        if kind == 'text':
+            _, shards = np.unique(n_before // shard_bytes, return_inverse=True)
+            np.save(f'{WORK}/{side}.shards.npy', np.stack([numbers, shards]))
+        else:
+            write_jsonl(f'{NEW}/{kind}_{side}.jsonl', map(row_of, read_items(numbers)))
+            print0(f'{kind}_{side}.jsonl: {len(numbers):,} rows')
+meet()
+write_shards()
+meet()
+for path in total['token_files']: # token shards are linked, not copied
     name = os.path.basename(path)
     side = 'val' if re.search('(^|[_-])val[_-]', name) else 'train'
     number = re.sub('.*(train|val)_?', '', name)

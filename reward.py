@@ -32,6 +32,7 @@ Direct preference optimization (DPO, Rafailov et al. 2023) does without a reward
 Left out: a margin that says how much better an answer is (Llama 2), several labellers who disagree.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+import copy
 import functools
 import itertools
 import json
@@ -49,10 +50,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (
-    ScalarModel, Tokenizer, all_gather_list, all_sum, catch_signals, cleanup, generate, get_state,
-    grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers, open_log,
-    pad_right, print0, read_jsonl, read_prompts, save_checkpoint, save_resume, seed_step, set_state,
-    setup, should_stop, simulated_ranking, write_jsonl)
+    ScalarModel, Tokenizer, all_gather_list, all_sum, catch_signals, cleanup, gather, generate,
+    get_state, grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers,
+    open_log, pad_right, print0, read_jsonl, read_prompts, save_checkpoint, save_resume, seed_step,
+    set_state, setup, shard, should_stop, simulated_ranking, write_jsonl)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -76,7 +77,7 @@ objective = 'reward'        # reward: a model that gives scores; dpo: a policy
 beta = 0.1                  # dpo: score of a nat of difference from the SFT model
 epochs = 1                  # passes over the training data
 batch_size = 8              # examples in a micro-batch on each process; lower it to save memory
-gradient_accumulation_steps = 1 # micro-batches in a step
+total_batch_size = 0        # examples in a step, all processes; 0 = one micro-batch on each process
 dropout = 0.0               # share of the activations that is dropped while training
 # optimizer
 optimizer = 'adamw'         # adamw, or muon for the matrices in the blocks and adamw for the rest
@@ -94,6 +95,7 @@ eval_interval = 100         # steps between evaluations
 log_interval = 10           # steps between log lines
 save_interval = 500         # steps between saves of the resume file
 # system
+parallel = 'ddp'            # several processes: ddp, or fsdp for large models
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16 (and float16, in pretrain.py only)
 seed = 1337                 # seed of everything random
@@ -101,15 +103,15 @@ resume = True               # continue from the resume file if an interrupted ru
 config = configure(globals())
 
 LETTERS = list('abcdefghijklmnopqrstuvwxyz') # names of answers, for a person
-for name in ('epochs', 'gradient_accumulation_steps', 'beta',
-             'sample_answers', 'sample_batch', 'max_new_tokens',
+for name in ('epochs', 'beta', 'sample_answers', 'sample_batch', 'max_new_tokens',
              'batch_size', 'eval_interval', 'log_interval', 'save_interval'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('temperature', 'labeller_noise',
+for name in ('total_batch_size', 'temperature', 'labeller_noise',
              'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 for name in ('dropout', 'momentum', 'beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
+assert parallel in ('ddp', 'fsdp'), f"parallel must be 'ddp' or 'fsdp', not {parallel!r}"
 for name, allowed in (('judge', ('labeller', 'human', 'file')), ('objective', ('reward', 'dpo'))):
     assert config[name] in allowed, f'{name} must be one of {allowed}, not {config[name]!r}'
 assert 0 < share <= 1, f'share must be above 0 and at most 1, not {share}'
@@ -136,7 +138,16 @@ class Policy(nn.Module):
 
 run = setup(config)
 assert run.world_size == 1 or judge != 'human', 'judge=human needs one process, not torchrun'
-ddp = run.world_size > 1
+ddp = run.world_size > 1 and parallel == 'ddp'
+fsdp = run.world_size > 1 and parallel == 'fsdp'
+assert not (fsdp and optimizer == 'muon'), 'fsdp cuts matrices, muon needs whole ones: use adamw'
+total_batch_size = total_batch_size or batch_size * run.world_size
+config['total_batch_size'] = total_batch_size # decides the order of the data, batch_size does not
+per_pass = batch_size * run.world_size # examples in a micro-batch, all processes
+nearest = max(1, round(total_batch_size / per_pass)) * per_pass
+assert total_batch_size == nearest, (
+    f'total_batch_size {total_batch_size} is not a multiple of batch_size {batch_size} x '
+    f'{run.world_size} processes: --total_batch_size={nearest}')
 stage = objective
 ckpt_path = init_from or os.path.join(out_dir, 'sft.pt')
 ckpt = load_checkpoint(ckpt_path, ['sft', 'dpo', 'rlhf'], f'python sft.py --out_dir={out_dir}')
@@ -145,11 +156,12 @@ tok = Tokenizer(ckpt['tokenizer'])
 if objective == 'reward':
     raw_model = load_model(ckpt, run.device, ScalarModel)
     nn.init.zeros_(raw_model.head.weight) # all scores start at 0, and the loss at ln 2
-    saved_model = raw_model
 else:
-    saved_model = load_model(ckpt, run.device)
-    raw_model = Policy(saved_model)
+    raw_model = Policy(load_model(ckpt, run.device))
     reference = Policy(load_model(ckpt, run.device)).requires_grad_(False).eval()
+    for p in reference.parameters():
+        if run.device_type == 'cuda' and p.dim() > 1: # autocast reads matrices in this dtype anyway
+            p.data = p.data.to(run.dtype)
 block_size = raw_model.config.block_size
 max_length = min(max_length or block_size, block_size)
 resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
@@ -157,7 +169,7 @@ out_path = os.path.join(out_dir, f'{stage}.pt')
 config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 saved = None
 if not show: # before answers are sampled
-    saved = load_resume(resume_path, config, resume)
+    saved = load_resume(resume_path, config, resume, ('world_size', 'batch_size', 'parallel'))
 
 # -----------------------------------------------------------------------------
 # scores
@@ -199,7 +211,8 @@ def score_all(model, rankings):
 
 if show:
     trained = load_checkpoint(out_path, [stage], f'python reward.py --objective={objective}')
-    saved_model.load_state_dict(trained['weights'])
+    trained_model = raw_model if objective == 'reward' else raw_model.body
+    trained_model.load_state_dict(trained['weights'])
     question = [dict(role='user', content=show)]
     start = len(tok.render(question, prompt=True)[0])
     ids, _ = tok.render([*question, dict(role='assistant', content=answer)])
@@ -574,29 +587,27 @@ val = load_examples('val')
 # the first of one shuffled order: what a small share holds is in every larger one
 order = np.random.default_rng(seed).permutation(len(train))
 train = [train[i] for i in sorted(order[:round(share * len(train))])]
-step_size = batch_size * gradient_accumulation_steps * run.world_size # examples in a step
-assert len(train) >= step_size, (
-    f'{len(train)} examples do not fill one step of {step_size} (batch_size {batch_size} x '
-    f'accumulation {gradient_accumulation_steps} x {run.world_size} processes): '
-    f'--gradient_accumulation_steps=1 --batch_size={max(1, len(train) // run.world_size)}')
-steps_per_epoch = len(train) // step_size
+assert len(train) >= total_batch_size, (
+    f'{len(train)} examples do not fill one step of {total_batch_size}: '
+    f'--total_batch_size=0 --batch_size={max(1, len(train) // run.world_size)}')
+steps_per_epoch = len(train) // total_batch_size
 max_iters = epochs * steps_per_epoch
 assert any(ranking.places[0] < ranking.places[-1] for ranking in val), 'validation: only ties'
-print0(f'data: {len(train):,} examples, {len(val):,} for validation; {step_size} a step, '
+print0(f'data: {len(train):,} examples, {len(val):,} for validation; {total_batch_size} a step, '
        f'{steps_per_epoch:,} steps an epoch, {max_iters:,} steps')
 
 @functools.lru_cache(maxsize=1)
 def get_order(epoch):
-    """A seeded shuffle, the same on all ranks -> (steps_per_epoch, step_size), indices of train."""
+    """A seeded shuffle, the same on all ranks -> (steps_per_epoch, total_batch_size), of train."""
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(train))[:steps_per_epoch * step_size]
+    order = rng.permutation(len(train))[:steps_per_epoch * total_batch_size]
     # similar lengths share a step, so that little is padded: sort within pools of 16 steps
-    pool_size = 16 * step_size
+    pool_size = 16 * total_batch_size
     by_length = []
     for first in range(0, len(order), pool_size):
         pool = order[first:first + pool_size]
         by_length += sorted(pool, key=lambda j: train[j].length)
-    order = np.array(by_length).reshape(steps_per_epoch, step_size)
+    order = np.array(by_length).reshape(steps_per_epoch, total_batch_size)
     return rng.permutation(order) # shuffles the rows, which are the steps
 
 def get_batches(step):
@@ -611,6 +622,9 @@ def get_batches(step):
 
 # -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
+whole = copy.deepcopy(raw_model) if fsdp else raw_model # evaluates without other processes
+if fsdp:
+    shard(raw_model, run)
 optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
                              kind=optimizer, momentum=momentum)
 first_step = 0
@@ -631,9 +645,11 @@ def evaluate():
     val_loss: mean loss on validation data. val_accuracy: share of pairs that are ordered as by the
     labeller. val_gold_accuracy: as by the gold scores, of the pairs whose gold scores differ.
     """
-    raw_model.eval()
-    margins, targets, weights = get_pairs(score_all(raw_model, val), val)
-    raw_model.train()
+    if fsdp:
+        gather(raw_model, whole)
+    whole.eval()
+    margins, targets, weights = get_pairs(score_all(whole, val), val)
+    whole.train()
     gold, _, _ = get_pairs([ranking.gold for ranking in val], val)
     loss = F.binary_cross_entropy_with_logits(margins, targets, weights, reduction='sum')
     is_right = margins > 0
@@ -695,12 +711,14 @@ for step in range(first_step, max_iters + 1):
     n_pairs = 0
     n_right = 0
     for micro, batch in enumerate(batches):
+        if fsdp: # reduce gradients only once, as ddp does below
+            raw_model.set_requires_gradient_sync(micro == len(batches) - 1)
         if ddp: # exchange gradients only once, with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
         margins, targets, weights = get_pairs(get_scores(model, batch), batch) # (n_pairs,) each
         loss = F.binary_cross_entropy_with_logits(margins, targets, weights, reduction='sum')
         loss = loss / max(1, n_valid)
-        (loss * run.world_size).backward() # DDP averages over ranks; we need the sum
+        (loss * run.world_size).backward() # ddp and fsdp average; we need the sum
         lossf += loss.detach() # .item() would wait for the GPU in each micro-batch
         n_pairs += (targets == 1).sum().item() # ties have no right order
         n_right += ((targets == 1) & (margins > 0)).sum().item()
@@ -709,6 +727,8 @@ for step in range(first_step, max_iters + 1):
 
     # clip; one step with a gradient that is not finite would ruin the weights
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    if fsdp:
+        norm = norm.full_tensor()
     norm = norm.item()
     assert math.isfinite(norm), (
         f'step {step}: loss {lossf}, gradient norm {norm}: lower --learning_rate and use '
@@ -736,14 +756,14 @@ for step in range(first_step, max_iters + 1):
 
 # -----------------------------------------------------------------------------
 # normalise: mean 0 and standard deviation 1 over the answers of the training data
-raw_model.eval()
-found = report(score_all(raw_model, val))
+whole.eval()
+found = report(score_all(whole, val))
 n_forward = progress.get('n_sampled', 0) # tokens without a backward pass: a third of the cost
 if objective == 'reward':
     some = train[::math.ceil(len(train) / 1000)] # enough to know a mean
-    scores = torch.cat(score_all(raw_model, some))
-    raw_model.mean.copy_(scores.mean())
-    raw_model.std.copy_(scores.std().clamp(min=1e-4))
+    scores = torch.cat(score_all(whole, some))
+    whole.mean.copy_(scores.mean())
+    whole.std.copy_(scores.std().clamp(min=1e-4))
     print0(f'mean {scores.mean():.3f} and std {scores.std():.3f} of the scores become 0 and 1')
     n_forward += sum(ranking.n_tokens for ranking in some)
 else:
@@ -757,7 +777,7 @@ if run.master:
     flops = raw_model.body.flops_per_token(mean_length) * (n_tokens + n_forward / 3)
     metrics = dict(val_metrics, **found, seconds=seconds, tokens=n_tokens, flops=flops,
                    self_agreement=progress.get('self_agreement'))
-    weights = saved_model.state_dict()
+    weights = whole.state_dict() if objective == 'reward' else whole.body.state_dict()
     save_checkpoint(out_path, stage, weights, asdict(raw_model.config), tok,
                     config, max_iters, metrics)
     print(f'saved {out_path}: {val_text}, {seconds:.0f} s')

@@ -76,9 +76,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (
-    ScalarModel, Tokenizer, all_gather_list, all_sum, catch_signals, cleanup, generate, get_state,
-    grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers, open_log,
-    pad_right, print0, read_prompts, save_checkpoint, save_resume, seed_step, set_state, setup,
+    ScalarModel, Tokenizer, all_gather_list, all_sum, catch_signals, cleanup, gather, generate,
+    get_state, grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers, open_log,
+    pad_right, print0, read_prompts, save_checkpoint, save_resume, seed_step, set_state, setup, shard,
     should_stop)
 
 # -----------------------------------------------------------------------------
@@ -105,13 +105,13 @@ kl_target = 0.0             # adapt kl_coef to reach this KL, in nats per answer
 kl_horizon = 10000          # number of answers over which kl_coef adapts
 # rollout
 max_iters = 200             # number of updates; each one answers a new batch of prompts
-batch_size = 64             # answers per update, on each process
+batch_size = 64             # answers per update, over all processes
 max_new_tokens = 64         # maximum length of an answer, in tokens
 temperature = 1.0           # sampling temperature; also used for all log-probabilities
 # learning
 ppo_epochs = 4              # passes over the answers of one update; use 1 with reinforce
-minibatch_size = 64         # answers per optimizer step, on each process; divides batch_size
-micro_batch_size = 64       # answers per forward pass; divides minibatch_size; lower = less memory
+minibatch_size = 64         # answers per optimizer step, over all processes; divides batch_size
+micro_batch_size = 64       # most answers in a forward pass of one process; lower = less memory
 gamma = 1.0                 # ppo: discount factor of later rewards
 gae_lambda = 0.95           # ppo: GAE lambda, 0 = trust the critic, 1 = trust the rewards
 cliprange = 0.2             # clip range for the probability ratio; not used by reinforce
@@ -134,6 +134,7 @@ sample_interval = 20        # updates between printed tables of an answer
 snapshots = False           # keep the actor of each evaluation, as rlhf.00020.pt
 save_interval = 20          # updates between saves of the resume file
 # system
+parallel = 'ddp'            # several processes: ddp, or fsdp (large models)
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16
 seed = 1337                 # seed of everything random
@@ -151,26 +152,31 @@ for name in ('score_clip', 'missing_end_penalty', 'kl_coef', 'kl_target', 'gamma
 for name in ('beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
 for name, allowed in (('algo', ('ppo', 'grpo', 'rloo', 'reinforce')),
-                      ('critic', ('separate', 'shared')), ('reward', ('model', 'checks', 'both'))):
+                      ('critic', ('separate', 'shared')), ('reward', ('model', 'checks', 'both')),
+                      ('parallel', ('ddp', 'fsdp'))):
     assert config[name] in allowed, f'{name} must be one of {allowed}, not {config[name]!r}'
 assert temperature >= 0.01, (
     f'temperature must be at least 0.01, not {temperature}: greedy answers explore nothing')
-# PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches only save memory.
-assert batch_size % minibatch_size == 0 and minibatch_size % micro_batch_size == 0, (
-    f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size}, and '
-    f'minibatch_size a multiple of micro_batch_size {micro_batch_size}: '
-    f'--minibatch_size={batch_size} --micro_batch_size={batch_size}')
 assert group_size > 1 or algo not in ('grpo', 'rloo'), (
     f'{algo} compares the answers to one prompt, so it needs more than 1: --group_size=8')
-assert batch_size % group_size == 0, (
-    f'batch_size {batch_size} must be a multiple of group_size {group_size}: '
-    f'--batch_size={math.lcm(group_size, minibatch_size)}')
 
 # -----------------------------------------------------------------------------
 # device and checkpoints
 run = setup(config)
-ddp = run.world_size > 1
+ddp = run.world_size > 1 and parallel == 'ddp'
+fsdp = run.world_size > 1 and parallel == 'fsdp'
 stage = 'rlhf'
+# PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches only save memory.
+# Each process answers whole groups and has an equal share of each minibatch.
+nearest_minibatch = max(1, round(minibatch_size / run.world_size)) * run.world_size
+multiple = math.lcm(nearest_minibatch, group_size * run.world_size)
+nearest_batch = max(1, round(batch_size / multiple)) * multiple
+assert minibatch_size == nearest_minibatch and batch_size == nearest_batch, (
+    f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size} and of group_size '
+    f'{group_size} x {run.world_size} processes, and minibatch_size a multiple of {run.world_size}: '
+    f'--batch_size={nearest_batch} --minibatch_size={nearest_minibatch}')
+own_batch_size = batch_size // run.world_size # of this process
+own_minibatch_size = minibatch_size // run.world_size
 sft_path = init_from or os.path.join(out_dir, 'sft.pt')
 sft = load_checkpoint(sft_path, ['sft', 'dpo', 'rlhf'], f'python sft.py --out_dir={out_dir}')
 tok = Tokenizer(sft['tokenizer'])
@@ -186,6 +192,9 @@ if reward != 'checks':
         f'`python reward.py --out_dir={out_dir}`')
     block_size = min(block_size, reward_ckpt['model_args']['block_size'])
     config['starts_from'].append(reward_ckpt['metrics'].get('seconds'))
+    if reward_ckpt['config'].get('starts_from') != sft['metrics'].get('seconds'):
+        print0(f'warning: {reward_path} was not made from {sft_path}, so it may misjudge its answers: '
+               f'`python reward.py --init_from={sft_path} --out_dir={out_dir}` makes it again')
 resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
 out_path = os.path.join(out_dir, f'{stage}.pt')
 
@@ -216,9 +225,8 @@ def load_prompts(split):
 
 train_prompts = load_prompts('train')
 val_prompts = load_prompts('val')
-step_size = batch_size * run.world_size # answers in an update, on all processes
-n_epochs = max_iters * step_size / group_size / len(train_prompts)
-print0(f'data: {len(train_prompts):,} prompts, {len(val_prompts):,} for validation; {step_size} '
+n_epochs = max_iters * batch_size / group_size / len(train_prompts)
+print0(f'data: {len(train_prompts):,} prompts, {len(val_prompts):,} for validation; {batch_size} '
        f'answers an update, {group_size} to each prompt, {max_iters:,} updates, {n_epochs:.1f} epochs')
 
 @functools.lru_cache(maxsize=2) # an update may begin in one epoch and end in the next
@@ -228,7 +236,7 @@ def get_order(epoch):
 
 def get_prompts(step):
     """The prompts of this process in this update, each one group_size times in a row."""
-    n_prompts = batch_size // group_size
+    n_prompts = batch_size // run.world_size // group_size
     first = (step * run.world_size + run.rank) * n_prompts
     prompts = []
     for i in range(first, first + n_prompts):
@@ -240,7 +248,7 @@ def get_prompts(step):
 # models
 class ActorCritic(nn.Module):
     """
-    PPO detail: actor and critic in one module, for one DDP wrapper and one gradient norm.
+    PPO detail: actor and critic in one module, for one DDP or FSDP wrapper and one gradient norm.
     critic: a ScalarModel; or nn.Linear(C, 1), a head on the actor's body; or None.
     """
 
@@ -310,6 +318,12 @@ elif algo == 'ppo':
     if reward_ckpt is None:
         nn.init.zeros_(value_model.head.weight)
 raw_model = ActorCritic(actor, value_model)
+sampler = actor
+if fsdp:
+    # A forward pass of a sharded model needs all ranks. But they sample until their own longest
+    # answer has ended, so each one samples with a whole copy of the actor.
+    sampler = load_model(sft, run.device)
+    shard(raw_model, run)
 
 # -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
@@ -322,7 +336,9 @@ if value_model is not None:
 max_lrs = [opt.param_groups[0]['lr'] for opt in optimizers]
 first_step = 0
 progress = dict(kl_coef=kl_coef, seconds=0.0, n_tokens=0, n_bad_critic=0)
-saved = load_resume(resume_path, config, resume, may_change=['sample_interval'])
+# On another number of processes an update has the same size and prompts, but other random numbers.
+saved = load_resume(resume_path, config, resume, may_change=[
+    'sample_interval', 'micro_batch_size', 'parallel', 'world_size'])
 if saved:
     set_state(raw_model, optimizers, saved['state'])
     first_step = saved['step']
@@ -343,9 +359,9 @@ def split_by_length(rows, lengths):
     return [(part, lengths[part].max().item()) for part in parts]
 
 @torch.no_grad()
-def rollout(prompts):
+def rollout(prompts, net):
     """
-    Answer the prompts, a list of (row, ids). Returns a namespace:
+    Answer the prompts, a list of (row, ids). net: the ActorCritic. Returns a namespace:
         query_responses         (B, T) ids of prompt and response, padded on the right
         response_mask           (B, T-1) True where the next token is a response token
         logprobs, ref_logprobs  (B, T-1) of actor and reference; 0 where the mask is False
@@ -360,7 +376,7 @@ def rollout(prompts):
     # PPO detail: left padding, with positions that do not count the pads. generate() does it.
     queries = [ids for _, ids in prompts]
     with run.autocast():
-        responses = generate(raw_model.actor, queries, max_new_tokens, tok.end, temperature)
+        responses = generate(sampler, queries, max_new_tokens, tok.end, temperature)
     rows = [query + response for query, response in zip(queries, responses)]
     query_responses = pad_right(rows, tok.pad, run.device)      # (B, T)
 
@@ -383,7 +399,7 @@ def rollout(prompts):
         ids = query_responses[part, :T]
         mask = response_mask[part, :T - 1]
         with run.autocast():
-            logits, values[part, :T - 1] = raw_model(ids, mask)
+            logits, values[part, :T - 1] = net(ids, mask)
             ref_logits = get_logits(reference, reference.hidden(ids), mask)
         logprobs[part, :T - 1] = get_logprobs(logits, ids, mask)
         ref_logprobs[part, :T - 1] = get_logprobs(ref_logits, ids, mask)
@@ -614,8 +630,8 @@ def evaluate():
     kl = 0.0
     ended = 0
     texts = []
-    for first in range(0, len(prompts), batch_size):
-        batch = rollout(prompts[first:first + batch_size])
+    for first in range(0, len(prompts), own_batch_size):
+        batch = rollout(prompts[first:first + own_batch_size], ActorCritic(sampler, None)) # no critic
         score += batch.scores.sum().item()
         kl += (batch.logprobs - batch.ref_logprobs).sum().item()
         ended += batch.ended.sum().item()
@@ -640,9 +656,8 @@ def print_answer(batch, rewards, i):
 
 def save(path, step, metrics):
     """Save the actor as a chat model."""
-    weights = raw_model.actor.state_dict()
     if run.master:
-        save_checkpoint(path, stage, weights, asdict(raw_model.actor.config), tok,
+        save_checkpoint(path, stage, sampler.state_dict(), asdict(sampler.config), tok,
                         config, step, metrics)
 
 def get_lr_factor(step):
@@ -663,6 +678,9 @@ n_bad_critic = progress['n_bad_critic'] # updates in a row in which the critic w
 started = time.time() - progress['seconds'] # as if the run had never been interrupted
 t0 = time.time()
 for step in range(first_step, max_iters + 1):
+    if fsdp:
+        gather(actor, sampler)
+
     # evaluate: all ranks take part
     if step % eval_interval == 0 or step == max_iters:
         val_metrics = evaluate()
@@ -688,7 +706,7 @@ for step in range(first_step, max_iters + 1):
     # PPO detail: a seed that depends on the rank, so that the processes sample different answers.
     seed_step(seed, step + 1, run.rank) # evaluate() uses step 0
     prompts = get_prompts(step)
-    batch = rollout(prompts)
+    batch = rollout(prompts, raw_model)
     rewards = get_rewards(batch, kl_coef)
     batch.advantages, batch.returns = get_advantages(batch, rewards)
 
@@ -696,7 +714,7 @@ for step in range(first_step, max_iters + 1):
     # PPO detail: a new permutation in each epoch. Each epoch uses each answer once.
     minibatches = []
     for epoch in range(ppo_epochs):
-        minibatches += torch.randperm(batch_size).split(minibatch_size)
+        minibatches += torch.randperm(own_batch_size).split(own_minibatch_size)
     lr_factor = get_lr_factor(step) # PPO detail: learning rate annealing
     # Each token has the same weight. GRPO first takes the mean over each answer, so a token of a
     # long answer has less weight: long wrong answers are punished less, and become longer.
@@ -712,18 +730,22 @@ for step in range(first_step, max_iters + 1):
         ratio_max = torch.zeros((), device=run.device)
         micro_batches = split_by_length(minibatch, batch.lengths)
         for micro, (rows, T) in enumerate(micro_batches):
+            if fsdp: # reduce gradients only once, as ddp does below
+                raw_model.set_requires_gradient_sync(micro == len(micro_batches) - 1)
             if ddp: # exchange gradients only once, with the last micro-batch
                 model.require_backward_grad_sync = micro == len(micro_batches) - 1
             loss, micro_sums, micro_max = get_loss(batch, rows, T)
             sums += micro_sums
             ratio_max = torch.maximum(ratio_max, micro_max)
             loss = loss / n_valid
-            loss = loss * run.world_size # DDP averages over ranks; we need the sum
+            loss = loss * run.world_size # ddp and fsdp average over ranks; we need the sum
             loss.backward()
         means = [total / n_valid for total in all_sum(*sums.tolist())]
 
         # PPO detail: global gradient clipping, of actor and critic together
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+        if fsdp:
+            norm = norm.full_tensor()
         norm = norm.item()
         assert math.isfinite(norm), (
             f'step {step}: gradient norm {norm}: lower --learning_rate or raise --kl_coef, and use '
@@ -757,7 +779,7 @@ for step in range(first_step, max_iters + 1):
         kl=kl, kl_k3=token_k3 * length, kl_coef=kl_coef, length=length,
         ended=masked_mean(batch.ended, every_answer),
         entropy=masked_mean(batch.entropy, batch.response_mask),
-        duplicates=1 - len(set(all_gather_list(batch.texts, run))) / step_size,
+        duplicates=1 - len(set(all_gather_list(batch.texts, run))) / batch_size,
         ratio_gap_first=history[0]['ratio_gap'], # PPO detail: the first ratio must be 1
         lr=learning_rate * lr_factor)
     for name in history[0]:
@@ -795,7 +817,7 @@ for step in range(first_step, max_iters + 1):
     # the coefficient is the same on all ranks.
     if kl_target > 0:
         error = min(max(kl / kl_target - 1, -0.2), 0.2)
-        kl_coef *= 1 + error * step_size / kl_horizon
+        kl_coef *= 1 + error * batch_size / kl_horizon
 
 # -----------------------------------------------------------------------------
 # save
@@ -805,8 +827,8 @@ seconds = time.time() - started
 n_trained = 1 if algo != 'ppo' or critic == 'shared' else 2
 n_frozen = 1 if reward_model is None else 2
 passes = (1 + n_trained + n_frozen) / 3 + n_trained * ppo_epochs
-mean_length = n_tokens / max(1, max_iters * step_size)
-flops = raw_model.actor.flops_per_token(mean_length) * n_tokens * passes
+mean_length = n_tokens / max(1, max_iters * batch_size)
+flops = actor.flops_per_token(mean_length) * n_tokens * passes
 save(out_path, max_iters, dict(val_metrics, seconds=seconds, tokens=n_tokens, flops=flops))
 print0(f'saved {out_path}: {val_text}, {seconds:.0f} s')
 cleanup(run)

@@ -21,6 +21,7 @@ look at it      $ python sft.py config/tiny.py --show_batch=true     (what is le
 Left out: loss on what the user says, weights per conversation.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+import copy
 import functools
 import glob
 import math
@@ -40,6 +41,7 @@ from model import (
     all_sum,
     catch_signals,
     cleanup,
+    gather,
     generate,
     get_state,
     grade,
@@ -57,6 +59,7 @@ from model import (
     seed_step,
     set_state,
     setup,
+    shard,
     should_stop,
 )
 
@@ -73,7 +76,7 @@ show_batch = False          # print the first batch and stop
 # training
 epochs = 3                  # passes over the training data
 batch_size = 16             # rows in a micro-batch on each process; lower it to save memory
-gradient_accumulation_steps = 1 # micro-batches in a step
+total_batch_size = 0        # rows in a step, all processes; 0 = one micro-batch on each process
 dropout = 0.0               # share of the activations that is dropped while training
 # optimizer
 optimizer = 'adamw'         # adamw, or muon for the matrices in the blocks and adamw for the rest
@@ -91,6 +94,7 @@ max_new_tokens = 64         # longest answer, in tokens
 log_interval = 10           # steps between log lines
 save_interval = 500         # steps between saves of the resume file
 # system
+parallel = 'ddp'            # several processes: ddp, or fsdp for large models
 device = 'auto'             # auto, cpu, cuda, cuda:1, mps
 dtype = 'auto'              # auto, float32, bfloat16 (and float16, in pretrain.py only)
 compile = False             # use torch.compile: slow to start, then faster on a GPU
@@ -98,18 +102,22 @@ seed = 1337                 # seed of everything random
 resume = True               # continue from the resume file if an interrupted run has left one
 config = configure(globals())
 
-for name in ('epochs', 'gradient_accumulation_steps',
-             'batch_size', 'eval_interval', 'max_new_tokens', 'log_interval', 'save_interval'):
+for name in ('epochs', 'max_new_tokens',
+             'batch_size', 'eval_interval', 'log_interval', 'save_interval'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_prompts'):
+for name in ('total_batch_size', 'eval_prompts',
+             'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 for name in ('replay', 'dropout', 'momentum', 'beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
+assert parallel in ('ddp', 'fsdp'), f"parallel must be 'ddp' or 'fsdp', not {parallel!r}"
 
 # -----------------------------------------------------------------------------
 # device and model
 run = setup(config)
-ddp = run.world_size > 1
+ddp = run.world_size > 1 and parallel == 'ddp'
+fsdp = run.world_size > 1 and parallel == 'fsdp'
+assert not (fsdp and optimizer == 'muon'), 'fsdp cuts matrices, muon needs whole ones: use adamw'
 stage = 'sft'
 before = 'mid' if os.path.exists(os.path.join(out_dir, 'mid.pt')) else 'base'
 ckpt_path = init_from or os.path.join(out_dir, f'{before}.pt')
@@ -221,14 +229,19 @@ if n_replay:
     train += load_replay(n_replay)
     train_rows += [[n_chats + i] for i in range(n_replay)]
 
-step_size = batch_size * gradient_accumulation_steps * run.world_size # rows in a step
-assert len(train_rows) >= step_size, (
-    f'{len(train_rows)} rows do not fill one step of {step_size} (batch_size {batch_size} x '
-    f'accumulation {gradient_accumulation_steps} x {run.world_size} processes): '
-    f'--gradient_accumulation_steps=1 --batch_size={max(1, len(train_rows) // run.world_size)}')
-steps_per_epoch = len(train_rows) // step_size
+total_batch_size = total_batch_size or batch_size * run.world_size
+config['total_batch_size'] = total_batch_size # decides the order of the data, batch_size does not
+per_pass = batch_size * run.world_size # examples in a micro-batch, all processes
+nearest = max(1, round(total_batch_size / per_pass)) * per_pass
+assert total_batch_size == nearest, (
+    f'total_batch_size {total_batch_size} is not a multiple of batch_size {batch_size} x '
+    f'{run.world_size} processes: --total_batch_size={nearest}')
+assert len(train_rows) >= total_batch_size, (
+    f'{len(train_rows)} rows do not fill one step of {total_batch_size}: '
+    f'--total_batch_size=0 --batch_size={max(1, len(train_rows) // run.world_size)}')
+steps_per_epoch = len(train_rows) // total_batch_size
 max_iters = epochs * steps_per_epoch
-print0(f'data: {n_chats:,} examples, {len(val):,} for validation; {step_size} rows a step, '
+print0(f'data: {n_chats:,} examples, {len(val):,} for validation; {total_batch_size} rows a step, '
        f'{steps_per_epoch:,} steps an epoch, {max_iters:,} steps')
 
 def to_batch(examples, rows):
@@ -270,10 +283,10 @@ def marked(row):
 
 @functools.lru_cache(maxsize=1)
 def get_order(epoch):
-    """A seeded shuffle, the same on all ranks -> (steps_per_epoch, step_size), indices of rows."""
+    """A seeded shuffle, the same on all ranks -> (steps_per_epoch, total_batch_size), of rows."""
     rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(train_rows))[:steps_per_epoch * step_size]
-    return order.reshape(steps_per_epoch, step_size)
+    order = rng.permutation(len(train_rows))[:steps_per_epoch * total_batch_size]
+    return order.reshape(steps_per_epoch, total_batch_size)
 
 def get_batches(step):
     """The micro-batches of this process in this step; they depend on (seed, step, rank) only."""
@@ -298,17 +311,19 @@ if show_batch:
     for j in get_order(0)[0]:
         print0(marked(train_rows[j]))
     sys.exit()
-# shows at a glance whether the mask is right
-print0('the first conversation, [what is learned]:', marked([0]))
+print0('the first conversation, [what is learned]:', marked([0])) # is the mask right?
 
 # -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
+whole = copy.deepcopy(raw_model) if fsdp else raw_model # evaluates without other processes
+if fsdp:
+    shard(raw_model, run)
 optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, beta2),
                              kind=optimizer, momentum=momentum)
 config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 first_step = 0
 progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0, best={})
-saved = load_resume(resume_path, config, resume)
+saved = load_resume(resume_path, config, resume, ('world_size', 'batch_size', 'parallel'))
 if saved:
     set_state(raw_model, optimizers, saved['state'])
     first_step = saved['step']
@@ -336,9 +351,8 @@ def answer_prompts():
     n_tokens = 0
     for first in range(0, len(mine), 64):
         batch = mine[first:first + 64]
-        queries = [ids for _, ids in batch]
         with run.autocast():
-            answers = generate(raw_model, queries, max_new_tokens, tok.end)
+            answers = generate(whole, [ids for _, ids in batch], max_new_tokens, tok.end)
         for (row, _), ids in zip(batch, answers):
             all_met, _ = grade(row['checks'], tok.decode_answer(ids))
             n_met += all_met
@@ -353,20 +367,22 @@ def evaluate():
     val_loss: mean loss on the validation data, in nats per token. Of sampled answers to validation
     prompts: val_met, share that meets all checks; val_ended, share that stops; val_length, tokens.
     """
-    raw_model.eval()
+    if fsdp:
+        gather(raw_model, whole)
+    whole.eval()
     nats = 0.0
     n_tokens = 0
     for first in range(run.rank * batch_size, len(val_rows), run.world_size * batch_size):
         x, y, pos, mask = to_batch(val, val_rows[first:first + batch_size])
         with run.autocast():
-            logits = raw_model(x, pos, mask)
+            logits = whole(x, pos, mask)
         nats += get_loss(logits, y).item()
         n_tokens += (y != -1).sum().item()
     nats, n_tokens = all_sum(nats, n_tokens)
     found = dict(val_loss=nats / n_tokens)
     if prompts:
         found.update(answer_prompts())
-    raw_model.train()
+    whole.train()
     return found
 
 def get_lr(step):
@@ -394,7 +410,7 @@ for step in range(first_step, max_iters + 1):
         if val_metrics['val_loss'] <= best.get('val_loss', math.inf):
             best = dict(val_metrics, step=step)
             if run.master: # the rank that saves them
-                weights = raw_model.state_dict()
+                weights = whole.state_dict()
                 best['weights'] = {name: tensor.cpu().clone() for name, tensor in weights.items()}
     if step == max_iters:
         break
@@ -424,17 +440,21 @@ for step in range(first_step, max_iters + 1):
     # forward and backward
     lossf = 0.0 # loss of this step, as a float
     for micro, (x, y, pos, mask) in enumerate(batches):
+        if fsdp: # reduce gradients only once, as ddp does below
+            raw_model.set_requires_gradient_sync(micro == len(batches) - 1)
         if ddp: # exchange gradients only once, with the last micro-batch
             model.require_backward_grad_sync = micro == len(batches) - 1
         with run.autocast():
             logits = model(x, pos, mask)
         loss = get_loss(logits, y) / max(1, n_valid)
-        (loss * run.world_size).backward() # DDP averages over ranks; we need the sum
+        (loss * run.world_size).backward() # ddp and fsdp average; we need the sum
         lossf += loss.detach() # .item() would wait for the GPU in each micro-batch
     lossf = all_sum(lossf)[0]
 
     # clip; one step with a gradient that is not finite would ruin the weights
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    if fsdp:
+        norm = norm.full_tensor()
     norm = norm.item()
     assert math.isfinite(norm), (
         f'step {step}: loss {lossf}, gradient norm {norm}: lower --learning_rate and use '

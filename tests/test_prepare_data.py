@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import socket
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, definitions
@@ -386,21 +389,31 @@ os.replace = kill
     assert not (tmp_path / 'out' / '.partial').exists()
 
 
-def test_rank_0_prints_the_error_of_another_rank(tmp_path, scripts):
-    files = crowd(tmp_path / 'in')
-    path = tmp_path / 'in' / 'partb.jsonl' # the second file, of rank 1
-    path.write_text('not json\n' * 20 + path.read_text())
-    from concurrent.futures import ThreadPoolExecutor
-    import socket
+def two_fail(scripts, **settings):
+    """Two ranks that both must end with an error -> what they said."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         env = dict(WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=s.getsockname()[1])
     with ThreadPoolExecutor(2) as pool:
-        ranks = [pool.submit(scripts, 'prepare_data.py', *flags(files=files, data_dir=tmp_path / 'out'),
-                             env=dict(env, RANK=rank, LOCAL_RANK=rank)) for rank in range(2)]
+        ranks = [pool.submit(scripts, 'prepare_data.py', *flags(**settings), env=dict(env, RANK=rank, LOCAL_RANK=rank))
+                 for rank in range(2)]
         results = [rank.result() for rank in ranks]
     assert [r.code for r in results] == [1, 1]
-    assert 'partb.jsonl:1: not a JSON line' in results[0].err
+    return [r.err for r in results]
+
+
+def test_rank_0_prints_the_error_of_another_rank(tmp_path, scripts):
+    files = crowd(tmp_path / 'in')
+    path = tmp_path / 'in' / 'partb.jsonl' # the second file, of rank 1
+    path.write_text('not json\n' * 20 + path.read_text())
+    assert 'partb.jsonl:1: not a JSON line' in two_fail(scripts, files=files, data_dir=tmp_path / 'out')[0]
+
+
+def test_an_error_of_rank_0_ends_the_others(tmp_path, scripts):
+    """It is found in pass two, in which the others help."""
+    files = crowd(tmp_path / 'in')
+    told = two_fail(scripts, files=files, data_dir=tmp_path / 'out', filters='dedup', mixture='boks:1')
+    assert re.search('error: mixture: nothing from boks', told[0]) and 'Traceback' not in ''.join(told)
 
 
 KILL = '''

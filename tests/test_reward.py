@@ -68,7 +68,7 @@ def test_accuracies_by_hand(monkeypatch):
            ranking([[4], [5]]),                               # no gold scores known
            ranking([[6], [7]], None, [1.0, 0.5])]
     scores = {1: 5.0, 2: 1.0, 3: 4.0, 4: 1.0, 5: 0.0, 6: 0.0, 7: 2.0}
-    s = definitions('reward.py', val=val, run=CPU, batch_size=2, raw_model=torch.nn.Identity(),
+    s = definitions('reward.py', val=val, run=CPU, batch_size=2, whole=torch.nn.Identity(), fsdp=False,
                     get_scores=lambda model, batch: [torch.tensor([scores[a[0]] for a in r.answers]) for r in batch])
     found = s.evaluate()
     losses = [torch.nn.functional.softplus(-torch.tensor(m)).mean().item()
@@ -428,31 +428,49 @@ def test_resume_is_bit_identical(number, chain, scripts, uninterrupted, tmp_path
     assert a['self_agreement'] is not None
     assert {k: v for k, v in a.items() if k != 'seconds'} == {k: v for k, v in b.items() if k != 'seconds'}
 
-def same(one, two, chain):
+# after a run with fsdp: each of the two processes holds half of every tensor
+HALF = 'assert all(0.6 * p.numel() > p.to_local().numel() for p in raw_model.parameters() if len(p) > 1)'
+
+def same(one, two, stage='reward'):
     # A bias cancels out of every margin: its gradient is rounding, which Adam makes as large as any. The mean takes it
     # off.
-    assert distance(one / 'reward.pt', two / 'reward.pt', ('head.bias', 'mean')) < 1e-5
-    a, b = (load(out / 'reward.pt')['weights'] for out in (one, two))
-    assert (a['mean'] - a['head.bias']).item() == pytest.approx((b['mean'] - b['head.bias']).item(), abs=1e-5)
-    for a, b in zip(read_log(one / 'reward.jsonl'), read_log(two / 'reward.jsonl'), strict=True):
+    assert distance(one / f'{stage}.pt', two / f'{stage}.pt', ('head.bias', 'mean')) < 1e-5
+    if stage == 'reward':
+        a, b = (load(out / 'reward.pt')['weights'] for out in (one, two))
+        assert (a['mean'] - a['head.bias']).item() == pytest.approx((b['mean'] - b['head.bias']).item(), abs=1e-5)
+    for a, b in zip(read_log(one / f'{stage}.jsonl'), read_log(two / f'{stage}.jsonl'), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        assert all(abs(a[k] - b[k]) < 1e-5 for k in ('loss', 'val_loss') if k in a)
+    a, b = (load(out / f'{stage}.pt')['metrics'] for out in (one, two))
+    for name in ('tokens', 'flops', 'calibration_error', 'length_correlation'):
+        assert a[name] == pytest.approx(b[name], abs=1e-5)
 
 def test_processes_and_micro_batches_change_nothing(chain, scripts, tmp_path):
-    one, two, micro = (stocked(tmp_path / n, chain, 'sft') for n in ('one', 'two', 'micro'))
-    flags = ('--learning_rate=1e-4', '--weight_decay=0')
-    scripts.both((command(chain, one, *flags, '--batch_size=4'), {}),
-                 (command(chain, micro, *flags, '--batch_size=1', '--gradient_accumulation_steps=4'), {}))
+    one, two, moved = (stocked(tmp_path / n, chain, 'sft') for n in ('one', 'two', 'moved'))
+    flags = ('--learning_rate=1e-4', '--total_batch_size=4')
+    scripts.ok(*command(chain, one, *flags, '--batch_size=4'))
     said = scripts.two(*command(chain, two, *flags, '--batch_size=2'))
     assert said[1].out == '' and 'saved' in said[0].out
-    same(one, two, chain)
-    same(one, micro, chain)
+    same(one, two)
+    # two processes with fsdp, stopped; one process with four micro-batches, stopped; again two
+    words = command(chain, moved, *flags, '--batch_size=2', '--parallel=fsdp')
+    with pytest.raises(AssertionError, match='stopped at step 4 and saved'):
+        scripts.two(*words, before=kill_at(3, signal.SIGTERM))
+    scripts.fails('stopped at step 12 and saved', *command(chain, moved, *flags, '--batch_size=1'),
+                  before=kill_at(11, signal.SIGTERM))
+    said = scripts.two(*words, '--batch_size=1', after=HALF)
+    assert 'at step 12' in said[0].out and 'saved' in said[0].out and said[1].out == ''
+    same(one, moved)
 
 def test_dpo_in_two_processes(chain, scripts, tmp_path):
-    one, two = (stocked(tmp_path / n, chain, 'sft') for n in ('one', 'two'))
-    flags = ('--learning_rate=1e-4', '--objective=dpo', '--epochs=1')
+    one, two, fsdp = (stocked(tmp_path / n, chain, 'sft') for n in ('one', 'two', 'fsdp'))
+    flags = ('--learning_rate=1e-4', '--objective=dpo', '--epochs=1', '--total_batch_size=8')
     scripts.ok(*command(chain, one, *flags, '--batch_size=8'))
     scripts.two(*command(chain, two, *flags, '--batch_size=4'))
-    assert distance(one / 'dpo.pt', one / 'sft.pt') > 1e-4 and distance(one / 'dpo.pt', two / 'dpo.pt') < 1e-5
+    assert distance(one / 'dpo.pt', one / 'sft.pt') > 1e-4
+    same(one, two, 'dpo')
+    scripts.two(*command(chain, fsdp, *flags, '--batch_size=2', '--parallel=fsdp'), after=HALF)
+    same(one, fsdp, 'dpo')
 
 def test_two_processes_sample(chain, scripts, tmp_path):
     out = stocked(tmp_path, chain, 'sft')
@@ -536,6 +554,7 @@ BAD = [
      r'preferences_train\.jsonl: no example fits'),
     (None, ['--device=toaster'], 'toaster'), (None, ['--sample_answers=0'], 'sample_answers must be positive'),
     (None, ['--judge=human'], 'judge=human needs prompts'),
+    (None, ['--parallel=pipeline'], "parallel must be 'ddp' or 'fsdp', not 'pipeline'"),
     (None, ['--share=0'], 'share must be above 0 and at most 1, not 0'),
     (None, ['--objective=ppo'], 'objective must be one of'),
     (lambda data, out: (data / 'prompts_train.jsonl').unlink(), ['--sample_prompts=4', '--max_new_tokens=6'],

@@ -119,7 +119,7 @@ def test_long_conversations_are_cut_after_an_answer():
     assert s.read_example(dict(messages=messages))[0] > s.max_length # nothing fits: it is left out
 
 def test_each_epoch_has_every_row_once():
-    s = definitions('sft.py', seed=1, train_rows=[[i] for i in range(60)], steps_per_epoch=15, step_size=4)
+    s = definitions('sft.py', seed=1, train_rows=[[i] for i in range(60)], steps_per_epoch=15, total_batch_size=4)
     orders = [s.get_order(epoch) for epoch in (0, 0, 1)]
     assert np.array_equal(orders[0], orders[1]) and not np.array_equal(orders[0], orders[2])
     for order in orders:
@@ -160,24 +160,60 @@ def test_learning_rate():
     rates = [s.get_lr(i) for i in range(4, 105)]
     assert rates == sorted(rates, reverse=True)
 
-def test_accumulation_with_unequal_masks(chain, scripts, tmp_path):
-    """4 conversations at once = 1 at a time and 4 micro-batches, though their answers have 2 to 20 tokens."""
-    outs = [stocked(tmp_path / n, chain, 'base') for n in 'ab']
-    scripts.both(*((command(chain, out, '--learning_rate=1e-4', '--epochs=8', f'--batch_size={b}',
-                            f'--gradient_accumulation_steps={4 // b}'), {}) for out, b in zip(outs, (4, 1))))
-    assert distance(outs[0] / 'sft.pt', outs[1] / 'sft.pt') < 1e-6
-    assert distance(outs[0] / 'sft.pt', chain.out / 'base.pt') > 1e-3 # it did move
-    for a, b in zip(*(read_log(out / 'sft.jsonl') for out in outs), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
+# after a run with fsdp: each of the two processes holds half of every tensor
+HALF = 'assert all(0.6 * p.numel() > p.to_local().numel() for p in raw_model.parameters() if len(p) > 1)'
 
-def test_two_processes_are_one(chain, scripts, tmp_path):
-    one, two = stocked(tmp_path / 'one', chain, 'base'), stocked(tmp_path / 'two', chain, 'base')
-    scripts.ok(*command(chain, one, '--learning_rate=1e-4', '--batch_size=4'))
-    said = scripts.two(*command(chain, two, '--learning_rate=1e-4', '--batch_size=2'))
-    assert said[1].out == '' and 'saved' in said[0].out
-    assert distance(one / 'sft.pt', two / 'sft.pt') < 1e-5
+# five prompts: processes have different numbers of them
+SAME = ('--learning_rate=1e-4', '--total_batch_size=4', '--epochs=5', '--eval_prompts=5')
+
+def same(one, two, tolerance=1e-5):
+    assert distance(one / 'sft.pt', two / 'sft.pt') < tolerance
     for a, b in zip(read_log(one / 'sft.jsonl'), read_log(two / 'sft.jsonl'), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        assert all(abs(a[k] - b[k]) < 1e-5 for k in ('loss', 'val_loss') if k in a)
+    a, b = (load(out / 'sft.pt')['metrics'] for out in (one, two))
+    assert all(a[k] == pytest.approx(b[k], abs=1e-5) for k in ('val_loss', 'tokens', 'flops'))
+
+@pytest.fixture(scope='module')
+def one(chain, scripts):
+    out = stocked(chain.folder / 'one_sft', chain, 'base')
+    scripts.ok(*command(chain, out, *SAME, '--batch_size=4'))
+    return out
+
+def test_accumulation_with_unequal_masks(one, chain, scripts, tmp_path):
+    """4 conversations at once = 1 at a time and 4 micro-batches, though their answers have 2 to 20 tokens."""
+    out = stocked(tmp_path, chain, 'base')
+    scripts.ok(*command(chain, out, *SAME, '--batch_size=1'))
+    same(one, out, 1e-6)
+    assert distance(out / 'sft.pt', chain.out / 'base.pt') > 1e-3 # it did move
+
+def test_two_processes_are_one(one, chain, scripts, tmp_path):
+    two = stocked(tmp_path, chain, 'base')
+    said = scripts.two(*command(chain, two, *SAME, '--batch_size=2'))
+    assert said[1].out == '' and 'saved' in said[0].out
+    same(one, two)
+
+def test_fsdp_is_one_process_and_moves_to_it_and_back(one, chain, scripts, tmp_path):
+    """Two processes with fsdp, stopped; one process, stopped; two processes with fsdp and smaller micro-batches."""
+    out = stocked(tmp_path, chain, 'base')
+    two = command(chain, out, *SAME, '--batch_size=2', '--parallel=fsdp')
+    with pytest.raises(AssertionError, match='stopped at step 2 and saved'):
+        scripts.two(*two, before=kill_at(1, signal.SIGTERM))
+    scripts.fails('stopped at step 4 and saved', *command(chain, out, *SAME, '--batch_size=4'),
+                  before=kill_at(3, signal.SIGTERM))
+    said = scripts.two(*two, '--batch_size=1', after=HALF)
+    assert 'at step 4' in said[0].out and 'saved' in said[0].out and said[1].out == ''
+    same(one, out)
+
+def test_what_does_not_go_together(chain, scripts, tmp_path):
+    """The first of two processes of sft.py and reward.py, without the second."""
+    out = stocked(tmp_path, chain, 'base', 'sft')
+    env = dict(WORLD_SIZE=2, RANK=0, LOCAL_RANK=0)
+    alone = 'import torch.distributed as d; d.init_process_group = d.destroy_process_group = lambda *a: 0'
+    for flags, words in ((('--parallel=fsdp', '--optimizer=muon'), 'muon needs whole ones: use adamw'),
+                         (('--batch_size=3',), r'total_batch_size 8 is not .* 3 x 2 processes: --total_batch_size=6')):
+        for script in ('sft.py', 'reward.py'):
+            scripts.fails(words, script, *command(chain, out, '--total_batch_size=8', *flags)[1:], env=env, before=alone)
 
 EXTRA = ('--dropout=0.2', '--optimizer=muon')
 
@@ -210,15 +246,7 @@ def test_a_run_with_other_settings_is_not_resumed(chain, scripts, tmp_path):
     scripts.fails('stopped at step 4', *command(chain, out), before=kill_at(3, signal.SIGTERM))
     old = (out / 'sft.resume.pt').read_bytes()
     scripts.fails('learning_rate.*0.005.*0.002.*--resume=false', *command(chain, out, '--learning_rate=0.002'))
-    other = '''
-import model
-old = model.setup
-def setup(config, **more):
-    run = old(config, **more)
-    config['world_size'] = 2 # two ranks would see other batches
-    return run
-model.setup = setup'''
-    scripts.fails('world_size.*--resume=false', *command(chain, out), before=other)
+    scripts.fails('total_batch_size = 1, not 2.*--resume=false', *command(chain, out, '--batch_size=2')) # other batches
     ckpt = load(out / 'base.pt')
     ckpt['metrics']['seconds'] += 1
     torch.save(ckpt, out / 'base.pt')
@@ -348,6 +376,7 @@ BAD = [
      'no example fits into 48.*block_size'),
     (lambda data, out: write_rows(data / 'chat_train.jsonl', [dict(messages=user('x') + [OWL])] * 3),
      ['--batch_size=2'], '1 rows.*2.*--batch_size=1'),
+    (None, ['--parallel=pipeline'], "parallel must be 'ddp' or 'fsdp', not 'pipeline'"),
     (None, ['--warmup_iters=-1'], 'warmup_iters must be at least 0, not -1'),
     (None, ['--beta1=1'], 'beta1 must be at least 0 and below 1'),
     (None, ['--optimizer=sgd'], 'sgd')]

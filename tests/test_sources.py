@@ -8,12 +8,14 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import struct
 import threading
 import time
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 
 import pytest
 from conftest import definitions, fails
@@ -31,7 +33,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
-        self.log, self.script, self.body, self.hang = [], ['whole'], BODY, threading.Event()
+        self.log, self.script, self.body, self.bodies, self.hang = [], ['whole'], BODY, {}, threading.Event()
         self.url = f'http://127.0.0.1:{self.server_port}'
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -57,16 +59,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         asked = self.headers['Range']
         row = [self.path, asked, 0]
         s.log.append(row)
+        whole = s.bodies.get(self.path, s.body)
+        if whole is None:
+            act = 404
         if isinstance(act, int):
             return self.answer(act, {})
-        start = 0 if act == 'no ranges' else int(re.match(r'bytes=(\d+)-', asked)[1])
-        n = len(s.body)
+        if act == 'together': # is not answered before as many requests are there as the barrier waits for
+            s.barrier.wait()
+        start, last = re.match(r'bytes=(\d+)-(\d*)', asked).groups()
+        start, n = 0 if act == 'no ranges' else int(start), len(whole)
         if start >= n:
             return self.answer(416, {'Content-Range': f'bytes */{n}'})
-        body = s.body[start:]
+        body = whole[start:int(last) + 1 if last and act != 'no ranges' else n]
         half = body[:len(body) // 2] if act in ('reset', 'stall', 'cut') else body
         row[2] = len(half) # before the client can have it all, and look
-        headers = {} if act == 'no ranges' else {'Content-Range': f'bytes {start}-{n - 1}/{n}'}
+        headers = {} if act == 'no ranges' else {'Content-Range': f'bytes {start}-{start + len(body) - 1}/{n}'}
         if act == 'labelled gzip':
             headers['Content-Encoding'] = 'gzip'
         self.answer(200 if act == 'no ranges' else 206, headers, body, half)
@@ -131,7 +138,7 @@ def test_killed_before_the_renaming(server, tmp_path):
     (tmp_path / 'x.500000.part').write_bytes(BODY)
     ours().download(server.url + '/x', str(tmp_path / 'x'))
     whole_and_clean(tmp_path / 'x')
-    assert [row[2] for row in server.log] == [0]
+    assert not server.log # it is known to be whole
 
 
 @pytest.mark.parametrize('name, size', [('x.700000.part', 1000), ('x.700000.part', 600_000), ('x.0.part', 1000)])
@@ -150,7 +157,7 @@ def test_a_server_without_ranges(server, tmp_path):
 def test_only_what_may_pass_is_tried_again(server, tmp_path):
     for code in (401, 404, 410):
         server.script, server.log[:] = [code], []
-        with fails(f'HTTP {code}.*put the file at .*x yourself'):
+        with fails(f'HTTP {code}.*put the file at .*x yourself, or take {tmp_path.name} out of --source=files'):
             ours().download(server.url + '/x', str(tmp_path / 'x'))
         assert len(server.log) == 1 and not list(tmp_path.iterdir())
     server.script, server.log[:] = [500], []
@@ -169,26 +176,137 @@ def test_a_gz_stays_packed(server, tmp_path):
     assert gzip.decompress((tmp_path / 'x.gz').read_bytes()) == BODY
 
 
-def test_ranks_share_the_files(server, tmp_path):
-    entry = dict(kind='text', urls=[server.url + '/c4-{00..20}-of.gz', server.url + '/v'])
-    lists = [ours(SOURCES=dict(c4=entry), raw_dir=str(tmp_path), n_files=5, RANK=rank, world_size=3).fetch('c4')
-             for rank in range(3)]
-    assert lists[0] == lists[1] == lists[2]
-    assert lists[0] == [f'{tmp_path}/c4/c4-0{i}-of.gz' for i in range(5)] + [f'{tmp_path}/c4/v']
-    assert sorted(row[0] for row in server.log) == sorted([f'/c4-0{i}-of.gz' for i in range(5)] + ['/v']) # each once
+def stocked(server, tmp_path, n=4, **more):
+    """-> functions that know one source of n files, and a folder for them."""
+    entry = dict(kind='text', urls=[server.url + '/c4-{00..20}-of.gz'], bytes=100, text_bytes=200)
+    return ours(SOURCES=dict(c4=entry), raw_dir=f'{tmp_path}/raw', data_dir=f'{tmp_path}/data', n_files=n, **more)
+
+
+def test_all_ranks_know_the_files_and_several_come_at_once(server, tmp_path):
+    lib = stocked(server, tmp_path)
+    files = lib.files_of('c4')
+    assert files == [('c4', f'{server.url}/c4-0{i}-of.gz', f'{tmp_path}/raw/c4/c4-0{i}-of.gz') for i in range(4)]
+    assert files == stocked(server, tmp_path, RANK=1, world_size=2).files_of('c4') and not server.log
+    server.script, server.barrier = ['together'], threading.Barrier(4, timeout=20) # one by one would be an error
+    lib.fetch(files)
+    assert all(open(path, 'rb').read() == BODY for _, _, path in files)
+    assert sorted(row[0] for row in server.log) == sorted(2 * [f'/c4-0{i}-of.gz' for i in range(4)]) # look, download
+    server.log.clear()
+    lib.fetch(files)
+    assert not server.log
+
+
+def test_a_file_that_is_gone_stops_all_before_the_first_download(server, tmp_path):
+    lib = stocked(server, tmp_path)
+    server.bodies['/c4-03-of.gz'] = None
+    with fails(r'c4-03-of\.gz: HTTP 404 .*: put the file at \S*/raw/c4/c4-03-of\.gz yourself, or take c4 out of'):
+        lib.fetch(lib.files_of('c4'))
+    assert not any((tmp_path / 'raw' / 'c4').iterdir())
+    (tmp_path / 'raw' / 'c4' / 'c4-03-of.gz').write_bytes(b'mine') # the advice helps
+    lib = stocked(server, tmp_path)
+    lib.fetch(lib.files_of('c4'))
+    assert len([*(tmp_path / 'raw' / 'c4').iterdir()]) == 4
+
+
+def test_a_download_that_fails_ends_the_others(server, tmp_path, monkeypatch):
+    """One file is gone after it was there; the other would never end."""
+    left = threading.Event()
+
+    def endless(handler):
+        server.log.append(handler.path)
+        if handler.path == '/c4-01-of.gz' and server.log.count(handler.path) > 1:
+            return handler.answer(404, {})
+        with contextlib.suppress(OSError): # the client hangs up
+            handler.answer(206, {'Content-Range': 'bytes 0-999999999/1000000000'}, bytes(10**9 and 1 << 16))
+            while server.log.count(handler.path) > 1 and not server.hang.wait(0.01):
+                handler.wfile.write(bytes(1 << 15))
+            return None
+        left.set()
+    monkeypatch.setattr(Handler, 'do_GET', endless)
+    lib = stocked(server, tmp_path, 2)
+    with fails('HTTP 404'):
+        lib.fetch(lib.files_of('c4'))
+    assert left.wait(5) and len([*(tmp_path / 'raw' / 'c4').glob('c4-00-of.gz.*.part')]) == 1 # continues next time
+
+
+def test_a_small_disk_is_found_before_the_first_byte(server, tmp_path, monkeypatch):
+    """By hand: 3 GB of downloads and 6 GB of text, on one disk and on two."""
+    free, disks = dict(raw=8.9e9, data=8.9e9), dict(raw=1, data=1)
+    def usage(path):
+        return SimpleNamespace(free=free[os.path.basename(path)])
+    def stat(path):
+        return SimpleNamespace(st_dev=disks[os.path.basename(path)])
+    monkeypatch.setattr(shutil, 'disk_usage', usage)
+    lib = stocked(server, tmp_path, 1)
+    lib.space['os'] = SimpleNamespace(**dict(vars(os), stat=stat))
+    files = lib.files_of('c4')
+    with fails(r'/data is too small: 9\.0 GB are needed \(downloads 3\.0, corpus and tokens 6\.0\), 8\.9 GB are free: set'):
+        lib.check_disk(files, [3_000_000_000])
+    free['data'] = 9.1e9
+    assert lib.check_disk(files, [3_000_000_000]) == 3_000_000_000
+    disks['data'] = 2
+    free.update(raw=2.9e9, data=6.1e9)
+    with fails(r'/raw is too small: 3\.0 GB are needed'):
+        lib.check_disk(files, [3_000_000_000])
+    free.update(raw=3.1e9, data=5.9e9)
+    with fails(r'/data is too small: 6\.0 GB are needed'):
+        lib.check_disk(files, [3_000_000_000])
+    lib.space['os'] = os
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=1000))
+    with fails('too small'):
+        lib.fetch(files)
+    assert not any((tmp_path / 'raw' / 'c4').iterdir())
+    lib.SOURCES['c4']['kind'] = 'chat' # only of text is a corpus made
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=len(BODY)))
+    ours(SOURCES=lib.SOURCES, raw_dir=f'{tmp_path}/raw', data_dir=f'{tmp_path}/data').fetch(files)
+    assert (tmp_path / 'raw' / 'c4' / 'c4-00-of.gz').read_bytes() == BODY
+
+
+@pytest.mark.parametrize('act', ['whole', 'no ranges', 'cut'])
+def test_first_bytes_have_a_folder_of_their_own(server, tmp_path, act):
+    server.script = [act, act, 'whole'] if act == 'cut' else [act]
+    lib = stocked(server, tmp_path, 1, first_bytes=100_000)
+    files = lib.files_of('c4')
+    lib.fetch(files)
+    cut = tmp_path / 'raw' / 'first_100000' / 'c4' / 'c4-00-of.gz'
+    assert cut.read_bytes() == BODY[:100_000] and [path.name for path in cut.parent.iterdir()] == [cut.name]
+    server.script = ['whole']
+    lib = stocked(server, tmp_path, 1)
+    lib.fetch(lib.files_of('c4'))
+    assert (tmp_path / 'raw' / 'c4' / 'c4-00-of.gz').read_bytes() == BODY # whole
+    lib = stocked(server, tmp_path, 1, first_bytes=10**9) # a file may be shorter
+    lib.fetch(lib.files_of('c4'))
+    assert (tmp_path / 'raw' / 'first_1000000000' / 'c4' / 'c4-00-of.gz').read_bytes() == BODY
+    entry = dict(kind='tokens', urls=[server.url + '/train.bin'])
+    with fails('first_bytes: a part of train.bin is of no use: leave fineweb out'):
+        ours(SOURCES=dict(fineweb=entry), first_bytes=5).files_of('fineweb')
+
+
+def test_a_mirror(server, tmp_path):
+    lib = ours(raw_dir=str(tmp_path), mirror=server.url + '/')
+    lib.fetch(lib.files_of('gsm8k'))
+    path = '/raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl'
+    assert {row[0] for row in server.log} == {path} and (tmp_path / 'gsm8k' / 'train.jsonl').read_bytes() == BODY
+    server.bodies[path] = None
+    (tmp_path / 'gsm8k' / 'train.jsonl').unlink()
+    with fails(f'{server.url}{path}: HTTP 404'): # the address that was asked
+        lib.fetch(lib.files_of('gsm8k'))
 
 
 def test_names_that_are_the_same_and_files_of_common_crawl(server, tmp_path):
     entry = dict(kind='preferences', urls=[server.url + '/{a,b}/train.jsonl.gz'])
-    paths = ours(SOURCES=dict(hh=entry), raw_dir=str(tmp_path)).fetch('hh')
-    assert [os.path.basename(path) for path in paths] == ['a-train.jsonl.gz', 'b-train.jsonl.gz']
-    entry = dict(kind='text', urls=[server.url + '/crawl-data/CRAWL/KIND.paths.gz'])
+    files = ours(SOURCES=dict(hh=entry), raw_dir=str(tmp_path)).files_of('hh')
+    assert [os.path.basename(path) for _, _, path in files] == ['a-train.jsonl.gz', 'b-train.jsonl.gz']
+    entry = dict(kind='text', urls=['https://data.example/crawl-data/CRAWL/KIND.paths.gz'], bytes=1, text_bytes=1)
     server.body = gzip.compress('\n'.join(f'crawl-data/X/{i}.warc.wet.gz' for i in range(10)).encode())
-    server.log.clear()
-    paths = ours(SOURCES=dict(commoncrawl=entry), raw_dir=str(tmp_path), n_files=3, RANK=1, world_size=2, crawl='X',
-                 wet=True).fetch('commoncrawl')
-    assert [os.path.basename(p) for p in paths] == ['0.warc.wet.gz', '3.warc.wet.gz', '6.warc.wet.gz']
-    assert [row[0] for row in server.log] == ['/crawl-data/X/wet.paths.gz', '/crawl-data/X/3.warc.wet.gz']
+    lib = ours(SOURCES=dict(commoncrawl=entry), raw_dir=str(tmp_path), n_files=3, RANK=1, world_size=2, crawl='X',
+               wet=True, mirror=server.url, first_bytes=20)
+    files = lib.files_of('commoncrawl')
+    assert [os.path.basename(path) for _, _, path in files] == ['0.warc.wet.gz', '3.warc.wet.gz', '6.warc.wet.gz']
+    lib.fetch(files[:1])
+    folder = '/data.example/crawl-data/X'
+    assert [row[0] for row in server.log] == [f'{folder}/wet.paths.gz', *2 * [f'{folder}/0.warc.wet.gz']]
+    assert os.path.getsize(files[0][2]) == 20 # the list itself came whole
 
 
 def test_the_list_of_sources():
@@ -196,7 +314,8 @@ def test_the_list_of_sources():
     for name, entry in lib.SOURCES.items():
         urls = lib.urls_of(name, 10**6)
         assert all(re.fullmatch(r'https://[\w.-]+/[\w./~-]+', url) for url in urls), name
-        assert len(set(urls)) == len(urls) and entry['size'] and entry['licence'] and entry['about']
+        assert len(set(urls)) == len(urls) and entry['licence'] and entry['about']
+        assert all(type(entry[key]) is int and entry[key] > 0 for key in ('bytes', 'text_bytes', 'rows')), name
         assert set(entry['kind'].split(', ')) <= {'text', 'tokens', 'chat', 'preferences', 'prompts', 'benchmarks'}
     assert lib.urls_of('c4', 2)[1].endswith('allenai/c4/resolve/main/en/c4-train.00001-of-01024.json.gz')
     assert len(lib.urls_of('core', 1)) == 21 and len(lib.urls_of('hh', 1)) == 4
@@ -320,6 +439,21 @@ PAIRS = {'instruction_following': {'Rating': '5'}, 'honesty': {'Rating': 'N/A'}}
                 ('prompts', dict(messages=[user('I')])),
                 ('preferences', dict(messages=[user('I')], completions=[*'wxyz'], ranking=[1, 3, 0])),
             ],
+        ),
+        (
+            'commonsense_qa_train',
+            [dict(answerKey='B', id='1', question=dict(stem=stem, question_concept='x', choices=[
+                dict(label=label, text=text) for label, text in zip('ABCDE', ['a pot', 'a tin', 'c', 'd', 'e'])]))
+                for stem in ('Where?', 'When?')],
+            [('chat', dict(messages=[user('When?\nA. a pot\nB. a tin\nC. c\nD. d\nE. e'), said('B')])),
+             ('chat', dict(messages=[user('Where?'), said('a tin')]))],
+        ),
+        (
+            'hellaswag_train',
+            [dict(ind=4, activity_label='Roof', ctx_a=ctx, ctx_b='he', ctx=ctx, split='train', label=3,
+                  endings=['x', 'y', 'z', 'jumps [substeps] off. [title] Then  stop.']) for ctx in ('[header] How', 'So')],
+            [('chat', dict(messages=[user('Roof: So\nA. x\nB. y\nC. z\nD. jumps off. Then stop.'), said('D')])),
+             ('chat', dict(messages=[user('Roof: How'), said('jumps off. Then stop.')]))],
         ),
         (
             'lambada',
@@ -718,21 +852,6 @@ def test_every_version_of_warc(tmp_path, version, end):
             [b'<p>one', b'<p>two'], {'record of another type (revisit, resource)': 1})
 
 
-def test_arc_files(tmp_path):
-    def old(url, content):
-        return f'{url} 10.2.3.4 20060102030405 text/html {len(content)}\n'.encode() + content + b'\n'
-    head = old('filedesc://x.arc', b'1 0 InternetArchive\nURL IP-address Archive-date Content-type Archive-length\n')
-    data = [head, old('dns:x', b'20060102030405\nx. 10 IN A 10.2.3.4')]
-    data += [old(f'http://x/{i}', b'HTTP/1.0 200 OK\nContent-Type: text/html\n\n' + page)
-             for i, page in enumerate(PAGES)]
-    for packing in ('plain', 'one member', 'a member each'):
-        assert pages(tmp_path, members(packing, data), 'x.arc') == (PAGES, {}), packing
-    items, _ = read(tmp_path / 'x.arc', 'commoncrawl')
-    assert [item['url'] for item in items] == ['http://x/0', 'http://x/1', 'http://x/2']
-    cut = [*data[:2], data[2][:900] + b'\n', *data[3:]]
-    assert pages(tmp_path, members('plain', cut), 'x.arc') == (PAGES[1:], {'record cut short': 1})
-
-
 def test_the_status_of_a_page_is_the_second_word(tmp_path):
     for status in (b'404 Error 200', b'2000', b'304 200', b'', b'x'):
         assert pages(tmp_path, record(status=status), 'x.warc') == ([], {'not a page (status or type)': 1})
@@ -803,7 +922,7 @@ RESPONSE = b'WARC/1.0\r\nWARC-Type: response\r\nContent-Length: 900000\r\n\r\nHT
 HOSTILE = { # what stands before the repeated string, and the strings
     'x.warc': [(b'', b'WARC/1.0\r\n', RESPONSE[:50], RESPONSE, RESPONSE + b'Content-Type: text/html; charset='),
                (b'WARC/1\n', b'WARC/1.0\r\n', b'WARC/1.0\nContent-Length: 1\n\n', b' ', b'\r\n', b'\na: ', b'9', b'<',
-                b'\0', b'http:', b'\nhttp://a 1 1 ', b'\nhttp://a 1 1 1\n', b';charset=', b'= ', b'"', b'200 ')],
+                b'\0', b'http:', b';charset=', b'= ', b'"', b'200 ')],
     'x.warc.gz': [(b'',), (GZIP + b'\x08', gzip.compress(b'WARC/1.0\n\n'))],
     'x.txt': [(b'',), (b'<|endoftext|>', b'<|', b'\n', b'\r', b'\n ', b'\x93', b'\xe2\x80', b'\xff\xfe', b'\0')],
     'x.json': [(b'[', b'[{"text": "'), (b'[', b']', b'{', b',', b' ', b'\n', b'1', b'\\', b'"a":', b'\\u')],
@@ -880,3 +999,89 @@ def test_each_text_of_a_file_has_its_charset(tmp_path):
     raw = texts[0].encode('cp1252') + b'<|endoftext|>' + texts[1].encode() + b'<|endoftext|>' + texts[2].encode()
     (tmp_path / 'x.txt').write_bytes(raw)
     assert [item['text'] for item in read(tmp_path / 'x.txt')[0]] == texts
+
+
+# -----------------------------------------------------------------------------
+# all public sources in miniature, from a mirror
+
+
+def small_row(source, form, i):
+    """Row i of a source, in its own form."""
+    rng = random.Random(f'{source} {form} {i}')
+    words = [rng.randbytes(4).hex() for _ in range(30)]
+    text, short = ' '.join(words) + '.', words[0]
+    if source in ('c4', 'books', 'wikipedia', 'github', 'arxiv', 'stackexchange'):
+        return dict(text=text, id=short, url=f'http://x/{i}', metadata=dict(length=30))
+    return dict(
+        alpaca=dict(instruction=text, input='', output=short),
+        dolly=dict(instruction=text, context='', response=short, category='qa'),
+        oasst1=dict(message_tree_id=short, prompt=dict(TREE, text=text)),
+        oasst2=dict(message_tree_id=short, prompt=dict(TREE, text=text)),
+        gsm8k=dict(question=text, answer=f'So it is <<1+1=2>>2\n#### {i}'),
+        gsm8k_test=dict(question=text, answer=f'#### {i}'),
+        hellaswag_train=dict(ind=i, activity_label='Roof', ctx=text, endings=words[:4], label=i % 4, split='train'),
+        commonsense_qa_train=dict(answerKey='AB'[i % 2], id=short, question=dict(stem=text, choices=[
+            dict(label='A', text='x'), dict(label='B', text='y')])),
+        hh=dict(chosen=f'\n\nHuman: {text}\n\nAssistant: good', rejected=f'\n\nHuman: {text}\n\nAssistant: bad'),
+        ultrafeedback=dict(instruction=text, completions=[
+            dict(response=word, annotations=dict(honesty=dict(Rating=str(n)))) for n, word in enumerate(words[:4])]),
+        mmlu=dict(query=text, choices=[*'ABCD'], gold=i % 4, category='law'),
+        arc=dict(query=text, choices=words[:4], gold=i % 4),
+        lambada=dict(text=text),
+        humaneval=dict(task_id=f'H/{i}', prompt=text, test='assert', entry_point='f'),
+        core=[dict(query=text, choices=words[:2], gold=i % 2), dict(context=text, continuation=short),
+              dict(context_options=words[:2], continuation=text, gold=i % 2)][form % 3],
+    )[source]
+
+
+def small_file(source, form, n=40):
+    """A file of a source as it is published, but with few rows."""
+    rows = [small_row(source, form, i) for i in range(n)] if source not in ('shakespeare', 'tinystories') else []
+    if source == 'alpaca':
+        return json.dumps(rows, indent=4).encode()
+    if source in ('shakespeare', 'tinystories'):
+        mark = '\n<|endoftext|>\n' if source == 'tinystories' else '\n\n'
+        texts = [' '.join(random.Random(f'{source}{i}').randbytes(4).hex() for _ in range(450)) for i in range(n)]
+        return mark.join(texts).encode()
+    return ''.join(json.dumps(row) + '\n' for row in rows).encode()
+
+
+def test_all_sources_in_miniature(server, tmp_path, scripts):
+    """Each row of each source arrives in our form; of cut files, those at the beginning; nothing is an error."""
+    names = [name for name in LIB.SOURCES if name not in ('fineweb', 'fineweb_text')] # tokens; needs a package
+    server.body = None # all other files are gone
+    for name in names:
+        for form, url in enumerate(LIB.urls_of(name, 2)):
+            body = small_file(name, form) if name != 'commoncrawl' else b'crawl-data/a.warc.gz'
+            url = url.replace('CRAWL', LIB.crawl).replace('KIND', 'warc')
+            server.bodies[url.removeprefix('https:/')] = gzip.compress(body) if url.endswith('.gz') else body
+    server.bodies['/data.commoncrawl.org/crawl-data/a.warc.gz'] = b''.join(
+        gzip.compress(record(f'<p>{small_row("c4", 9, i)["text"] * 3}'.encode(), url=f'http://y/{i}')) for i in range(40))
+    flags = [f'--source={",".join(names)}', f'--mirror={server.url}', f'--raw_dir={tmp_path}/raw', '--filters=dedup',
+             '--val_fraction=0.3', '--n_files=2']
+    found = {}
+    for first_bytes in (0, 4000):
+        out = tmp_path / str(first_bytes)
+        more = [*flags, f'--first_bytes={first_bytes}', f'--data_dir={out}']
+        if first_bytes:
+            told = scripts.ok('prepare_data.py', *more, '--download_only=true').out
+            assert 'files are in' in told and not (out / 'funnel.json').exists()
+            server.bodies.clear() # all files are gone now
+        scripts.ok('prepare_data.py', *more)
+        result = json.loads((out / 'funnel.json').read_text())
+        found[first_bytes] = result['counts']
+        texts = {name for name in names if LIB.SOURCES[name]['kind'] == 'text'}
+        assert set(result['mixture']['text']) == texts
+        assert set(result['mixture']['chat']) == {name for name in names if 'chat' in LIB.SOURCES[name]['kind']}
+        assert set(result['mixture']['preferences']) == {'oasst1', 'oasst2', 'hh', 'ultrafeedback'}
+        exams = {path.stem for path in (out / 'benchmarks').iterdir()}
+        assert {'mmlu', 'gsm8k', 'humaneval', 'lambada', 'hellaswag', 'arc_easy', 'squad'} <= exams and len(exams) == 25
+        assert 'damaged file' not in result['skipped'] and (first_bytes or not result['skipped'])
+    whole, cut = found.values()
+    assert whole['chat train rows'] + whole['chat val rows'] == 7 * 40
+    assert whole['preferences train rows'] + whole['preferences val rows'] == (2 * 2 + 4 + 6) * 40
+    assert whole['text train rows'] + whole['text val rows'] == (1 + 1 + 2 * 6 + 1) * 40
+    for kind in ('chat', 'preferences', 'prompts', 'text'):
+        assert 0 < cut[f'{kind} train rows'] < whole[f'{kind} train rows']
+    names_kept = {path.parent.name for path in (tmp_path / 'raw' / 'first_4000').rglob('*') if path.is_file()}
+    assert names_kept == set(names)
