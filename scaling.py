@@ -159,7 +159,7 @@ def new_stage(settings, trained, **more):
         length=block_size,     # tokens of a row ...
         n_logits=block_size,   # ... of which so many get logits
         frozen=[],             # models that are not trained
-        whole=0,               # fsdp: bytes for each parameter of a whole copy, which samples
+        whole=False,           # fsdp: is there a whole copy, which samples and evaluates?
         sampled=0)             # answers that are sampled at a time
     total = getattr(settings, 'total_batch_size', 0) or stage.size * n_gpus
     stage.share = total // n_gpus # examples of each process in a step
@@ -174,12 +174,13 @@ def memory(stage, size):
     vocab_size = gpt.config.vocab_size
     n_trained = sum(model.n_params() for model in stage.trained)
     n_frozen = sum(model.n_params() for model in stage.frozen)
-    parts = {'weights': 4 * n_trained / n_shards, 'frozen models': 2 * n_frozen / n_shards}
+    parts = {'weights': 4 * n_trained / n_shards, 'frozen models': 2 * n_frozen} # these in bf16
     if fsdp: # the embeddings and two blocks are whole, and the gradient of one of these
         block = sum(p.numel() for p in gpt.blocks[0].parameters())
         outer = gpt.n_params() - block * len(gpt.blocks)
         parts['gathered layers'] = 2 * (outer + 2 * block) + 4 * max(outer, block)
-        parts['a whole copy'] = stage.whole * gpt.n_params()
+        if stage.whole:
+            parts['a whole copy'] = 4 * gpt.n_params()
     else:
         parts['weights in bf16'] = 2 * sum(n_multiplied(model) for model in stage.trained)
     if stage.optimizer:
@@ -322,7 +323,7 @@ if estimate:
 
     if data.chat_rows:
         length = min(sft.max_length or block_size, block_size)
-        stage = new_stage(sft, [gpt], length=length, n_logits=length, whole=4)
+        stage = new_stage(sft, [gpt], length=length, n_logits=length, whole=True)
         n_tokens = sft.epochs * data.chat / TOKEN_BYTES / (1 - sft.replay)
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('sft', n_tokens, seconds, weights, 0, stage))
@@ -330,7 +331,7 @@ if estimate:
     # reward model; or DPO, for which the SFT model reads all rankings, too
     if data.preferences_rows:
         length = min(reward.max_length or block_size, block_size)
-        stage = new_stage(reward, [scorer], length=length, n_logits=0, rows=N_ANSWERS, whole=4)
+        stage = new_stage(reward, [scorer], length=length, n_logits=0, rows=N_ANSWERS, whole=True)
         n_tokens = reward.epochs * reward.share * data.preferences / TOKEN_BYTES
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         if reward.objective == 'dpo':
@@ -348,7 +349,7 @@ if estimate:
         share = max(1, rlhf.minibatch_size // n_gpus) # ... and in a step
         stage = new_stage(rlhf, trained, frozen=frozen, n_logits=rlhf.max_new_tokens, share=share,
                           size=min(rlhf.micro_batch_size, share), size_name='micro_batch_size',
-                          sampled=answers, whole=2)
+                          sampled=answers, whole=True)
         n_prompt = data.prompts / data.prompts_rows / TOKEN_BYTES
         n_tokens = rlhf.max_iters * rlhf.batch_size * (n_prompt + rlhf.max_new_tokens)
         passes = (len(trained) + len(frozen)) / 3 + len(trained) * rlhf.ppo_epochs
@@ -408,10 +409,10 @@ if estimate:
     print0('Memory is for rows that fill the context, hours are for mean lengths. The total of the '
            'disk\nincludes two resume files of the largest stage: one is written before one goes.')
     print0(f'Assumed: {MFU[True]:.0%} of the peak FLOP/s with torch.compile (44 to 47% measured on '
-           f'one H100), {MFU[False]:.0%}\nwithout (22% measured), sampling at {BUS_SHARE:.0%} of the '
-           f'memory bus (measured), {CORES} CPU cores with each GPU,\n{CLEAN / 1e6} MB of text/s '
-           f'cleaned by each (measured), {KEPT:.0%} of it kept, {TOKEN_BYTES} bytes in a token, '
-           f'{DOWNLOAD / 1e6:.0f} MB/s of downloads.')
+           f'one H100), {MFU[False]:.0%}\nwithout (22% measured), sampling at {BUS_SHARE:.0%} of '
+           f'the memory bus (measured), {CORES} CPU cores with each GPU,\n{CLEAN / 1e6} MB of '
+           f'text/s cleaned by each (measured), {KEPT:.0%} of it kept, {TOKEN_BYTES} bytes in a '
+           f'token, {DOWNLOAD / 1e6:.0f} MB/s of downloads.')
     raise SystemExit
 
 # -----------------------------------------------------------------------------
