@@ -3,7 +3,7 @@ Evaluation: the base, SFT, DPO and RLHF models side by side. It measures what is
 about the stages: knowledge comes from pretraining, form comes from SFT, and RLHF can beat the
 demonstrations, at the price of diversity.
 
-Reads   out_dir/{base,sft,dpo,rlhf}.pt, those that exist; reward.pt, the judge; STAGE.jsonl;
+Reads   out_dir/{base,mid,sft,dpo,rlhf}.pt, those that exist; reward.pt, the judge; STAGE.jsonl;
         out_dir/overoptimise/*/rlhf.jsonl
         data_dir/val_*.bin, prompts_val.jsonl, benchmarks/*.jsonl, mmlu/{dev,test}/*.csv
         config/benchmarks.json, how to ask; config/curves.json, what to expect
@@ -86,7 +86,7 @@ from model import (
 # what is measured
 data_dir = 'data/toytown'   # folder with val_*.bin, prompts_val.jsonl and benchmarks/
 out_dir = 'out/toytown'     # folder with the checkpoints; the report is written here
-models = 'base,sft,dpo,rlhf' # columns of the report: stages in out_dir, or paths of checkpoints
+models = 'base,mid,sft,dpo,rlhf' # columns of the report: stages in out_dir, or paths of .pt files
 benchmarks = ''             # names, separated by commas; empty = all whose file is in data_dir
 limit = 500                 # questions per benchmark, a seeded choice; 0 = all
 n_robust = 50               # questions that are asked again with typos, case, spacing; 0 = skip
@@ -133,7 +133,7 @@ for name in re.split(' *, *', models.strip()):
     # A stage that has not been run yet is left out. A path that somebody typed must exist.
     if is_path or os.path.exists(path):
         checkpoint_paths[name] = path
-        stages = ['base', 'sft', 'dpo', 'rlhf']
+        stages = ['base', 'mid', 'sft', 'dpo', 'rlhf']
         checkpoints[name] = load_checkpoint(path, stages, 'bash speedrun.sh')
     else:
         print0(f'{path} does not exist: left out of the report')
@@ -1103,7 +1103,7 @@ for name, ckpt in checkpoints.items():
     table[name] = column
 
     column.update(language_modelling(model, tok, name))
-    is_chat = ckpt['stage'] != 'base'
+    is_chat = ckpt['stage'] not in ('base', 'mid')
     if ckpt['stage'] == 'sft' and sft_model is None:
         sft_name = name
         sft_model = model
@@ -1393,7 +1393,7 @@ JUDGES = {
 # what each stage has cost and how it was set, from its checkpoint
 costs = {}
 settings = {} # stage -> settings
-for stage in ('base', 'sft', 'reward', 'dpo', 'rlhf'):
+for stage in ('base', 'mid', 'sft', 'reward', 'dpo', 'rlhf'):
     path = os.path.join(out_dir, f'{stage}.pt')
     if os.path.exists(path):
         ckpt = load_checkpoint(path, [stage], 'bash speedrun.sh')
@@ -1561,6 +1561,8 @@ def read_curve(stage, key, x='step'):
 # stage, title, {label: key in its log}; a key val_... is measured on held-out data
 CHARTS = [
     dict(stage='base', title='pretraining: loss', is_log=True,
+         keys={'training': 'loss', 'held-out': 'val_loss'}),
+    dict(stage='mid', title='mid-training: loss', is_log=True,
          keys={'training': 'loss', 'held-out': 'val_loss'}),
     dict(stage='sft', title='SFT: loss', is_log=True,
          keys={'training': 'loss', 'held-out': 'val_loss'}),

@@ -3,15 +3,20 @@ Stage 1: pretraining. The model learns the language, and the facts in the docume
 each next token. This takes most of the compute of the recipe. The result is a base model: it
 continues documents, it does not answer questions.
 
+Mid-training is the same again, if it is wanted: one pass over conversations and some documents,
+from the base model on, with lower learning rates. The model meets the form of the conversations,
+and many more of them than SFT needs (Hu et al. 2024: high-quality data belongs into the decay).
+
 Reads   data_dir/train_*.bin, data_dir/val_*.bin, data_dir/tokenizer.json
 Writes  out_dir/base.pt, out_dir/base.jsonl (the curve), out_dir/base.resume.pt while it runs
+With --stage=mid it reads out_dir/base.pt and mid_{train,val}_*.bin, and writes out_dir/mid.* alike.
 
 on a laptop     $ python pretrain.py config/tiny.py
+mid-training    $ python pretrain.py config/tiny.py config/midtrain.py --stage=mid
 on one GPU      $ python pretrain.py config/gpt2.py
 on 8 GPUs       $ torchrun --standalone --nproc_per_node=8 pretrain.py config/gpt2.py
 on two nodes    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=10.0.0.1 \
                       pretrain.py config/gpt2.py             (on the other node: --node_rank=1)
-only estimated  $ python pretrain.py config/d32.py --estimate=8xH100
 
 Without a profile, the settings are those of GPT-2 124M: 600,000 steps of 12,288 tokens, far too
 many for a CPU or a small corpus. The length is printed before the first step, the time left after.
@@ -61,6 +66,7 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
+stage = 'base'              # base: pretraining; mid: mid-training
 init_from = ''              # start from this checkpoint (.pt) and its model, not the one below
 # model
 arch = 'gpt2'               # gpt2 (LayerNorm, learned positions, GELU) or llama (RMSNorm, rotary)
@@ -70,13 +76,13 @@ n_kv_head = 0               # heads of keys and values (grouped-query attention)
 n_embd = 768                # width of the embeddings and of the residual stream
 n_hidden = 0                # width of the MLP; 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
 block_size = 1024           # maximum context length, in tokens
-vocab_size = 50304          # only for --estimate before there is a tokenizer.json
 tie_embeddings = True       # share one matrix between the input and the output embedding
 qk_norm = False             # RMSNorm on queries and keys: allows higher learning rates
 key_shift = False           # half of the key heads get the key of the token before (small models)
 # training
 max_iters = 600000          # steps; 0 = as many as tokens_per_param asks for
 tokens_per_param = 20.0     # if max_iters = 0: tokens per parameter (Hoffmann et al. 2022)
+mid_epochs = 1              # mid: passes over the data; they decide the number of steps
 batch_size = 12             # examples in a micro-batch on each process; lower it to save memory
 total_batch_size = 0        # examples in a step, all processes; 0 = one micro-batch on each process
 dropout = 0.1               # share of the activations that is dropped while training
@@ -85,6 +91,7 @@ optimizer = 'adamw'         # adamw, or muon for the matrices in the blocks and 
 learning_rate = 3e-4        # max learning rate
 min_lr = 3e-5               # learning rate at the end of the cosine
 warmup_iters = 2000         # steps of linear warm-up
+mid_lr_scale = 0.3          # mid: learning_rate and min_lr times this, without warm-up
 weight_decay = 0.1          # weight decay of matrices; vectors do not decay
 momentum = 0.95             # muon: momentum; 0.8 is better in a run of some hundred steps
 beta1 = 0.9                 # adamw: decay rate of the first moment
@@ -96,7 +103,6 @@ eval_iters = 200            # micro-batches of validation data in an evaluation,
 log_interval = 10           # steps between log lines
 save_interval = 2000        # steps between saves of the resume file
 # instead of training
-estimate = ''               # print what a run needs on these GPUs, such as 8xH100, and stop
 sanity = False              # learn one batch by heart: proves that data, model and optimizer work
 # system
 parallel = 'ddp'            # several processes: ddp, fsdp (large models), pipeline (slow networks)
@@ -107,7 +113,8 @@ seed = 1337                 # seed of everything random
 resume = True               # continue from the resume file if an interrupted run has left one
 config = configure(globals())
 
-for name in ('eval_iters', 'batch_size', 'eval_interval', 'log_interval', 'save_interval'):
+for name in ('eval_iters', 'batch_size', 'eval_interval', 'log_interval', 'save_interval',
+             'mid_epochs', 'mid_lr_scale'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
 for name in ('max_iters', 'total_batch_size', 'min_lr',
              'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip'):
@@ -115,105 +122,18 @@ for name in ('max_iters', 'total_batch_size', 'min_lr',
 for name in ('dropout', 'momentum', 'beta1', 'beta2'):
     assert 0 <= config[name] < 1, f'{name} must be at least 0 and below 1, not {config[name]}'
 assert max_iters or tokens_per_param > 0, '--max_iters=0 needs a positive --tokens_per_param'
+assert stage in ('base', 'mid'), f"stage must be 'base' or 'mid', not {stage!r}"
 assert parallel in ('ddp', 'fsdp', 'pipeline'), (
     f"parallel must be 'ddp', 'fsdp' or 'pipeline', not {parallel!r}")
 
 tok_path = os.path.join(data_dir, 'tokenizer.json')
-if os.path.exists(tok_path) or not estimate:
-    tok = Tokenizer.load(tok_path)
-    vocab_size = tok.n_vocab
-    config.update(vocab_size=vocab_size, tokenizer=tok.hash) # a resumed run must have the same
+tok = Tokenizer.load(tok_path)
+vocab_size = tok.n_vocab
+config.update(vocab_size=vocab_size, tokenizer=tok.hash) # a resumed run must have the same
 gpt_config = GPTConfig(
     arch=arch, vocab_size=vocab_size, block_size=block_size, n_layer=n_layer, n_head=n_head,
     n_kv_head=n_kv_head, n_embd=n_embd, n_hidden=n_hidden, dropout=dropout,
     tie_embeddings=tie_embeddings, qk_norm=qk_norm, key_shift=key_shift)
-
-# -----------------------------------------------------------------------------
-# --estimate: what a run needs, without running it
-PEAK_FLOPS = {'H100': 989e12, 'A100': 312e12, '4090': 165e12} # bf16, from the data sheets
-GPU_MEMORY = {'H100': 80e9, 'A100': 80e9, '4090': 24e9} # bytes
-GPU_DOLLARS = {'H100': 3.0, 'A100': 1.8, '4090': 0.4} # per GPU and hour, about, in 2025
-USUAL_MFU = 0.4 # share of the peak that training reaches in practice
-
-class FusedAttention(torch.autograd.Function):
-    """Stands in for attention: keeps for the backward pass what a fused kernel keeps."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y = torch.empty_like(q)
-        logsumexp = torch.empty(q.shape[:-1], device=q.device) # fp32, one number per query
-        ctx.save_for_backward(q, k, v, y, logsumexp)
-        return y
-
-def count_activations(gpt_config, batch_size, dtype=torch.bfloat16):
-    """
-    Bytes kept between the forward and backward pass of a micro-batch, as autograd reports them. On
-    the meta device tensors have shapes, but take no memory.
-    """
-    with torch.device('meta'):
-        gpt = GPT(gpt_config).to(dtype)
-        x = torch.zeros(batch_size, gpt_config.block_size, dtype=torch.long)
-    weight_ids = {p.untyped_storage()._cdata for p in [*gpt.parameters(), *gpt.buffers()]}
-    saved = {} # storage id -> tensor; holding the tensor keeps its id from being used twice
-
-    def pack(tensor):
-        storage_id = tensor.untyped_storage()._cdata
-        if storage_id not in weight_ids:
-            saved[storage_id] = tensor
-        return tensor
-
-    def attention(q, k, v, **options):
-        return FusedAttention.apply(q, k, v)
-
-    plain_attention = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attention
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        F.cross_entropy(gpt(x).float().flatten(0, 1), x.flatten())
-    F.scaled_dot_product_attention = plain_attention
-    n_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    logits_grad = x.numel() * gpt_config.vocab_size * (4 + dtype.itemsize) # in fp32 and in dtype
-    return n_bytes + logits_grad
-
-if estimate:
-    count, _, gpu = estimate.rpartition('x')
-    assert count.isdigit() and int(count) > 0 and gpu in PEAK_FLOPS, (
-        f'estimate must be a number of GPUs and their kind, such as 8xH100, not {estimate!r}; '
-        f'known kinds: {", ".join(PEAK_FLOPS)}')
-    n_gpus = int(count)
-    with torch.device('meta'):
-        gpt = GPT(gpt_config)
-    n_params = gpt.n_params()
-    total_batch_size = total_batch_size or batch_size * n_gpus
-    tokens_per_step = total_batch_size * block_size
-    max_iters = max_iters or math.ceil(tokens_per_param * n_params / tokens_per_step)
-    n_tokens = max_iters * tokens_per_step
-    print0(f'parameters: {n_params:,}, {gpt.n_params(embedding=False):,} without embeddings')
-    print0(f'tokens: {n_tokens:,} in {max_iters:,} steps, {n_tokens / n_params:.1f} a parameter')
-
-    n_shards = 1 if parallel == 'ddp' else n_gpus
-    n_moments = 2 * n_params # AdamW keeps two numbers for each parameter, Muon one
-    if optimizer == 'muon':
-        n_moments -= sum(p.numel() for p in gpt.blocks.parameters() if p.dim() > 1)
-    parts = {'weights, fp32': 4 * n_params / n_shards}
-    parts['gradients, fp32'] = 4 * n_params / n_shards
-    parts[f'state of {optimizer}, fp32'] = 4 * n_moments / n_shards
-    parts[f'activations of {batch_size} windows, bf16'] = count_activations(gpt_config, batch_size)
-    if parallel == 'fsdp': # one layer computes while the next one is gathered
-        largest = max(gpt.wte.weight.numel(), sum(p.numel() for p in gpt.blocks[0].parameters()))
-        parts['two gathered layers, bf16, and the gradient of one, fp32'] = (2 * 2 + 4) * largest
-    print0(f'memory on each of {n_gpus} {gpu} with {parallel}:')
-    for what, size in parts.items():
-        print0(f'  {size / 1e9:8.2f} GB  {what}')
-    needed = sum(parts.values())
-    fits = needed < 0.92 * GPU_MEMORY[gpu] # CUDA itself takes some
-    verdict = 'it fits' if fits else 'it does NOT fit: lower --batch_size, or --parallel=fsdp'
-    print0(f'  {needed / 1e9:8.2f} GB  of {GPU_MEMORY[gpu] / 1e9:.0f} GB: {verdict}')
-
-    flops = n_tokens * gpt.flops_per_token(block_size)
-    hours = flops / (n_gpus * PEAK_FLOPS[gpu] * USUAL_MFU) / 3600
-    print0(f'time: {flops:.2e} FLOPs at {USUAL_MFU:.0%} MFU: {hours:,.2f} hours, '
-           f'{hours * n_gpus * GPU_DOLLARS[gpu]:,.0f} dollars')
-    raise SystemExit
 
 # -----------------------------------------------------------------------------
 # device and data
@@ -223,7 +143,15 @@ fsdp = run.world_size > 1 and parallel == 'fsdp'
 pipeline = run.world_size > 1 and parallel == 'pipeline'
 assert not (fsdp and optimizer == 'muon'), 'fsdp cuts matrices, muon needs whole ones: use adamw'
 assert run.dtype != torch.float16 or parallel == 'ddp', 'float16 works with --parallel=ddp only'
-stage = 'base'
+prefix = '' # of the token shards
+if stage == 'mid':
+    prefix = 'mid_'
+    init_from = init_from or os.path.join(out_dir, 'base.pt')
+    learning_rate *= mid_lr_scale
+    min_lr *= mid_lr_scale
+    warmup_iters = 0
+else: # so that a base model stays as it is when these are changed
+    del config['mid_epochs'], config['mid_lr_scale']
 if sanity: # the same loop on one batch, with settings that suit it
     stage = 'sanity'
     max_iters = save_interval = 301 # it saves nothing, unless it is interrupted
@@ -236,8 +164,9 @@ out_path = os.path.join(out_dir, f'{stage}.pt')
 shards = {} # split -> token shards
 window_ends = {} # split -> for each shard the number of windows up to its end
 for split in ('train', 'val'):
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{split}_*.bin')))
-    assert paths, f'no {data_dir}/{split}_*.bin: run `python tokenizer.py --data_dir={data_dir}`'
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), f'{prefix}{split}_*.bin')))
+    remedy = f'python tokenizer.py --data_dir={data_dir}' + (' --mid_chats=1' if prefix else '')
+    assert paths, f'no {data_dir}/{prefix}{split}_*.bin: run `{remedy}`'
     shards[split] = [read_shard(path, tok.hash) for path in paths]
     window_ends[split] = np.cumsum([max(0, len(t) - 1) // block_size for t in shards[split]])
     n_tokens = sum(len(tokens) for tokens in shards[split])
@@ -294,7 +223,8 @@ def get_batches(step):
 # -----------------------------------------------------------------------------
 # model
 if init_from:
-    ckpt = load_checkpoint(init_from, ['base', 'sft', 'dpo', 'rlhf'], 'python pretrain.py')
+    ckpt = load_checkpoint(init_from, ['base', 'mid', 'sft', 'dpo', 'rlhf'], 'python pretrain.py')
+    config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
     model_args = ckpt['model_args']
     assert Tokenizer(ckpt['tokenizer']).hash == tok.hash, (
         f'{init_from} has another tokenizer than {tok_path}: encode the data with the former')
@@ -310,6 +240,8 @@ else:
 n_params = raw_model.n_params()
 flops_per_token = raw_model.flops_per_token(block_size)
 max_iters = max_iters or math.ceil(tokens_per_param * n_params / tokens_per_step)
+if stage == 'mid':
+    max_iters = math.ceil(mid_epochs * n_train / total_batch_size)
 n_epochs = max_iters * total_batch_size / n_train
 print0(f'model: {raw_model.config.arch}, {n_params:,} parameters '
        f'({raw_model.n_params(embedding=False):,} without embeddings), block_size {block_size}; '
@@ -504,6 +436,7 @@ def get_lr(step):
 # the loop
 log = open_log(os.path.join(out_dir, f'{stage}.jsonl'), first_step)
 peak_flops = 0.0 # unknown
+PEAK_FLOPS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12, '4090': 165e12} # bf16, data sheets
 if run.device_type == 'cuda':
     for gpu, flops in PEAK_FLOPS.items():
         if gpu in torch.cuda.get_device_name(run.device):

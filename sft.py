@@ -9,8 +9,8 @@ conversation but the speed. Some rows can hold pretraining text instead (replay)
 token is learned: then the model forgets less of what it knows. The trap: if only such rows reach
 the positions far from the start, long conversations drift into documents there.
 
-Reads   out_dir/base.pt, data_dir/chat_{train,val}.jsonl; also prompts_val.jsonl, if it is there,
-        to answer at each evaluation, and train_*.bin, if replay > 0
+Reads   out_dir/mid.pt or base.pt, data_dir/chat_{train,val}.jsonl; prompts_val.jsonl, if there, to
+        be answered at each evaluation; train_*.bin, if replay > 0
 Writes  out_dir/sft.pt, out_dir/sft.jsonl (the curve), out_dir/sft.resume.pt while it runs
 
 on a laptop     $ python sft.py config/tiny.py           (on one GPU the same, or without a profile)
@@ -68,7 +68,7 @@ from model import (
 # data
 data_dir = 'data/toytown'   # folder of the data
 out_dir = 'out/toytown'     # folder of the checkpoints and logs
-init_from = ''              # the base model to start from; empty = out_dir/base.pt
+init_from = ''              # the model to start from; empty = out_dir/mid.pt, else out_dir/base.pt
 max_length = 0              # cut conversations after this number of tokens; 0 = block_size
 replay = 0.0                # share of the rows that hold pretraining text instead
 skip_bad = False            # leave out bad lines and count them, instead of stopping
@@ -119,8 +119,9 @@ ddp = run.world_size > 1 and parallel == 'ddp'
 fsdp = run.world_size > 1 and parallel == 'fsdp'
 assert not (fsdp and optimizer == 'muon'), 'fsdp cuts matrices, muon needs whole ones: use adamw'
 stage = 'sft'
-ckpt_path = init_from or os.path.join(out_dir, 'base.pt')
-ckpt = load_checkpoint(ckpt_path, ['base'], f'python pretrain.py --out_dir={out_dir}')
+before = 'mid' if os.path.exists(os.path.join(out_dir, 'mid.pt')) else 'base'
+ckpt_path = init_from or os.path.join(out_dir, f'{before}.pt')
+ckpt = load_checkpoint(ckpt_path, ['base', 'mid'], f'python pretrain.py --out_dir={out_dir}')
 ckpt['model_args']['dropout'] = dropout
 tok = Tokenizer(ckpt['tokenizer'])
 raw_model = load_model(ckpt, run.device, GPT)

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The whole recipe: raw pages go in, a small ChatGPT-style model and a report come out.
 #   bash speedrun.sh                            config/tiny.py: 10 to 15 minutes on a laptop CPU
-#   bash speedrun.sh config/d20.py              another profile; several GPUs share the training
+#   bash speedrun.sh config/d20.py              another profile; all GPUs or $NPROC processes share it
+#   bash speedrun.sh config/d20.py config/rehearse.py    a tiny model, in minutes (or --rehearse=true)
+#   bash speedrun.sh config/d20.py --estimate=8xH100    only print what it needs
 #   bash speedrun.sh config/tiny.py --seed=2    a flag is for all stages that have this setting
 #   bash speedrun.sh setup                      only make .venv and install requirements.txt
 #   bash speedrun.sh overoptimise               then: RLHF with four KL penalties, and a drawing
-# A finished stage is skipped. If its script, a setting or its input has changed, it runs again, and
-# so do all later stages. The same command continues a run that was stopped.
+# A finished stage is skipped. If its script, a setting or its input has changed, it runs again, and so
+# do all later stages. The same command continues a run that was stopped.
 set -euo pipefail
 started_in=$PWD
 cd "$(dirname "$0")"
@@ -36,20 +38,27 @@ export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
 # -----------------------------------------------------------------------------
 # profiles and flags. configurator.py takes `seed=2` without dashes for all stages that have a seed
 if ! printf '%s\n' "$@" | grep -q '^[^-].*\.py$'; then set -- config/tiny.py "$@"; fi
-args=()
+args=() rehearsal=''
 for word in "$@"; do
+    if [ "$word" = --rehearse=true ]; then rehearsal=config/rehearse.py; continue; fi
     if [ ! -f "$word" ] && [ -f "$started_in/$word" ]; then word=$started_in/$word; fi
     args+=("${word#--}")
 done
+args+=($rehearsal) # after the profile that it changes
+if printf '%s\n' "${args[@]}" | grep -q '^estimate='; then exec python scaling.py "${args[@]}"; fi
 # `setting pretrain.py out_dir` prints out/toytown; a mistake in the arguments ends the run here
 setting() { python configurator.py "$1" "${args[@]}" | sed -n "s/^ \"$2\": \"\(.*\)\",*\$/\1/p"; }
 town_dir=$(setting toytown.py town_dir)
 files=$(setting prepare_data.py files)
+prepare=python
 if [ "$(setting prepare_data.py source)" != files ]; then files=''; fi # it downloads its input
+if [ -z "$files" ]; then prepare='torchrun --standalone --nproc_per_node=cpu'; fi
 data_dir=$(setting pretrain.py data_dir)
 out_dir=$(setting pretrain.py out_dir)
+base_from=$(setting pretrain.py init_from) # of another run: then no base model is trained here
 train=python
-if command -v nvidia-smi > /dev/null; then train='torchrun --standalone --nproc_per_node=gpu'; fi
+if command -v nvidia-smi > /dev/null; then NPROC=${NPROC:-gpu}; fi
+if [ -n "${NPROC:-}" ]; then train="torchrun --standalone --nproc_per_node=$NPROC"; fi
 
 # after a whole run: the weaker the KL penalty, the further the policy goes, to its harm
 if [ -n "${experiment:-}" ]; then
@@ -66,12 +75,13 @@ fi
 # -----------------------------------------------------------------------------
 # the stages: `stage OUTPUT COMMAND ...` runs the command, unless OUTPUT is newer than its inputs
 stage() {
-    local output=$1 resume=${1%.*}.resume.pt script mark seconds=$SECONDS
+    local output=$1 resume=${1%.*}.resume.pt script mark ignored='"mid_(epochs|lr_scale)"' seconds=$SECONDS
     shift
     script=$(printf '%s\n' "$@" | grep -m 1 '\.py$')
     mark=$out_dir/.speedrun/$script # written when the stage has ended
+    if [ "${!#}" = stage=mid ]; then mark=$mark.mid ignored='^$'; fi # pretrain.py is two stages
     mkdir -p "$out_dir/.speedrun"
-    python configurator.py "$script" "${args[@]}" > "$mark.new"
+    python configurator.py "$script" "${args[@]}" | grep -Ev "$ignored" > "$mark.new"
     cmp -s "$mark.new" "$mark.json" || mv "$mark.new" "$mark.json" # newer if settings have changed
     inputs=("$script" model.py configurator.py config/*.json "$mark.json" "$previous")
     newer() { (IFS=,; find "${inputs[@]}" $files -newer "$1" 2>&1); } # also prints what is missing
@@ -80,7 +90,7 @@ stage() {
         if [ -n "$(newer "$resume")" ]; then rm -f "$resume"; set -- "$@" resume=false; fi # anew
         "$@"
         seconds=$((SECONDS - seconds))
-        printf '%-16s%4d:%02d\n' "$script" $((seconds / 60)) $((seconds % 60)) > "$mark"
+        printf '%-16s%4d:%02d\n' "${mark##*/}" $((seconds / 60)) $((seconds % 60)) > "$mark"
     else
         echo 'finished before'
     fi
@@ -89,12 +99,13 @@ stage() {
 }
 previous=model.py marks=()
 trap 'exit 130' INT # Ctrl-C goes to the stage, which saves and exits
-if [ "$files" = "$town_dir" ]; then
-    stage "$town_dir/truth.jsonl"  python toytown.py "${args[@]}"
-fi
-stage "$data_dir/funnel.json"     python prepare_data.py "${args[@]}"
+if [ "$files" = "$town_dir" ]; then stage "$town_dir/truth.jsonl" python toytown.py "${args[@]}"; fi
+stage "$data_dir/funnel.json"     $prepare prepare_data.py "${args[@]}"
 stage "$data_dir/tokenizer.json"  python tokenizer.py "${args[@]}"
-stage "$out_dir/base.pt"          $train pretrain.py "${args[@]}"
+if [ -z "$base_from" ]; then stage "$out_dir/base.pt" $train pretrain.py "${args[@]}"; fi
+if [ -e "$data_dir/mid_train_000000.bin" ]; then # mid_chats > 0
+    stage "$out_dir/mid.pt"       $train pretrain.py "${args[@]}" stage=mid
+elif [ -e "$out_dir/mid.pt" ]; then mv "$out_dir/mid.pt" "$out_dir/mid.old.pt"; fi # sft.py would use it
 stage "$out_dir/sft.pt"           $train sft.py "${args[@]}"
 stage "$out_dir/reward.pt"        $train reward.py "${args[@]}"
 stage "$out_dir/rlhf.pt"          $train rlhf.py "${args[@]}"

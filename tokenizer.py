@@ -6,13 +6,12 @@ neighbouring tokens that is most frequent in the corpus, makes it a new token, a
 et al. 2016; on bytes as in GPT-2, Radford et al. 2019). Encoding applies the merges in that order.
 
 Reads   data_dir/train/*.jsonl.gz, val/*.jsonl.gz (documents), chat_{train,val}.jsonl if wanted
-Writes  data_dir/tokenizer.json, train_000000.bin .., val_000000.bin .. (token shards)
+Writes  data_dir/tokenizer.json, token shards train_000000.bin .., val_*.bin, mid_{train,val}_*.bin
 
     python tokenizer.py config/tiny.py                         # learn and encode: seconds
     python tokenizer.py config/tiny.py --show=understanding    # watch the merges of a word
     python tokenizer.py config/tiny.py --compare=true          # bytes per token, next to GPT-2
     python tokenizer.py --data_dir=data/web --vocab_size=32768 --train_chars=2_000_000_000
-    python tokenizer.py config/tiny.py config/midtrain.py      # with the tokenizer of data/toytown
 
 It uses all cores of one machine and never holds the whole corpus in memory.
 Left out: other ways to choose tokens (WordPiece, Unigram), BPE dropout, several machines.
@@ -35,7 +34,8 @@ kind = 'bpe'               # bpe: learn merges; char: one token per character; g
 vocab_size = 4096          # bpe: number of tokens = 256 bytes + merges + 6 special tokens
 pattern = 'gpt4'           # bpe: split text by this pattern: gpt4, gpt2 or a regular expression
 use = ''                   # encode with this tokenizer.json (of a trained model), learn nothing
-conversations = 0          # add chat_train.jsonl this many times, as sft.py renders it
+mid_chats = 0              # mid-training: chat_train.jsonl this many times, as sft.py renders it
+mid_text = 0.1             # mid-training: and this share of the documents, so less is forgotten
 train_chars = 0            # learn from this many characters, an equal share of each file (0 = all)
 max_chunks = 2_000_000     # keep at most this many distinct chunks, forget the rarest (0 = all)
 shard_tokens = 100_000_000 # max tokens in a .bin file; documents are never cut (0 = one file)
@@ -191,7 +191,7 @@ def read_batches(what, files, stats, max_chars=0):
     """
     Yield the documents of the files as lists of texts, about a million characters each.
     max_chars: stop after this many characters, an equal share of each file (0 = read all).
-    stats: a Counter, in which 'chars' and 'empty' count characters read and documents skipped.
+    stats: a Counter, in which 'chars', 'documents', 'empty' count those read and those skipped.
     """
     total = sum(os.path.getsize(path) for path in files)
     done = 0
@@ -213,6 +213,7 @@ def read_batches(what, files, stats, max_chars=0):
             room -= len(text)
             batch_chars += len(text)
             stats['chars'] += len(text)
+            stats['documents'] += 1
             if batch_chars > 1_000_000:
                 yield batch
                 batch = []
@@ -307,12 +308,13 @@ def finish_swap():
     last: without it no other stage starts on half of the shards.
     """
     if os.path.isdir(ready):
-        for path in find('tokenizer.json') + find('train_??????.bin') + find('val_??????.bin'):
+        own = find('tokenizer.json') + find('mid_*_??????.bin')
+        for path in own + find('train_??????.bin') + find('val_??????.bin'):
             if not is_foreign(path):
                 os.remove(path)
         os.rename(ready, moving)
     if os.path.isdir(moving):
-        for name in sorted(os.listdir(moving), reverse=True): # val_*, train_*, tokenizer.json
+        for name in sorted(os.listdir(moving), key=lambda name: name == 'tokenizer.json'):
             os.replace(os.path.join(moving, name), os.path.join(data_dir, name))
         os.rmdir(moving)
 
@@ -362,7 +364,7 @@ if compare:
 # check the settings
 assert kind in ('bpe', 'char', 'gpt2'), f"kind must be 'bpe', 'char' or 'gpt2', not {kind!r}"
 split_pattern = regex.compile(r'[\s\S]') # of kind = 'char'
-for name in ('conversations', 'train_chars', 'max_chunks', 'shard_tokens', 'processes', 'seed'):
+for name in ('mid_chats', 'train_chars', 'max_chunks', 'shard_tokens', 'processes', 'seed'):
     assert config[name] >= 0, f'{name} must not be negative, as {config[name]} is'
 n_merges = vocab_size - 256 - len(SPECIAL_TOKENS)
 if kind == 'bpe':
@@ -389,8 +391,10 @@ assert not foreign or kind == 'gpt2', f"{foreign[0]} has GPT-2's tokens: add --k
 profiles = [word for word in sys.argv[1:] if word.endswith('.py') or word.startswith('--data_dir=')]
 prepare_command = ' '.join(['python prepare_data.py'] + profiles)
 for split in documents:
-    assert documents[split] or foreign, \
+    assert documents[split] or (foreign and not mid_chats), \
         f'no documents {data_dir}/{split}/*.jsonl.gz: make them with `{prepare_command}`'
+    assert not mid_chats or find(f'chat_{split}.jsonl'), \
+        f'mid_chats={mid_chats} needs {data_dir}/chat_{split}.jsonl: `{prepare_command}` makes it'
 
 # -----------------------------------------------------------------------------
 # learn the tokens
@@ -455,12 +459,26 @@ write_text(os.path.join(partial, 'tokenizer.json'), json.dumps(spec, indent=1))
 dtype = np.uint16 if tok.n_vocab <= 2**16 else np.uint32
 token_sizes = np.array([len(tok.token_bytes(i)) for i in range(tok.n_vocab)])
 
+def write_shards(prefix, order):
+    """Write the documents with these numbers, in this order, to PREFIX_000000.bin .."""
+    # Any document can land in any shard, and only one shard at a time is in memory.
+    ends = np.cumsum(sizes[order])
+    names = (f'{prefix}_{k:06d}.bin' for k in itertools.count())
+    free_names = (name for name in names if os.path.join(data_dir, name) not in foreign)
+    first = 0
+    while first < len(order):
+        # documents first .. last - 1: as many as fit, at least one
+        limit = ends[first] - sizes[order[first]] + (shard_tokens or ends[-1])
+        last = max(first + 1, np.searchsorted(ends, limit, 'right'))
+        ids = np.concatenate([flat[starts[i]:starts[i] + sizes[i]] for i in order[first:last]])
+        write_shard(os.path.join(partial, next(free_names)), ids, tok.hash)
+        first = last
+
 for split in documents:
     if not documents[split]:
         continue
 
     # First write all tokens to one file, in the order of the documents.
-    t_split = time.time()
     stats = collections.Counter()
     starts = [] # where each document starts
     n_bytes = 0
@@ -470,10 +488,8 @@ for split in documents:
     with concurrent.futures.ThreadPoolExecutor(n_workers) as pool, open(flat_path, 'wb') as f:
         batches = read_batches(f'encode {split}', documents[split], stats)
         sources = [map_in_order(pool, encode_documents, batches)] # tiktoken frees the GIL
-        chat_path = os.path.join(data_dir, f'chat_{split}.jsonl')
-        if conversations and os.path.exists(chat_path):
-            repeats = conversations if split == 'train' else 1
-            sources += [encode_conversations(chat_path) for _ in range(repeats)]
+        if mid_chats: # the conversations follow, each one once
+            sources.append(encode_conversations(f'{data_dir}/chat_{split}.jsonl'))
         for ids, size in itertools.chain(*sources):
             f.write(ids.data)
             starts.append(n_tokens + np.flatnonzero(ids == tok.eot))
@@ -485,29 +501,23 @@ for split in documents:
     assert kind == 'char' or n_lost == 0, \
         f'pattern = {pattern!r} loses {n_lost:,} bytes: add |[\\s\\S] at the end'
 
-    # Then shuffle the documents and write the shards. A shard collects its documents from the whole
-    # file, so any document can land in any shard, and only one shard at a time is in memory.
+    # Then shuffle the documents and write the shards.
     starts = np.concatenate(starts)
     sizes = np.diff(starts, append=n_tokens)
-    order = np.random.default_rng(seed).permutation(len(starts))
-    ends = np.cumsum(sizes[order])
     flat = np.asarray(np.memmap(flat_path, dtype, 'r'))
-    names = (f'{split}_{k:06d}.bin' for k in itertools.count())
-    free_names = (name for name in names if os.path.join(data_dir, name) not in foreign)
-    first = 0
-    while first < len(order):
-        # documents first .. last - 1: as many as fit, at least one
-        limit = ends[first] - sizes[order[first]] + (shard_tokens or n_tokens)
-        last = max(first + 1, np.searchsorted(ends, limit, 'right'))
-        ids = np.concatenate([flat[starts[i]:starts[i] + sizes[i]] for i in order[first:last]])
-        write_shard(os.path.join(partial, next(free_names)), ids, tok.hash)
-        first = last
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(stats['documents'])
+    write_shards(split, order)
+    if mid_chats:
+        replay = order[np.cumsum(sizes[order]) <= mid_text * sizes[order].sum()]
+        chats = np.arange(len(order), len(starts)).repeat(mid_chats)
+        write_shards(f'mid_{split}', rng.permutation(np.append(replay, chats)))
     os.remove(flat_path)
 
-    bytes_per_token = n_bytes / max(1, n_tokens - len(order))
-    print0(f"{split}: {len(order):,} documents, {stats['empty']:,} empty ones skipped | "
+    bytes_per_token = n_bytes / max(1, n_tokens - len(starts))
+    print0(f"{split}: {len(starts):,} documents, {stats['empty']:,} empty ones skipped | "
            f'{n_bytes:,} bytes, {n_lost:,} lost | {n_tokens:,} tokens, {np.dtype(dtype).name} | '
-           f'{bytes_per_token:.2f} bytes per token | {time.time() - t_split:.2f} s')
+           f'{bytes_per_token:.2f} bytes per token')
 
 # -----------------------------------------------------------------------------
 # put the new files in the place of the old ones

@@ -1,18 +1,14 @@
-# Mid-training, a stage between pretraining and SFT: train the base model of config/tiny.py further,
-# on fewer pages and on conversations, which are written with the special tokens. This profile holds
-# only what differs from config/tiny.py, so name both, in this order.
+# Mid-training, between pretraining and SFT: one pass over the conversations, which are written with
+# the special tokens, and over a fifth of the documents. It starts from the base model of
+# config/tiny.py. This profile holds only what differs, so name both, in this order.
 #     bash speedrun.sh                                      # first makes data/toytown, out/toytown
 #     bash speedrun.sh config/tiny.py config/midtrain.py    # every single stage needs both, too
 
 data_dir = 'data/midtrain'
 out_dir = 'out/midtrain'
 
-toytown = dict(town_dir='data/raw/midtrain', n_pages=800, n_books=250, n_lessons=700)
-prepare_data = dict(files='data/raw/midtrain')
-tokenizer = dict(use='data/toytown/tokenizer.json', conversations=1)
+tokenizer = dict(use='data/toytown/tokenizer.json', mid_chats=1, mid_text=0.2)
+pretrain = dict(init_from='out/toytown/base.pt', mid_lr_scale=0.3)
 
-pretrain = dict(
-    init_from='out/toytown/base.pt', max_iters=300, learning_rate=4e-3, eval_interval=150)
-
-# `base` is the mid-trained model here; the one that it started from is the first column
-eval = dict(models='out/toytown/base.pt,base,sft,dpo,rlhf')
+# The first column is the model that mid-training started from
+eval = dict(models='out/toytown/base.pt,mid,sft,dpo,rlhf')

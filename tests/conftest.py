@@ -238,6 +238,16 @@ def make_data(folder):
     write_rows(folder / 'benchmarks' / 'schema.jsonl', [
         dict(context_options=['Bela has the', 'Carl has the'], continuation=' dog.', gold=1)])
 
+def make_mid(data, folder):
+    """A copy of the data folder, with the shards of mid-training: its conversations."""
+    from model import Tokenizer, read_jsonl, write_shard
+    shutil.copytree(data, folder)
+    tok = Tokenizer.load(folder / 'tokenizer.json')
+    for split, times in (('train', 3), ('val', 2)):
+        ids = [tok.render(row['messages'])[0] for _, row in read_jsonl(folder / f'chat_{split}.jsonl')]
+        write_shard(str(folder / f'mid_{split}_000000.bin'), np.concatenate(ids * times).astype(np.uint16), tok.hash)
+    return folder
+
 PROFILE = '''
 device, dtype, block_size, dropout = 'cpu', 'float32', 48, 0.0
 log_interval, eval_interval, save_interval = 1, 5, 5

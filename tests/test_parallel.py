@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, distance, kill_at, load, read_log
+from conftest import ROOT, distance, kill_at, load, make_mid, read_log, stocked
 
 SHAPES = dict(llama=[], gpt2=['--arch=gpt2', '--n_kv_head=0', '--key_shift=true'],
               untied=['--tie_embeddings=false', '--qk_norm=true', '--n_layer=3'])
@@ -28,9 +28,9 @@ def one(command, scripts, tmp_path_factory):
         return made[shape, optimizer]
     return get
 
-def same(a, b, tolerance=1e-5):
-    assert distance(a / 'base.pt', b / 'base.pt') < tolerance
-    for r, s in zip(read_log(a / 'base.jsonl'), read_log(b / 'base.jsonl'), strict=True):
+def same(a, b, tolerance=1e-5, stage='base'):
+    assert distance(a / f'{stage}.pt', b / f'{stage}.pt') < tolerance
+    for r, s in zip(read_log(a / f'{stage}.jsonl'), read_log(b / f'{stage}.jsonl'), strict=True):
         assert r.keys() == s.keys() and r['step'] == s['step']
         assert all(abs(r[k] - s[k]) < tolerance for k in ('loss', 'val_loss', 'val_bpb') if k in r), (r, s)
         assert r.get('norm', 0) == pytest.approx(s.get('norm', 0), rel=1e-4)
@@ -59,6 +59,21 @@ def test_a_checkpoint_of_any_continues_in_any_other(command, one, scripts, tmp_p
     said = scripts.ok(*command(tmp_path, *SHAPES[shape], '--batch_size=8')).out
     assert 'at step 4' in said
     same(tmp_path, one(shape, 'adamw'))
+
+def test_mid_training_moves_to_other_numbers_of_processes(chain, scripts, tmp_path):
+    """Two processes with fsdp, stopped; two with ddp, stopped; one to the end: as one from the beginning."""
+    data = make_mid(chain.data, tmp_path / 'data')
+    def command(out, *flags):
+        return ('pretrain.py', chain.short, '--stage=mid', f'--data_dir={data}', f'--out_dir={out}', *flags,
+                '--total_batch_size=8', '--eval_interval=2', '--eval_iters=99')
+    moved, whole = (stocked(tmp_path / name, chain, 'base') for name in ('moved', 'whole'))
+    for parallel, at in (('fsdp', 1), ('ddp', 3)):
+        with pytest.raises(AssertionError, match=f'stopped at step {at + 1} and saved'):
+            scripts.two(*command(moved, f'--parallel={parallel}', '--batch_size=2'),
+                        before=kill_at(at, signal.SIGTERM))
+    assert 'at step 4' in scripts.ok(*command(moved, '--batch_size=4')).out
+    scripts.ok(*command(whole, '--batch_size=8'))
+    same(moved, whole, stage='mid')
 
 def test_muon_continues_from_a_pipeline(command, one, scripts, tmp_path):
     flags = (*SHAPES['gpt2'], '--optimizer=muon')

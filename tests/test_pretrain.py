@@ -1,4 +1,4 @@
-"""pretrain.py on one process: data, length of a run, resume, sanity, fp16, init_from, estimate, bad input; the chain."""
+"""pretrain.py on one process: data, length of a run, resume, sanity, fp16, init_from, bad input; the chain."""
 import math
 import re
 import shutil
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import (MAKES, NEEDS, ROOT, definitions, distance, folder_bytes, kill_at, load, make_spec, read_log,
-                      stocked)
-from model import GPT, GPTConfig
+from conftest import (MAKES, NEEDS, ROOT, definitions, distance, folder_bytes, kill_at, load, make_mid, make_spec,
+                      read_log, stocked)
+from model import GPT, GPTConfig, load_model, read_shard
 
 @pytest.fixture
 def go(world, scripts, tmp_path):
@@ -275,49 +275,68 @@ def test_init_from(chain, scripts, tmp_path):
     scripts.fails('another tokenizer', *command(chain, tmp_path, f'--init_from={tmp_path / "other.pt"}'))
 
 # -----------------------------------------------------------------------------
-# estimate
+# mid-training
 
-@pytest.mark.parametrize('shape', [
-    dict(arch='gpt2'), dict(arch='llama', qk_norm=True, tie_embeddings=False, n_kv_head=2)], ids=str)
-def test_activations_are_what_autograd_keeps(shape):
-    """The same count on real tensors in fp32; attention on a CPU keeps what the fused kernel does."""
-    config = GPTConfig(vocab_size=100, block_size=32, n_layer=2, n_head=4, n_embd=64, **shape)
-    torch.manual_seed(0)
-    net, x = GPT(config), torch.randint(100, (3, 32))
-    weights, kept = {p.untyped_storage().data_ptr() for p in [*net.parameters(), *net.buffers()]}, {}
-    def keep(t):
-        if t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
-        return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        torch.nn.functional.cross_entropy(net(x).flatten(0, 1), x.flatten())
-    real = sum(n for n, _ in kept.values())
-    counted = definitions('pretrain.py').count_activations(config, 3, torch.float32)
-    assert counted - 3 * 32 * 100 * 8 == pytest.approx(real, rel=0.02)
+def test_mid_training(chain, scripts, tmp_path):
+    """One pass over mid_*.bin from base.pt on, with lower learning rates and no warm-up; sft.py goes on from there."""
+    data, out = make_mid(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
+    old = folder_bytes(out)
+    run = command(chain, out, '--stage=mid', '--mid_lr_scale=0.1', '--eval_interval=1000', data=data)
+    said = scripts.ok(*run).out
+    shard = read_shard(str(data / 'mid_train_000000.bin'))
+    n_windows = (len(shard) - 1) // 48
+    steps = math.ceil(n_windows / 4)
+    rows = read_log(out / 'mid.jsonl')
+    assert f'length: {steps} steps of 192 tokens' in said and f'1.0 epochs of {n_windows} windows' in said
+    lrs = [row['lr'] for row in rows if 'lr' in row]
+    assert len(lrs) == steps and lrs == sorted(lrs, reverse=True)
+    assert lrs[0] == pytest.approx(1e-3) and lrs[-1] == pytest.approx(1e-4) # of 1e-2 and 1e-3
 
-def test_estimate_by_hand(scripts, tmp_path):
-    """GPT-2 124M: the arithmetic of its parameters, FLOPs, states and hours."""
-    out = scripts.ok('pretrain.py', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}', 'config/gpt2.py',
-                     '--estimate=8xH100', cwd=ROOT).out
-    V, C, L, T = 50304, 768, 12, 1024
-    n = V * C + T * C + L * (12 * C * C + 13 * C) + 2 * C
-    assert f'parameters: {n:,}' in out
-    per_token = 6 * (n - T * C) + 12 * L * C * T # the embedding is the output matrix too
-    assert re.search(r'0\.50 GB  weights, fp32\n +0\.50 GB  gradients, fp32\n +1\.00 GB  state of adamw, fp32', out)
-    tokens = 19073 * 512 * 1024
-    hours = tokens * per_token / (8 * 989e12 * 0.4) / 3600
-    assert f'tokens: {tokens:,}' in out and f'{tokens * per_token:.2e} FLOPs' in out
-    assert f'{hours:.2f} hours, {hours * 8 * 3:.0f} dollars' in out
-    assert not list(tmp_path.iterdir())
+    # the first loss is that of the base model, on the text of mid_val
+    tokens = torch.from_numpy(read_shard(str(data / 'mid_val_000000.bin')).astype(np.int64))
+    n = (len(tokens) - 1) // 48 * 48
+    with torch.no_grad():
+        logits = load_model(load(out / 'base.pt'), 'cpu').eval()(tokens[:n].view(-1, 48))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[1:n + 1]).item()
+    assert rows[0]['val_loss'] == pytest.approx(loss, abs=1e-4) and rows[-1]['val_loss'] < loss - 0.5
+    ckpt = load(out / 'mid.pt')
+    assert ckpt['stage'] == 'mid' and ckpt['config']['starts_from'] == load(out / 'base.pt')['metrics']['seconds']
+    assert all((out / path.name).read_bytes() == content for path, content in old.items())
 
-def test_profiles_fit_their_gpus(scripts, tmp_path):
-    for profile, n, tokens in (('gpt2', 124e6, 10e9), ('d20', 561e6, 11.2e9), ('d32', 1.88e9, 37.6e9)):
-        out = scripts.ok('pretrain.py', f'config/{profile}.py', f'--data_dir={tmp_path}', '--estimate=8xH100',
-                         cwd=ROOT).out
-        assert ' GB  of 80 GB: it fits' in out
-        assert int(re.search(r'parameters: ([\d,]+)', out)[1].replace(',', '')) == pytest.approx(n, rel=0.01)
-        assert int(re.search(r'tokens: ([\d,]+)', out)[1].replace(',', '')) == pytest.approx(tokens, rel=0.01)
-    scripts.fails("8xH10'; known kinds: H100, A100, 4090", 'pretrain.py', '--estimate=8xH10', cwd=ROOT)
+    scripts.ok('sft.py', chain.short, f'--data_dir={data}', f'--out_dir={out}', '--epochs=1', '--eval_prompts=0')
+    assert load(out / 'sft.pt')['config']['starts_from'] == ckpt['metrics']['seconds']
+    (out / 'sft.pt').unlink()
+    scripts.ok('sft.py', chain.short, f'--data_dir={data}', f'--out_dir={out}', '--epochs=1', '--eval_prompts=0',
+               f'--init_from={out / "base.pt"}')
+    assert load(out / 'sft.pt')['config']['starts_from'] == load(out / 'base.pt')['metrics']['seconds']
+
+def test_mid_training_continues_and_is_no_setting_of_the_base(chain, scripts, tmp_path):
+    data, out = make_mid(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
+    run = command(chain, out, '--stage=mid', data=data)
+    scripts.fails('stopped at step 3', *run, before=kill_at(2, signal.SIGTERM))
+    scripts.fails('mid_lr_scale = 0.3, not 0.2', *run, '--mid_lr_scale=0.2')
+    assert 'at step 3' in scripts.ok(*run).out
+    whole = stocked(tmp_path / 'whole', chain, 'base')
+    scripts.ok(*command(chain, whole, '--stage=mid', data=data))
+    assert distance(out / 'mid.pt', whole / 'mid.pt') == 0
+    base = command(chain, tmp_path / 'base')
+    scripts.fails('stopped at step 3', *base, before=kill_at(2, signal.SIGTERM))
+    assert 'at step 3' in scripts.ok(*base, '--mid_lr_scale=0.2', '--mid_epochs=2').out
+
+def test_mid_training_of_what_does_not_fit(chain, scripts, tmp_path):
+    data, out = make_mid(chain.data, tmp_path / 'data'), stocked(tmp_path / 'out', chain, 'base')
+    ckpt = load(chain.out / 'base.pt')
+    torch.save({**ckpt, 'tokenizer': {**make_spec(), 'pattern': '.'}}, tmp_path / 'other.pt')
+    old = folder_bytes(data, out)
+    for pattern, in_folder, *flags in (
+            (r'no .*mid_train_\*\.bin: run `python tokenizer\.py .*--mid_chats=1`', chain.data),
+            (r'no checkpoint .*/none/base\.pt: make it with `python pretrain\.py`', data, f'--out_dir={tmp_path}/none'),
+            ('other.pt has another tokenizer', data, f'--init_from={tmp_path}/other.pt'),
+            ('context of 48 tokens, not 64: --block_size=48', data, '--block_size=64'),
+            ('is of stage reward, not base or mid', data, f'--init_from={chain.out}/reward.pt')):
+        scripts.fails(pattern, *command(chain, out, '--stage=mid', *flags, data=in_folder))
+    scripts.fails("stage must be 'base' or 'mid', not 'middle'", *command(chain, out, '--stage=middle'))
+    assert folder_bytes(data, out) == old
 
 # -----------------------------------------------------------------------------
 # bad input

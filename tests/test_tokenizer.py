@@ -406,14 +406,15 @@ def test_char(run, tmp_path):
     tok = load(tmp_path)
     assert tok.decode(tok.encode('^-]\\[a.*Z_')) == '^-]\\[a.*'
 
-@pytest.mark.parametrize('flags', [['--kind=char'], ['--kind=bpe'], ['--kind=char', '--conversations=1']], ids=str)
+@pytest.mark.parametrize('flags', [['--kind=char'], ['--kind=bpe'], ['--kind=char', '--mid_chats=1']], ids=str)
 def test_documents_of_nothing_but_blanks(flags, run, tmp_path):
     """One line, and what was there stays: there is nothing to learn from."""
     write_documents(tmp_path)
     assert not run('--kind=char')[1]
     old = outputs(tmp_path)
-    (tmp_path / 'chat_train.jsonl').write_text(json.dumps(dict(messages=[
-        dict(role='user', content='a'), dict(role='assistant', content='b')])) + '\n', encoding='utf-8')
+    for split in 'train', 'val':
+        write_jsonl(str(tmp_path / f'chat_{split}.jsonl'), [dict(messages=[
+            dict(role='user', content='a'), dict(role='assistant', content='b')])])
     for train, val, split in (([' ', '\n\t', '\u3000', ''], STORIES, 'train'), (STORIES, [' \n'], 'val')):
         write_documents(tmp_path, train, val)
         out, error = run(*flags)
@@ -617,25 +618,44 @@ def test_killed_at_every_step_of_the_swap(run, tmp_path, monkeypatch):
         n_steps += 1
     assert outputs(data) == new and states[False] >= 3 and states[True] >= len(old) + len(new)
 
-def test_conversations_with_another_tokenizer(run, tmp_path):
-    """Mid-training: another folder's tokens, each conversation as render spells it, twice in train and once in val."""
+def test_shards_of_mid_training(run, tmp_path):
+    """
+    Another folder's tokens. train_*.bin as without mid_chats; mid_*.bin hold each conversation as render spells it, as
+    often as asked, and whole documents with a share of their tokens; without mid_chats they go.
+    """
     write_documents(tmp_path / 'base')
     run('--vocab_size=300', data=tmp_path / 'base')
-    write_documents(tmp_path / 'mid', train=['A page about owls.', 'Another page.'], val=['A page.'])
+    pages = dict(train=[f'Page {i} is about owls.' for i in range(40)], val=[f'{i} pages.' for i in range(20)])
+    data = write_documents(tmp_path / 'mid', **pages)
     answer = dict(role='assistant', content='A number.')
     chats = [[dict(role='user', content=f'What is {i}?'), answer] for i in range(3)]
     for split in 'train', 'val':
-        write_jsonl(str(tmp_path / 'mid' / f'chat_{split}.jsonl'), [dict(messages=m) for m in chats])
+        write_jsonl(str(data / f'chat_{split}.jsonl'), [dict(messages=m) for m in chats])
     use = f'--use={tmp_path / "base" / "tokenizer.json"}'
-    assert not run(use, '--conversations=2', data=tmp_path / 'mid')[1]
-    tok, same = load(tmp_path / 'mid'), load(tmp_path / 'base')
+    assert not run(use, data=data)[1]
+    plain = outputs(data)
+    assert not run(use, '--mid_chats=2', '--mid_text=0.3', '--shard_tokens=200', data=data)[1]
+    tok, same = load(data), load(tmp_path / 'base')
     assert tok.spec == same.spec and tok.hash == same.hash
-    for split, pages, times in (('train', ['A page about owls.', 'Another page.'], 2), ('val', ['A page.'], 1)):
-        found = documents_of(tmp_path / 'mid', f'{split}_000000.bin', tok)
-        expected = [tok.encode(page) for page in pages] + [tok.render(m)[0][1:] for m in chats] * times
-        assert sorted(found) == sorted(expected)
-    write_jsonl(str(tmp_path / 'mid' / 'chat_train.jsonl'), [dict(messages=chats[0]), dict(messages=chats[0][:1])])
-    before = outputs(tmp_path / 'mid')
-    error = run(use, '--conversations=1', data=tmp_path / 'mid')[1]
+    for split, texts in pages.items():
+        encoded = [tok.encode(text) for text in texts]
+        found, mid = ([ids for path in sorted(data.glob(f'{prefix}{split}_*.bin'))
+                       for ids in documents_of(data, path.name, tok)] for prefix in ('', 'mid_'))
+        assert sorted(found) == sorted(encoded)
+        rendered = sorted([tok.render(m)[0][1:] for m in chats] * 2)
+        assert sorted(ids for ids in mid if tok.user in ids) == rendered
+        replay = [ids for ids in mid if tok.user not in ids]
+        assert len({*map(tuple, replay)}) == len(replay) and all(ids in encoded for ids in replay)
+        share = sum(len(ids) + 1 for ids in replay) / sum(len(ids) + 1 for ids in encoded)
+        assert 0.3 - 1 / len(texts) < share <= 0.3 and mid != replay + rendered # shuffled
+    assert len(list(data.glob('mid_train_*.bin'))) > 1
+    both = outputs(data)
+    (data / 'chat_val.jsonl').rename(data / 'away')
+    assert re.search(r'mid_chats=1 needs .*chat_val\.jsonl: `python prepare_data', run(use, '--mid_chats=1', data=data)[1])
+    (data / 'away').rename(data / 'chat_val.jsonl')
+    write_jsonl(str(data / 'chat_train.jsonl'), [dict(messages=chats[0]), dict(messages=chats[0][:1])])
+    error = run(use, '--mid_chats=1', data=data)[1]
     assert re.search(r'chat_train\.jsonl:2: .*user', error), error
-    assert outputs(tmp_path / 'mid') == before
+    assert {**outputs(data), 'chat_train.jsonl': 0} == {**both, 'chat_train.jsonl': 0}
+    assert not run(use, data=data)[1]
+    assert {**outputs(data), 'chat_train.jsonl': 0} == {**plain, 'chat_train.jsonl': 0}
