@@ -83,38 +83,29 @@ def read_config(name):
     return json.loads(path.read_text(encoding='utf-8'))
 
 # memory
-class FusedAttention(torch.autograd.Function):
-    """Stands in for attention: keeps for the backward pass what a fused kernel keeps."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        y = torch.empty_like(q)
-        logsumexp = torch.empty(q.shape[:-1], device=q.device) # fp32, one number per query
-        ctx.save_for_backward(q, k, v, y, logsumexp)
-        return y
-
 class Autocast(TorchFunctionMode):
     """
     Gives tensors on the meta device the types that they have on a GPU under autocast, and lists
-    what matrix products and attention read and write.
+    what a model multiplies. On the meta device tensors have shapes, but take no memory.
     """
 
     def __init__(self):
         super().__init__()
-        self.weights = [] # the matrices in bf16
-        self.kept = []
+        self.weights = []   # matrices in bf16
+        self.products = []  # what matrix products read and write
+        self.attention = [] # what the fused kernel of attention reads and writes
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
             q, k, v = [x.to(torch.bfloat16) for x in args]
-            y = FusedAttention.apply(q, k, v)
-            self.kept += [q, k, v, y]
+            y = torch.empty_like(q)
+            self.attention += [q, k, v, y]
             return y
         if function is F.linear:
             x, *weights = [x if x is None else x.to(torch.bfloat16) for x in args]
             y = function(x, *weights)
             self.weights.append(weights[0])
-            self.kept += [x, y]
+            self.products += [x, y]
             return y
         if function in (F.layer_norm, F.rms_norm):
             args = (args[0].float(), *args[1:])
@@ -125,9 +116,8 @@ class Autocast(TorchFunctionMode):
 def count_activations(gpt, n_tokens, compiled):
     """
     Bytes that a row of n_tokens keeps between the forward and the backward pass, without logits.
-    gpt is on the meta device, where tensors have shapes, but take no memory. torch.compile keeps
-    what matrix products and attention read and write, and computes the rest again. Without it,
-    autograd keeps what every operation needs.
+    torch.compile keeps what is multiplied, and computes the rest again. Without it, autograd keeps
+    what every operation needs.
     """
     saved = []
 
@@ -137,11 +127,12 @@ def count_activations(gpt, n_tokens, compiled):
 
     x = torch.zeros(1, n_tokens, dtype=torch.long, device='meta')
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Autocast() as mode:
-        mode.kept.append(gpt.hidden(x).to(torch.bfloat16)) # the output matrix reads it
+        mode.products.append(gpt.hidden(x).to(torch.bfloat16)) # the output matrix reads it
+    kept = mode.attention + (mode.products if compiled else saved)
     weights = [*gpt.parameters(), *gpt.buffers(), *mode.weights]
     seen = {weight.untyped_storage()._cdata for weight in weights}
     n_bytes = 0
-    for tensor in mode.kept if compiled else saved:
+    for tensor in kept:
         storage = tensor.untyped_storage()
         if storage._cdata not in seen: # views share a storage
             seen.add(storage._cdata)
@@ -168,7 +159,7 @@ def new_stage(settings, trained, **more):
         length=block_size,     # tokens of a row ...
         n_logits=block_size,   # ... of which so many get logits
         frozen=[],             # models that are not trained
-        whole=0,               # fsdp: bytes for each parameter of a whole copy, which samples
+        whole=False,           # fsdp: is there a whole copy, which samples and evaluates?
         sampled=0)             # answers that are sampled at a time
     total = getattr(settings, 'total_batch_size', 0) or stage.size * n_gpus
     stage.share = total // n_gpus # examples of each process in a step
@@ -183,12 +174,13 @@ def memory(stage, size):
     vocab_size = gpt.config.vocab_size
     n_trained = sum(model.n_params() for model in stage.trained)
     n_frozen = sum(model.n_params() for model in stage.frozen)
-    parts = {'weights': 4 * n_trained / n_shards, 'frozen models': 2 * n_frozen / n_shards}
+    parts = {'weights': 4 * n_trained / n_shards, 'frozen models': 2 * n_frozen} # these in bf16
     if fsdp: # the embeddings and two blocks are whole, and the gradient of one of these
         block = sum(p.numel() for p in gpt.blocks[0].parameters())
         outer = gpt.n_params() - block * len(gpt.blocks)
         parts['gathered layers'] = 2 * (outer + 2 * block) + 4 * max(outer, block)
-        parts['a whole copy'] = stage.whole * gpt.n_params()
+        if stage.whole:
+            parts['a whole copy'] = 4 * gpt.n_params()
     else:
         parts['weights in bf16'] = 2 * sum(n_multiplied(model) for model in stage.trained)
     if stage.optimizer:
@@ -331,7 +323,7 @@ if estimate:
 
     if data.chat_rows:
         length = min(sft.max_length or block_size, block_size)
-        stage = new_stage(sft, [gpt], length=length, n_logits=length, whole=4)
+        stage = new_stage(sft, [gpt], length=length, n_logits=length, whole=True)
         n_tokens = sft.epochs * data.chat / TOKEN_BYTES / (1 - sft.replay)
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('sft', n_tokens, seconds, weights, 0, stage))
@@ -339,7 +331,7 @@ if estimate:
     # reward model; or DPO, for which the SFT model reads all rankings, too
     if data.preferences_rows:
         length = min(reward.max_length or block_size, block_size)
-        stage = new_stage(reward, [scorer], length=length, n_logits=0, rows=N_ANSWERS, whole=4)
+        stage = new_stage(reward, [scorer], length=length, n_logits=0, rows=N_ANSWERS, whole=True)
         n_tokens = reward.epochs * reward.share * data.preferences / TOKEN_BYTES
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         if reward.objective == 'dpo':
@@ -357,7 +349,7 @@ if estimate:
         share = max(1, rlhf.minibatch_size // n_gpus) # ... and in a step
         stage = new_stage(rlhf, trained, frozen=frozen, n_logits=rlhf.max_new_tokens, share=share,
                           size=min(rlhf.micro_batch_size, share), size_name='micro_batch_size',
-                          sampled=answers, whole=2)
+                          sampled=answers, whole=True)
         n_prompt = data.prompts / data.prompts_rows / TOKEN_BYTES
         n_tokens = rlhf.max_iters * rlhf.batch_size * (n_prompt + rlhf.max_new_tokens)
         passes = (len(trained) + len(frozen)) / 3 + len(trained) * rlhf.ppo_epochs
@@ -410,18 +402,17 @@ if estimate:
     print_row('total', '', '', *total.tolist(), '')
 
     print0('\nGB on each GPU:', *details, sep='\n')
-    seconds = table[0][2] + table[1][2]
-    saved = seconds / 3600 * n_gpus * gpu_dollars
+    saved = (table[0][2] + table[1][2]) / 3600 * n_gpus * gpu_dollars
     to_copy = 2 * n_corpus + data.chat + data.preferences + data.prompts
-    print0(f'data and tokenizer need no GPU: another machine saves {saved:,.0f} dollars. Copy its '
-           f'data_dir, but for train/ and val/: {to_copy / 1e9:.1f} GB')
-    print0('Memory is for rows that fill the context, hours are for those of mean length. While a '
-           'stage runs,\ntwo of its resume files may be on the disk: they are in the total.')
-    print0(f'Assumed: {MFU[True]:.0%} of the peak FLOP/s with torch.compile (measured on one H100: '
-           f'44 to 47%),\n{MFU[False]:.0%} without (22%), sampling at {BUS_SHARE:.0%} of the memory '
-           f'bus (measured), {CORES} CPU cores with each GPU, of which\neach cleans '
-           f'{CLEAN / 1e6} MB/s (measured) and keeps {KEPT:.0%}, downloads of {DOWNLOAD / 1e6:.0f} '
-           f'MB/s, {TOKEN_BYTES} bytes of text in a token')
+    print0(f'data and tokenizer need no GPU: another machine saves {saved:,.0f} '
+           f'dollars;\nthen copy its data_dir without train/ and val/, {to_copy / 1e9:.1f} GB.')
+    print0('Memory is for rows that fill the context, hours are for mean lengths. The total of the '
+           'disk\nincludes two resume files of the largest stage: one is written before one goes.')
+    print0(f'Assumed: {MFU[True]:.0%} of the peak FLOP/s with torch.compile (44 to 47% measured on '
+           f'one H100), {MFU[False]:.0%}\nwithout (22% measured), sampling at {BUS_SHARE:.0%} of '
+           f'the memory bus (measured), {CORES} CPU cores with each GPU,\n{CLEAN / 1e6} MB of '
+           f'text/s cleaned by each (measured), {KEPT:.0%} of it kept, {TOKEN_BYTES} bytes in a '
+           f'token, {DOWNLOAD / 1e6:.0f} MB/s of downloads.')
     raise SystemExit
 
 # -----------------------------------------------------------------------------

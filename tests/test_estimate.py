@@ -174,7 +174,7 @@ def rlhf_stage(functions, shape, **settings):
     gpt, scorer = meta(**shape), meta(ScalarModel, **shape).body
     settings = SimpleNamespace(batch_size=512, **settings)
     return functions.new_stage(settings, [gpt, scorer], frozen=[gpt, scorer], size=2, share=64, n_logits=256,
-                               sampled=64, whole=2)
+                               sampled=64, whole=True)
 
 def test_four_models_of_1_9_billion_fit_8_gpus_with_fsdp(load):
     functions = load(n_gpus=8)
@@ -183,7 +183,7 @@ def test_four_models_of_1_9_billion_fit_8_gpus_with_fsdp(load):
     critic = n - 65536 * 2048 # no output matrix
     parts = functions.memory(stage, 2)
     assert parts['weights'] == 4 * (n + critic) / 8 and parts['adamw'] == 8 * (n + critic) / 8
-    assert parts['frozen models'] == 2 * (n + critic) / 8 and parts['a whole copy'] == 2 * n
+    assert parts['frozen models'] == 2 * (n + critic) and parts['a whole copy'] == 4 * n
     assert functions.get_verdict(stage) == 'it fits'
     assert functions.get_verdict(rlhf_stage(functions, D32, parallel='ddp')).endswith('use --parallel=fsdp')
 
