@@ -231,14 +231,15 @@ def test_the_commands_of_midtrain(speedrun):
 # the rehearsal
 
 N_BYTES = 30_000
-FAST = dict(prepare_data=[f'first_bytes={N_BYTES}'], pretrain=['max_iters=4'], mid=['mid_text=0.1'],
+FAST = dict(prepare_data=[f'first_bytes={N_BYTES}'], tokenizer=['mid_chats=1'], pretrain=['max_iters=4'],
+            reward=['share=0.3'],
             rlhf=['max_iters=2', 'batch_size=4', 'minibatch_size=4'],
             eval=['limit=1', 'n_robust=0', 'n_prompts=2', 'pool_prompts=1', 'val_tokens=2000'])
 
 @pytest.fixture(scope='module')
 def mirror(tmp_path_factory):
     folder = tmp_path_factory.mktemp('mirror')
-    write_mirror(folder, 'd20', n_files=2, n_rows=40)
+    write_mirror(folder, 'd20', n_files=2, n_rows=24)
     server, url = serve(folder)
     yield SimpleNamespace(folder=folder, server=server, url=url)
     server.shutdown()
