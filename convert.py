@@ -32,8 +32,8 @@ from model import (
     save_checkpoint, write_text,
 )
 
-# The two words that are not flags are the settings source and target.
-words = [word for word in sys.argv[1:] if not word.startswith('-')]
+# The two words that are neither flags nor profiles are the settings source and target.
+words = [word for word in sys.argv[1:] if not word.startswith('-') and not word.endswith('.py')]
 for setting, word in zip(['source', 'target'], words):
     sys.argv[sys.argv.index(word)] = f'--{setting}={word}'
 
@@ -42,6 +42,7 @@ for setting, word in zip(['source', 'target'], words):
 source = ''     # what to convert: a checkpoint, a folder, or the name of a model on the Hub
 target = ''     # what to write: a folder, or a checkpoint: base.pt, sft.pt or rlhf.pt
 tokenizer = ''  # for a model that comes in: path of our tokenizer.json; empty = convert the model's
+block_size = 0  # for a model that comes in: cut its context, which saves memory; 0 = leave it
 config = configure(globals())
 
 def read_json(path):
@@ -380,6 +381,12 @@ if target.endswith('.pt'):
         weights[name] = torch.cat((weights[name], mean))[ids]
     if args['tie_embeddings']: # make them one tensor, which is saved once
         weights['head.weight'] = weights['wte.weight']
+    length = block_size or args['block_size']
+    assert 0 < length <= args['block_size'], (
+        f'block_size {length}: {folder} has a context of {args["block_size"]} tokens')
+    args['block_size'] = length
+    if args['arch'] == 'gpt2':
+        weights['wpe.weight'] = weights['wpe.weight'][:length].clone() # not a view of the whole
 
     path = os.path.join(os.path.dirname(target), 'tokenizer.json')
     is_other = os.path.exists(path) and read_json(path) != tok.spec
