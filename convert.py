@@ -16,16 +16,15 @@ These classes compute the same as our GPT. config/huggingface/ translates the na
     arch='llama', qk_norm     Qwen3ForCausalLM
     arch='llama', key_shift   ToytownForCausalLM, with its code: load it with trust_remote_code=True
 
-Left out: Hub models in several files (download the folder yourself), tokenizers of characters,
-rope scaling, and retries: if a download was interrupted, the same command continues it.
+Left out: quantized weights, learned weights of qk_norm (as in Qwen3 itself), rope scaling but that
+of Llama 3, and retries: if a download was interrupted, the same command continues it.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
-import base64, glob, json, math, os, shutil, sys
+import base64, json, math, os, re, shutil, sys
 from dataclasses import asdict
 
 import numpy as np
 import requests
-import tiktoken
 import torch
 
 from model import (
@@ -33,8 +32,8 @@ from model import (
     save_checkpoint, write_text,
 )
 
-# The two words that are not flags are the settings source and target.
-words = [word for word in sys.argv[1:] if not word.startswith('-')]
+# The two words that are neither flags nor profiles are the settings source and target.
+words = [word for word in sys.argv[1:] if not word.startswith('-') and not word.endswith('.py')]
 for setting, word in zip(['source', 'target'], words):
     sys.argv[sys.argv.index(word)] = f'--{setting}={word}'
 
@@ -43,6 +42,7 @@ for setting, word in zip(['source', 'target'], words):
 source = ''     # what to convert: a checkpoint, a folder, or the name of a model on the Hub
 target = ''     # what to write: a folder, or a checkpoint: base.pt, sft.pt or rlhf.pt
 tokenizer = ''  # for a model that comes in: path of our tokenizer.json; empty = convert the model's
+block_size = 0  # for a model that comes in: cut its context, which saves memory; 0 = leave it
 config = configure(globals())
 
 def read_json(path):
@@ -55,6 +55,7 @@ def read_json(path):
 
 FORMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'config', 'huggingface')
 CLASSES = read_json(f'{FORMS}/classes.json')
+STAGES = ('base', 'mid', 'sft', 'dpo', 'rlhf')
 OPTIONAL = ('n_hidden', 'n_kv_head', 'rope_theta', 'tie_embeddings', 'qk_norm', 'key_shift')
 
 # -----------------------------------------------------------------------------
@@ -81,12 +82,26 @@ def find_merges(tokens):
             # byte pair encoding: join the neighbors whose token comes first
             pairs = [left + right for left, right in zip(pieces, pieces[1:])]
             pair_ranks = [ranks.get(pair, math.inf) for pair in pairs]
-            i = pair_ranks.index(min(pair_ranks))
+            first = min(pair_ranks)
+            if first == math.inf: # it is found only as a whole word, as some tokens of Llama 3
+                return find_all_merges(tokens)
+            i = pair_ranks.index(first)
             pieces[i:i + 2] = [pairs[i]]
         if len(pieces) == 2:
             left, right = pieces
             merges.append(f'{spell(left)} {spell(right)}')
         ranks[token] = len(ranks)
+    return merges
+
+def find_all_merges(tokens):
+    """All pairs of tokens that make a token: Llama 3's tokenizer.json has these."""
+    merges = []
+    ranks = {token: i for i, token in enumerate(tokens)}
+    for token in tokens:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        for left, right in sorted(known, key=lambda pair: [ranks[piece] for piece in pair]):
+            merges.append(f'{spell(left)} {spell(right)}')
     return merges
 
 def tokenizer_json(tok):
@@ -101,23 +116,9 @@ def tokenizer_json(tok):
         token['id'] = len(tok.tokens) + i
     return data
 
-def make_tokenizer(kind, pattern, tokens, **extra):
-    # in the form that tokenizer.py writes
-    ranks = [base64.b64encode(token).decode() for token in tokens]
-    return Tokenizer(dict(version=1, kind=kind, pattern=pattern, special_tokens=SPECIAL_TOKENS,
-                          ranks=ranks, **extra))
-
-def gpt2_tokenizer():
-    """GPT-2's tokenizer, the same as `python tokenizer.py --kind=gpt2` makes."""
-    try:
-        enc = tiktoken.get_encoding('gpt2')
-    except Exception as e: # network, disk, a wrong checksum
-        raise AssertionError(f"cannot download GPT-2's vocabulary ({type(e).__name__}): set "
-                             'TIKTOKEN_CACHE_DIR to a folder that has it') from None
-    tokens = [enc.decode_single_token_bytes(i) for i in range(50256)]
-    # 50,256 tokens and 6 special ones, padded to a multiple of 128: faster on GPUs
-    return make_tokenizer('gpt2', enc._pat_str, tokens, n_vocab=50304)
-
+# Two ways to split texts that Hugging Face has without a pattern. GPT-2's, as tiktoken writes it:
+GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$"
+                r'|\s+(?!\S)|\s')
 # SmolLM2 first makes each digit a piece, then splits the rest as GPT-2 does. Here as one pattern:
 DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
                   r'|\s+(?![^\s\p{N}])|\s+')
@@ -125,22 +126,21 @@ DIGITS_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
 def read_tokenizer(path):
     """
     Hugging Face's tokenizer.json -> Tokenizer, ids. ids: for each of our tokens its id in the file;
-    -1 if it has none. The file must be byte-level BPE, as in Llama 3 and SmolLM2.
+    -1 if it has none. The file must be byte-level BPE, as of GPT-2, Llama 3 and SmolLM2.
     """
     try:
         data = read_json(path)
         vocab = data['model']['vocab']
-        if data['pre_tokenizer']['type'] == 'ByteLevel': # GPT-2's own file has no pattern
-            tok = gpt2_tokenizer()
-            tokens = {spell(token): i for i, token in enumerate(tok.tokens)}
-            assert tokens.items() <= vocab.items(), "its tokens are not GPT-2's"
-            return tok, list(range(len(tok.tokens)))
+        ignore_merges = data['model'].get('ignore_merges', False)
         merges = data['model']['merges']
         if isinstance(merges[0], list): # newer files have pairs
             merges = [' '.join(pair) for pair in merges]
-        splits = data['pre_tokenizer']['pretokenizers']
-        digits_first = splits == CLASSES['digits_first']
-        pattern = DIGITS_PATTERN if digits_first else splits[0]['pattern']['Regex']
+        splits = data['pre_tokenizer'].get('pretokenizers', [data['pre_tokenizer']])
+        splits[-1].setdefault('use_regex', True) # GPT-2's own file is old
+        has_pattern = splits[0]['type'] == 'Split'
+        pattern = splits[0]['pattern']['Regex'] if has_pattern else GPT2_PATTERN
+        if splits == CLASSES['digits_first']:
+            pattern = DIGITS_PATTERN
         special = {token['content']: token['id'] for token in data['added_tokens']}
         tokens = {} # token: its id in the file
         for token in sorted(vocab, key=vocab.get):
@@ -148,13 +148,20 @@ def read_tokenizer(path):
                 tokens[bytes(CHAR_TO_BYTE[char] for char in token)] = vocab[token]
         for b in range(256):
             tokens.setdefault(bytes([b]), -1) # SmolLM2 lacks those that are rare
-        tok = make_tokenizer('bpe', pattern, tokens)
+        ranks = [base64.b64encode(token).decode() for token in tokens]
+        spec = dict(version=1, kind='bpe', pattern=pattern, special_tokens=SPECIAL_TOKENS)
+        if pattern == GPT2_PATTERN and len(tokens) == 50256: # as tokenizer.py --kind=gpt2 makes it
+            spec.update(kind='gpt2', n_vocab=50304)
+        tok = Tokenizer(dict(spec, ranks=ranks))
         # If what we would write equals what we have read, every text gets the same ids.
         ours = tokenizer_json(tok)
         assert sorted(vocab.values()) == list(range(len(vocab))), 'the ids do not count from 0'
         assert ours['model']['merges'] == merges, 'the merges are not in the order of the ids'
-        is_same = digits_first or ours['pre_tokenizer'] == data['pre_tokenizer']
-        assert is_same, 'it splits texts in another way'
+        n_merged = len(tokens) - 256
+        assert ignore_merges or len(merges) == n_merged, f'{n_merged} tokens, {len(merges)} merges'
+        is_same = not has_pattern or ours['pre_tokenizer'] == data['pre_tokenizer']
+        is_known = has_pattern or splits in (CLASSES['digits_first'], CLASSES['byte_level'])
+        assert is_same and is_known, 'it splits texts in another way'
         assert not data['normalizer'], 'it changes texts'
         text = "It's naïve: 12,345 🙂\n\tend "
         assert tok.decode(tok.encode(text)) == text, 'a text does not come back'
@@ -229,16 +236,21 @@ def qk_norm_product(args):
     D = args['n_embd'] // args['n_head']
     return 12 / math.sqrt(D)
 
-def download(url, path):
-    """Download url to path, unless it is there. The next run continues an interrupted download."""
+def download(url, path, optional=False):
+    """
+    Download url to path, unless it is there. The next run continues an interrupted download.
+    Returns False if there is no such file and it is optional.
+    """
     if os.path.exists(path):
-        return
+        return True
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(f'{path}.part', 'ab') as f:
         rest = {'Range': f'bytes={f.tell()}-', 'Accept-Encoding': 'identity'}
         try:
             response = requests.get(url, headers=rest, stream=True, timeout=30)
             code = response.status_code
+            if code == 404 and optional:
+                return False
             # a run was stopped after the last byte, and the server confirms the length
             length = f'bytes */{f.tell()}'
             is_whole = code == 416 and response.headers.get('Content-Range') == length
@@ -250,27 +262,54 @@ def download(url, path):
         except requests.RequestException as e:
             raise AssertionError(f'{url}: {type(e).__name__}: the same command continues') from None
     os.replace(f'{path}.part', path)
+    return True
+
+WEIGHTS = 'model.safetensors'
+INDEX = 'model.safetensors.index.json' # of a large model, whose weights are in several files
+
+def weight_files(folder):
+    """The names of the files that hold the weights."""
+    path = f'{folder}/{INDEX}'
+    if os.path.exists(f'{folder}/{WEIGHTS}') or not os.path.exists(path):
+        return [WEIGHTS]
+    try:
+        files = set(read_json(path)['weight_map'].values()) # {name of a weight: its file}
+        assert all(re.fullmatch(r'[\w.-]+\.safetensors', file) for file in files), 'bad names'
+    except (AssertionError, AttributeError, LookupError, TypeError) as e:
+        raise AssertionError(f'{path} is damaged ({e}): download it again') from None
+    return sorted(files)
 
 # -----------------------------------------------------------------------------
 # Hugging Face -> a checkpoint
 
 if target.endswith('.pt'):
     stage = os.path.basename(target).removesuffix('.pt')
-    stages = ('base', 'sft', 'dpo', 'rlhf')
-    assert stage in stages, f'{target} must be named after its stage: {", ".join(stages)}'
+    assert stage in STAGES, f'{target} must be named after its stage: {", ".join(STAGES)}'
     folder = source
     if not os.path.isdir(source):
         repo = source if '/' in source else f'openai-community/{source}'
         folder = f'data/models/{repo}'
-        files = ['config.json', 'model.safetensors']
-        if '/' in source and not tokenizer:
-            files.append('tokenizer.json')
-        for file in files:
-            download(f'https://huggingface.co/{repo}/resolve/main/{file}', f'{folder}/{file}')
+        hub = f'https://huggingface.co/{repo}/resolve/main'
+        download(f'{hub}/config.json', f'{folder}/config.json')
+        if not tokenizer:
+            download(f'{hub}/tokenizer.json', f'{folder}/tokenizer.json')
+        has_index = os.path.exists(f'{folder}/{INDEX}')
+        if has_index or not download(f'{hub}/{WEIGHTS}', f'{folder}/{WEIGHTS}', optional=True):
+            download(f'{hub}/{INDEX}', f'{folder}/{INDEX}')
+            for file in weight_files(folder):
+                download(f'{hub}/{file}', f'{folder}/{file}')
 
     # settings
     theirs = read_json(f'{folder}/config.json')
-    theirs.update(theirs.get('rope_parameters') or {})
+    quantized = theirs.get('quantization_config')
+    assert not quantized, f'{folder} holds quantized weights, {quantized}: take the original model'
+    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {}
+    theirs.update(rope)
+    scaling = ()
+    if theirs.get('rope_type') == 'llama3':
+        scaling = tuple(rope.get(name) for name in CLASSES['llama3'])
+        assert None not in scaling, f'{folder}: {rope} lacks one of {CLASSES["llama3"]}'
+        theirs.update(rope_scaling=None, rope_type='default')
     kind = theirs.get('model_type')
     kinds = list(CLASSES['constants'])
     assert kind in kinds, f'{folder}: model_type is {kind!r}, our GPT can only be one of {kinds}'
@@ -279,7 +318,8 @@ if target.endswith('.pt'):
         found = theirs.get(name, value)
         assert found == value, f'{folder}: {name} is {found!r}, our GPT has only {value!r}'
     arch = 'gpt2' if kind == 'gpt2' else 'llama'
-    args = dict(arch=arch, tie_embeddings=arch == 'gpt2', qk_norm=kind == 'qwen3')
+    args = dict(arch=arch, tie_embeddings=arch == 'gpt2', qk_norm=kind == 'qwen3',
+                rope_scaling=scaling)
     for ours, name in CLASSES['settings'][arch].items():
         value = theirs.get(name)
         if value is not None:
@@ -294,7 +334,9 @@ if target.endswith('.pt'):
 
     # weights
     tensors = {}
-    for path in sorted(glob.glob(f'{glob.escape(folder)}/*.safetensors')):
+    for file in weight_files(folder):
+        path = f'{folder}/{file}'
+        assert os.path.exists(path), f'no file {path}: download it'
         tensors.update(read_safetensors(path))
     if 'wte.weight' in tensors: # the files of GPT-2 itself lack a prefix
         tensors = {f'transformer.{name}': tensor for name, tensor in tensors.items()}
@@ -325,15 +367,12 @@ if target.endswith('.pt'):
     if tokenizer:
         tok = Tokenizer.load(tokenizer)
         ids = list(range(len(tok.tokens))) # and its special tokens are the model's next ones
-    elif args['vocab_size'] == 50257 and not os.path.exists(f'{folder}/tokenizer.json'):
-        tok = gpt2_tokenizer()
-        ids = list(range(len(tok.tokens)))
     else:
         tok, ids = read_tokenizer(f'{folder}/tokenizer.json')
     n_known = args['vocab_size']
     n_tokens = max(ids) + 1
     assert n_tokens <= n_known, f'{folder} has {n_known:,} tokens, the tokenizer {n_tokens:,}'
-    ids += range(len(ids), n_known) # rows that no token uses stay
+    ids += sorted(set(range(len(ids), n_known)) - set(ids)) # rows that no token uses stay
     ids += [-1] * (tok.n_vocab - len(ids))
     args['vocab_size'] = len(ids)
     for name in ('wte.weight', 'head.weight'):
@@ -342,6 +381,12 @@ if target.endswith('.pt'):
         weights[name] = torch.cat((weights[name], mean))[ids]
     if args['tie_embeddings']: # make them one tensor, which is saved once
         weights['head.weight'] = weights['wte.weight']
+    length = block_size or args['block_size']
+    assert 0 < length <= args['block_size'], (
+        f'block_size {length}: {folder} has a context of {args["block_size"]} tokens')
+    args['block_size'] = length
+    if args['arch'] == 'gpt2':
+        weights['wpe.weight'] = weights['wpe.weight'][:length].clone() # not a view of the whole
 
     path = os.path.join(os.path.dirname(target), 'tokenizer.json')
     is_other = os.path.exists(path) and read_json(path) != tok.spec
@@ -356,7 +401,7 @@ if target.endswith('.pt'):
 else:
     assert source.endswith('.pt'), f'{source!r} or {target!r} must be a checkpoint, .pt: see --help'
     assert target, 'no target: add the folder to write to'
-    ckpt = load_checkpoint(source, ('base', 'sft', 'dpo', 'rlhf'), 'python pretrain.py')
+    ckpt = load_checkpoint(source, STAGES, 'python pretrain.py')
     args = asdict(GPTConfig(**ckpt['model_args']))
     tok = Tokenizer(ckpt['tokenizer'])
     kind = args['arch']
@@ -364,8 +409,10 @@ else:
         kind = 'qwen3'
     if args['key_shift']:
         kind = 'toytown'
-    assert args['arch'] == 'llama' or kind == 'gpt2', (
-        "arch='gpt2' with qk_norm or key_shift fits no class of theirs: train with --arch=llama")
+    is_plain = kind == 'gpt2' and args['n_kv_head'] == args['n_head']
+    assert args['arch'] == 'llama' or is_plain, (
+        "arch='gpt2' with qk_norm, key_shift or n_kv_head fits no class of theirs: train with "
+        '--arch=llama')
     path = f'{target}/tokenizer.json'
     is_ours = os.path.exists(path) and 'ranks' in read_json(path)
     assert not is_ours, f'{path} is our own and would be lost: choose another folder'
@@ -375,8 +422,11 @@ else:
     theirs = dict(CLASSES['constants'][kind], head_dim=head_dim, torch_dtype='float32')
     for ours, name in CLASSES['settings'][args['arch']].items():
         theirs[name] = args[ours]
+    if args['rope_scaling']:
+        scaling = dict(zip(CLASSES['llama3'], args['rope_scaling']), rope_type='llama3')
+        theirs.update(rope_scaling=scaling, rope_type='llama3')
     # where generation stops: a base model has seen the ends of documents, but never <|end|>
-    end = tok.eot if ckpt['stage'] == 'base' else tok.end
+    end = tok.eot if ckpt['stage'] in ('base', 'mid') else tok.end
     generation = dict(bos_token_id=tok.eot, eos_token_id=end, pad_token_id=tok.pad)
     theirs.update(generation)
 
@@ -392,10 +442,10 @@ else:
             parts = weight.split([args['n_embd'], kv_width, kv_width])
         tensors.update(zip(names, parts))
     if args['qk_norm']:
-        constant = torch.full((head_dim,), math.sqrt(qk_norm_product(args)))
+        ones = torch.ones(head_dim)
         for layer in range(args['n_layer']):
-            tensors[f'model.layers.{layer}.self_attn.q_norm.weight'] = constant
-            tensors[f'model.layers.{layer}.self_attn.k_norm.weight'] = constant
+            tensors[f'model.layers.{layer}.self_attn.q_norm.weight'] = qk_norm_product(args) * ones
+            tensors[f'model.layers.{layer}.self_attn.k_norm.weight'] = ones
 
     # tokenizer
     texts = {'config.json': json.dumps(theirs, indent=1),

@@ -40,6 +40,7 @@ class GPTConfig:
     key_shift: bool = False      # half of the key heads get the key of the token before
     rope_theta: float = 10000.0  # larger = slower rotation, for longer contexts
     norm_eps: float = 1e-5       # keeps a norm from dividing by 0
+    rope_scaling: tuple = ()     # Llama 3.1: factor, low and high frequency factor, old block_size
 
     def __post_init__(self):
         assert self.arch in ('gpt2', 'llama'), f"arch must be 'gpt2' or 'llama', not {self.arch!r}"
@@ -174,6 +175,11 @@ class GPT(nn.Module):
         if not is_gpt2:
             half = C // config.n_head // 2
             rates = config.rope_theta ** (-torch.arange(half).float() / half)
+            if config.rope_scaling: # pairs of D that turn slowly turn slower, for a longer context
+                factor, low, high, length = config.rope_scaling
+                turns = length * rates / (2 * math.pi)    # of each pair, in the old context
+                share = ((turns - low) / (high - low)).clamp(0, 1) # of its old rate
+                rates = rates * (share + (1 - share) / factor)
             angles = torch.outer(torch.arange(config.block_size).float(), rates) # (block_size, D/2)
             cos = torch.cat((angles.cos(), angles.cos()), dim=1)                  # (block_size, D)
             sin = torch.cat((-angles.sin(), angles.sin()), dim=1)

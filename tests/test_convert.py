@@ -26,6 +26,7 @@ SHAPES = dict(
     gpt2_untied=dict(arch='gpt2', n_layer=1, n_head=2, n_embd=12, tie_embeddings=False, norm_eps=1e-3),
     llama=dict(LLAMA, n_head=4, n_kv_head=2, tie_embeddings=False, rope_theta=5e4, norm_eps=1e-3),
     llama_tied=dict(LLAMA, n_head=2),
+    llama31=dict(LLAMA, n_head=2, rope_scaling=(8.0, 1.0, 4.0, 16)),
     qwen3=dict(LLAMA, n_head=4, n_kv_head=2, qk_norm=True, rope_theta=5e4),
     qwen3_untied=dict(LLAMA, n_head=2, qk_norm=True, tie_embeddings=False, norm_eps=1e-4),
     toytown=dict(LLAMA, n_head=4, qk_norm=True, key_shift=True),
@@ -93,6 +94,16 @@ def decoder(config, w, ids):
     eps, D, T = config['rms_norm_eps'], config['head_dim'], len(ids)
     H, H_kv = config['num_attention_heads'], config['num_key_value_heads']
     rates = config['rope_theta'] ** (-torch.arange(0, D, 2) / D)
+    if config['rope_scaling']: # Llama 3.1, by wavelength: short ones stay, long ones are stretched, between them a mean
+        factor, low, high, length = (config['rope_scaling'][name] for name in (
+            'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
+        for i, rate in enumerate(rates.tolist()):
+            wavelength = 2 * math.pi / rate
+            if wavelength > length / low:
+                rates[i] = rate / factor
+            elif wavelength > length / high:
+                smooth = (length / wavelength - low) / (high - low)
+                rates[i] = (1 - smooth) * rate / factor + smooth * rate
 
     def turn(v, position):
         angle = rates * position
@@ -151,7 +162,8 @@ def test_names_and_shapes_of_qwen3(convert, exported):
     assert torch.equal(torch.cat(parts), model.blocks[1].attn.qkv.weight)
     assert torch.equal(tensors['model.layers.0.mlp.gate_proj.weight'], model.blocks[0].mlp.up.weight[:40]) # SiLU of it
     norms = [tensors[f'model.layers.0.self_attn.{name}_norm.weight'] for name in 'qk']
-    assert torch.allclose(norms[0] * norms[1], torch.full((8,), 12 / math.sqrt(8)))
+    assert torch.equal(norms[0], torch.full((8,), 12 / math.sqrt(8))) and torch.equal(norms[1], torch.ones(8))
+    assert config['rms_norm_eps'] == model.config.norm_eps == 1e-5 # also of q_norm and k_norm
     assert len(tensors) == 2 + 2 * 11 and config['rope_theta'] == 5e4 and config['head_dim'] == 8
 
 def test_where_a_base_and_a_chat_model_stop(exported, scripts, tmp_path):
@@ -165,6 +177,47 @@ def test_where_a_base_and_a_chat_model_stop(exported, scripts, tmp_path):
         assert generation == ids == {key: config[key] for key in ids}
         assert tokenizer['eos_token'] == name and tokenizer['bos_token'] == '<|endoftext|>'
 
+HALF = dict(BF16=torch.bfloat16, F16=torch.float16, F32=torch.float32)
+
+def write_shards(folder, tensors, dtype, n=3):
+    """n files and their index, as large models come: a tensor stands in one of the files."""
+    names = {}
+    for i in range(n):
+        header, data = {}, b''
+        for name in list(tensors)[i::n]:
+            raw = tensors[name].to(HALF[dtype]).contiguous().view(torch.uint8).numpy().tobytes()
+            header[name] = dict(dtype=dtype, shape=list(tensors[name].shape), data_offsets=[len(data), len(data) + len(raw)])
+            data += raw
+            names[name] = f'model-0000{i + 1}-of-0000{n}.safetensors'
+        (folder / names[name]).write_bytes(make_file(header, data))
+    index = dict(metadata=dict(total_size=1), weight_map=names)
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index), 'utf-8')
+
+@pytest.mark.parametrize('kind, dtype', [('qwen3', 'BF16'), ('gpt2', 'F16'), ('llama31', 'F32')])
+def test_a_model_in_several_files(convert, exported, scripts, tmp_path, kind, dtype):
+    model, ours = exported(kind)
+    folder = copy(ours, tmp_path / 'hf')
+    tensors = convert.read_safetensors(ours / 'model.safetensors')
+    (folder / 'model.safetensors').unlink()
+    write_shards(folder, tensors, dtype)
+    (folder / 'consolidated.safetensors').write_bytes(b'the same weights in another form')
+    scripts.ok('convert.py', folder, tmp_path / 'rlhf.pt')
+    weights = torch.load(tmp_path / 'rlhf.pt', weights_only=True)['weights']
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weights[name], weight.to(HALF[dtype]).float()), name
+
+    if dtype == 'F32': # files that are missing, and names that lead out of the folder
+        part = folder / 'model-00002-of-00003.safetensors'
+        part.rename(tmp_path / 'part')
+        scripts.fails('no file .*model-00002-of-00003.safetensors', 'convert.py', folder, tmp_path / 'base.pt')
+        index = folder / 'model.safetensors.index.json'
+        for content in (dict(weight_map=dict(a='../part')), dict(weight_map=dict(a=3)), dict(weight_map=[]), dict(), []):
+            index.write_text(json.dumps(content), 'utf-8')
+            with fails('index.json is damaged'):
+                convert.weight_files(folder)
+        index.unlink()
+        scripts.fails('no file .*model.safetensors', 'convert.py', folder, tmp_path / 'base.pt')
+
 # -----------------------------------------------------------------------------
 # tokenizer
 
@@ -172,6 +225,96 @@ def test_find_merges(convert):
     tokens = [bytes([b]) for b in range(256)] + [b'lo', b'low', b' low', b'er', b' lower']
     assert convert.find_merges(tokens) == ['l o', 'lo w', 'Ġ low', 'e r', 'Ġlow er']
     assert convert.spell('ä\n'.encode()) == 'Ã¤Ċ' # as in GPT-2's vocab.json
+    # Llama 3 has tokens that no merges of earlier ones make: then all pairs are listed, in the order of the tokens
+    tokens += [b'we', b'owl'] # 'lowe' is lo we and low e; 'owl' is nothing
+    assert convert.find_merges(tokens + [b'lowe']) == [
+        'l o', 'lo w', 'Ġ low', 'e r', 'Ġlow er', 'w e', 'lo we', 'low e']
+
+def hf_ids(data, text):
+    """What Hugging Face's library computes with a tokenizer.json: split, then merge the pair that is listed first."""
+    splits = data['pre_tokenizer'].get('pretokenizers', [data['pre_tokenizer']])
+    pieces = [text]
+    for split in splits:
+        pattern = None
+        if split['type'] == 'Split':
+            pattern = split['pattern']['Regex']
+        if split['type'] == 'Digits':
+            pattern = r'\p{N}|\P{N}+'
+        if split['type'] == 'ByteLevel' and split['use_regex']:
+            pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+        if pattern:
+            pieces = [word for piece in pieces for word in regex.findall(pattern, piece)]
+    vocab, known = data['model']['vocab'], {}
+    merges = [merge.split() if isinstance(merge, str) else merge for merge in data['model']['merges']]
+    ranks = {tuple(pair): rank for rank, pair in enumerate(merges)}
+    char_of = definitions('convert.py').BYTE_TO_CHAR
+    ids = []
+    for piece in pieces:
+        if piece not in known:
+            word = [char_of[b] for b in piece.encode()]
+            if data['model'].get('ignore_merges') and ''.join(word) in vocab:
+                word = [''.join(word)]
+            while len(word) > 1:
+                pairs = list(zip(word, word[1:]))
+                best = min(pairs, key=lambda pair: ranks.get(pair, math.inf))
+                if best not in ranks:
+                    break
+                i = pairs.index(best)
+                word[i:i + 2] = [''.join(best)]
+            known[piece] = [vocab[token] for token in word if token in vocab] # a token it lacks is left out
+        ids += known[piece]
+    return ids
+
+def mixed_text(n):
+    """n characters: words, numbers, code, blanks and some of all scripts."""
+    rng = random.Random(1)
+    words = ['the owl', "Anna's", "we'll", 'naïve', '你好', 'привет', '🙂', '12,345.67', '٣٤', 'x²', 'e\u0301', 'def f(x):', '{"a": [1, 2]}',
+             '\n\n', '\t\t', '   ', ' \n', '\u00a0', '...', '--', 'http://a.b/c?d=1', 'low', 'lower', 'SHOUT', '\r\n', '\u3000']
+    text = ' '.join(rng.choice(words) + rng.choice(['', '', '.', '7', ' ']) for _ in range(n // 4))
+    assert len(text) >= n
+    return text[:n]
+
+def smollm2_form(data, special=('<|endoftext|>', '<|im_start|>', '<|im_end|>'), rare=(b'\x04', b'\xfe')):
+    """A tokenizer.json of ours in the form of SmolLM2's: special tokens first, rare bytes missing, digits split first."""
+    convert = definitions('convert.py')
+    rare = [convert.spell(token) for token in rare]
+    names = [*special] + [token for token in data['model']['vocab'] if token not in rare]
+    model = dict(data['model'], vocab={token: i for i, token in enumerate(names)}, ignore_merges=False)
+    added = [dict(id=i, content=token) for i, token in enumerate(special)]
+    return dict(data, model=model, added_tokens=added, pre_tokenizer=dict(
+        type='Sequence', pretokenizers=convert.CLASSES['digits_first']))
+
+def llama3_form(data):
+    """Its merges are all pairs, and a token is taken as a whole where a piece is one: 'xyz' has no merges."""
+    tokens = [*TOK.tokens, b'xyz', b'xyzxyz']
+    definition = definitions('convert.py')
+    model = dict(data['model'], vocab={definition.spell(token): i for i, token in enumerate(tokens)}, ignore_merges=True,
+                 merges=definition.find_all_merges(tokens))
+    return dict(data, model=model, added_tokens=[dict(id=len(tokens), content='<|begin_of_text|>')])
+
+def gpt2_form(data):
+    """It splits with the pattern of GPT-2, which it does not name; the file of GPT-2 itself is older than use_regex."""
+    return dict(data, pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True))
+
+@pytest.mark.parametrize('form', [smollm2_form, llama3_form, gpt2_form])
+def test_ids_of_a_megabyte(convert, exported, tmp_path, form):
+    """Each of our ids stands for the id that the file gives, on a million characters."""
+    path = tmp_path / 'tokenizer.json'
+    data = form(json.loads((exported('gpt2')[1] / 'tokenizer.json').read_text('utf-8')))
+    path.write_text(json.dumps(data), 'utf-8')
+    tok, ids = convert.read_tokenizer(path)
+    text = mixed_text(1_000_000 if form is smollm2_form else 100_000) + ' xyzxyz xyz xyzy'
+    data['pre_tokenizer'].setdefault('use_regex', True)
+    wanted = hf_ids(data, text)
+    found = [ids[i] for i in tok.encode(text)]
+    assert len(wanted) > len(text) / 4 and found == wanted and tok.decode(tok.encode(text)) == text
+    # and out again
+    assert hf_ids(convert.tokenizer_json(tok), text) == tok.encode(text)
+    if form is llama3_form: # without ignore_merges the library finds xyz nowhere
+        data['model']['ignore_merges'] = False
+        path.write_text(json.dumps(data), 'utf-8')
+        with fails('merges'):
+            convert.read_tokenizer(path)
 
 def test_tokenizer_files(exported):
     _, folder = exported('gpt2')
@@ -197,7 +340,7 @@ def test_foreign_tokenizers(convert, exported, tmp_path):
     for says, changes in (('normalizer|changes', dict(normalizer=dict(type='NFC'))),
                           ('merges', dict(model=dict(good['model'], merges=good['model']['merges'][::-1]))),
                           ('ids', dict(model=dict(good['model'], vocab={t: i + 1 for t, i in good['model']['vocab'].items()}))),
-                          ('pretokenizers', dict(pre_tokenizer=dict(type='Metaspace'))),
+                          ('another way', dict(pre_tokenizer=dict(type='Metaspace'))),
                           ('KeyError', dict(model=dict(good['model'], vocab={'▁the': 0}))),
                           ('added_tokens|model', dict(model='DELETE'))):
         path.write_text(json.dumps(good), 'utf-8')
@@ -223,13 +366,10 @@ def test_special_tokens_first_and_bytes_that_are_missing(convert, exported, scri
     folder = copy(ours, tmp_path / 'hf')
     config, tensors = read(convert, ours)
     data = json.loads((ours / 'tokenizer.json').read_text('utf-8'))
-    special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
-    rare = [convert.spell(b'\x04'), convert.spell(b'\xfe')]
     old = data['model']['vocab']
-    names = special + [token for token in old if token not in rare]
-    data['model']['vocab'] = {token: i for i, token in enumerate(names)}
-    data['added_tokens'] = [dict(id=i, content=token) for i, token in enumerate(special)]
-    data['pre_tokenizer']['pretokenizers'] = convert.CLASSES['digits_first']
+    data = smollm2_form(data)
+    names = list(data['model']['vocab'])
+    rare = [convert.spell(b'\x04'), convert.spell(b'\xfe')]
     (folder / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
     known = {'<|endoftext|>': TOK.eot, '<|im_start|>': TOK.user, '<|im_end|>': TOK.end, **old}
     embeddings = tensors['model.embed_tokens.weight']
@@ -275,7 +415,10 @@ def test_a_tokenizer_of_characters(scripts, tmp_path):
 @pytest.mark.parametrize('kind, changes, says', [
     ('llama', dict(model_type='mamba'), "'mamba'"), ('llama', dict(model_type='DELETE'), 'model_type'),
     ('llama', dict(hidden_act='gelu'), 'hidden_act'),
-    ('llama', dict(rope_scaling=dict(rope_type='llama3')), 'rope_scaling'),
+    ('llama', dict(rope_scaling=dict(rope_type='llama3', factor=8)), 'lacks one of .*low_freq_factor'),
+    ('llama', dict(rope_scaling=dict(type='linear', factor=2)), 'rope_scaling'),
+    ('llama', dict(quantization_config=dict(quant_method='bitsandbytes', load_in_8bit=True)), 'quantized.*bitsandbytes'),
+    ('gpt2', dict(quantization_config=dict(quant_method='gptq', bits=4)), 'quantized.*gptq'),
     ('llama', dict(rope_parameters=dict(rope_type='yarn')), 'yarn'),
     ('llama', dict(head_dim=64), 'head_dim is 64'), ('llama', dict(hidden_size='DELETE'), 'hidden_size'),
     ('llama', dict(rms_norm_eps='DELETE'), 'rms_norm_eps'), ('llama', dict(num_hidden_layers=3), 'layers.2'),
@@ -321,10 +464,11 @@ def test_what_must_not_be_overwritten(exported, scripts, tmp_path):
     scripts.fails('model.pt must be named after its stage', 'convert.py', folder, tmp_path / 'model.pt')
     scripts.fails('checkpoint', 'convert.py', folder, tmp_path / 'x')
 
-def test_gpt2_with_qk_norm(scripts, tmp_path):
-    model = GPT(GPTConfig(vocab_size=TOK.n_vocab, block_size=8, n_layer=1, n_head=2, n_embd=8, qk_norm=True))
+@pytest.mark.parametrize('change', [dict(qk_norm=True), dict(n_kv_head=1)])
+def test_what_gpt2_of_others_lacks(scripts, tmp_path, change):
+    model = GPT(GPTConfig(vocab_size=TOK.n_vocab, block_size=8, n_layer=1, n_head=2, n_embd=8, **change))
     save(model, tmp_path / 'base.pt', 'base')
-    scripts.fails('qk_norm', 'convert.py', tmp_path / 'base.pt', tmp_path / 'hf')
+    scripts.fails('qk_norm, key_shift or n_kv_head', 'convert.py', tmp_path / 'base.pt', tmp_path / 'hf')
     assert not (tmp_path / 'hf').exists()
 
 # -----------------------------------------------------------------------------
@@ -366,24 +510,24 @@ def test_damaged_safetensors(convert, tmp_path, data):
 
 # stands in for the network: serves the files of a folder and prints what was asked for
 HUB = '''
-import requests, tiktoken, types
+import os, requests, types
 def get(url, **more):
     name = url.split('/')[-1]
+    path = {folder!r} + '/' + name
+    exists = os.path.exists(path)
     print('GET', url)
-    content = open({folder!r} + '/' + name, 'rb').read()
-    return types.SimpleNamespace(status_code=200, ok=True, headers=dict(), iter_content=lambda n: [content],
-                                 raise_for_status=lambda: None)
+    return types.SimpleNamespace(status_code=200 if exists else 404, ok=exists, headers=dict(),
+                                 iter_content=lambda n: [open(path, 'rb').read()])
 requests.get = get
-ranks = [bytes([b]) for b in range(256)]
-ranks += [bytes([97 + i // 26 ** k % 26 for k in range(4)]) for i in range(50000)]
-tiktoken.get_encoding = lambda name: types.SimpleNamespace(decode_single_token_bytes=ranks.__getitem__, _pat_str='.')
 '''
+
+def asked(done):
+    return [line.split('/main/')[1] for line in done.out.splitlines() if line.startswith('GET https://huggingface.co/')]
 
 def test_gpt2_from_the_hub(convert, scripts, tmp_path):
     """GPT-2's files lack the prefix and our special tokens; these start as the mean of all tokens."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=50257, block_size=16, n_layer=1, n_head=1, n_embd=2)).eval()
-    save(model, tmp_path / 'gpt2.pt')
     hub = tmp_path / 'hub'
     hub.mkdir()
     args = asdict(model.config)
@@ -395,32 +539,57 @@ def test_gpt2_from_the_hub(convert, scripts, tmp_path):
     (hub / 'config.json').write_text(json.dumps(dict(
         model_type='gpt2', architectures=['GPT2LMHeadModel'], activation_function='gelu_new', n_embd=2, n_head=1, n_layer=1,
         n_positions=16, n_ctx=16, vocab_size=50257, layer_norm_epsilon=1e-5)), 'utf-8')
+    # as many tokens as GPT-2 has: bytes, 225 pairs of letters, pairs of pairs
+    pairs = [bytes([a, b]) for a in b'abcdefghijklmno' for b in b'ABCDEFGHIJKLMNO']
+    tokens = [bytes([b]) for b in [*convert.PRINTABLE, *convert.OTHERS]] + pairs
+    tokens += [left + right for left in pairs for right in pairs]
+    vocab = {convert.spell(token): i for i, token in enumerate(tokens[:50256])}
+    vocab['<|endoftext|>'] = 50256
+    (hub / 'tokenizer.json').write_text(json.dumps(dict(
+        model=dict(vocab=vocab, merges=convert.find_merges(tokens[:50256])), normalizer=None,
+        added_tokens=[dict(content='<|endoftext|>', id=50256)],
+        pre_tokenizer=dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True))), 'utf-8')
     before = HUB.format(folder=str(hub))
-    out = scripts.ok('convert.py', 'gpt2', 'out/gpt2/base.pt', cwd=tmp_path, before=before).out
-    place = 'https://huggingface.co/openai-community/gpt2/resolve/main/'
-    assert [line.split()[1] for line in out.splitlines() if line.startswith('GET')] == [
-        place + 'config.json', place + 'model.safetensors']
+    done = scripts.ok('convert.py', 'openai-community/gpt2', 'out/gpt2/base.pt', cwd=tmp_path, before=before)
+    assert asked(done) == ['config.json', 'tokenizer.json', 'model.safetensors']
+    assert 'openai-community/gpt2/resolve/main' in done.out
     ckpt = torch.load(tmp_path / 'out' / 'gpt2' / 'base.pt', weights_only=True)
-    assert ckpt['model_args']['vocab_size'] == 50304 == Tokenizer(ckpt['tokenizer']).n_vocab
+    tok = Tokenizer(ckpt['tokenizer'])
+    assert ckpt['model_args']['vocab_size'] == 50304 == tok.n_vocab
+    assert ckpt['tokenizer']['kind'] == 'gpt2' and tok.encode('aAbB') == [vocab['aAbB']]
     wte = ckpt['weights']['wte.weight']
     assert torch.equal(wte[:50257], model.wte.weight) and torch.allclose(wte[50303], model.wte.weight.mean(0), atol=1e-6)
     back = GPT(GPTConfig(**ckpt['model_args'])).eval()
     back.load_state_dict(ckpt['weights'])
     idx = torch.arange(16)[None]
     assert torch.allclose(back(idx)[..., :50257], model(idx), atol=1e-6)
-    again = scripts.ok('convert.py', 'gpt2', 'out/gpt2/base.pt', cwd=tmp_path, before=before).out
-    assert 'GET' not in again # the files are there
+    again = scripts.ok('convert.py', 'gpt2', 'out/gpt2/base.pt', cwd=tmp_path, before=before) # short for the same
+    assert asked(again) == [] # the files are there
 
-    # with the owner's name it comes with GPT-2's own tokenizer.json, which names no pattern
-    ranks = [bytes([b]) for b in range(256)]
-    ranks += [bytes([97 + i // 26 ** k % 26 for k in range(4)]) for i in range(50000)]
-    vocab = {convert.spell(token): i for i, token in enumerate(ranks)}
-    data = dict(model=dict(vocab=vocab), pre_tokenizer=dict(type='ByteLevel'))
-    (hub / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
-    scripts.ok('convert.py', 'someone/gpt2', 'out/b/base.pt', cwd=tmp_path, before=before)
-    data['model']['vocab'] = {token: i + 1 for token, i in vocab.items()}
-    (hub / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
-    scripts.fails("not GPT-2's", 'convert.py', hub, 'out/c/base.pt', cwd=tmp_path, before=before)
+def test_gpt2_pattern_is_that_of_tiktoken(convert):
+    """Then the tokenizer equals the one of `tokenizer.py --kind=gpt2`, also its hash."""
+    from tiktoken_ext import openai_public
+    assert convert.GPT2_PATTERN == openai_public.r50k_pat_str
+
+def test_a_large_model_from_the_hub(convert, exported, scripts, tmp_path):
+    model, ours = exported('llama')
+    hub = copy(ours, tmp_path / 'hub')
+    write_shards(hub, convert.read_safetensors(ours / 'model.safetensors'), 'F32', n=2)
+    (hub / 'model.safetensors').unlink()
+    before = HUB.format(folder=str(hub))
+    words = ('convert.py', 'someone/large', 'base.pt')
+    second = hub / 'model-00002-of-00002.safetensors'
+    content = second.read_bytes()
+    second.unlink()
+    failed = scripts.fails('model-00002-of-00002.safetensors: HTTP 404', *words, cwd=tmp_path, before=before)
+    assert not (tmp_path / 'base.pt').exists()
+    second.write_bytes(content)
+    done = scripts.ok(*words, cwd=tmp_path, before=before)
+    assert asked(done) == ['model-00002-of-00002.safetensors'] # the others are there
+    weights = torch.load(tmp_path / 'base.pt', weights_only=True)['weights']
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    for name in ('config.json', 'tokenizer.json', 'model.safetensors', 'model.safetensors.index.json'):
+        assert f'main/{name}' in failed.out
 
 def test_interrupted_download(convert, monkeypatch, tmp_path):
     """It continues where it was cut, also if the server then sends all of it."""
