@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -598,6 +599,8 @@ class Tokenizer:
         ranks = {token: i for i, token in enumerate(self.tokens)}
         self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], mergeable_ranks=ranks,
                                      special_tokens=specials)
+        for piece in regex.finditer(spec['pattern'], "It's 1 x.\n"):
+            assert piece[0], 'its pattern matches the empty text' # which tiktoken cannot encode
         self.decode = self.enc.decode # bytes that are not valid UTF-8 become U+FFFD
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).digest()
         self.hash = int.from_bytes(digest[:4], 'big') & 0x7fffffff # stored in each token shard
@@ -609,7 +612,7 @@ class Tokenizer:
         try:
             with open(path, encoding='utf-8') as f:
                 return cls(json.load(f))
-        except (AssertionError, KeyError, TypeError, ValueError) as e: # or bad JSON, bad base64
+        except (AssertionError, KeyError, TypeError, ValueError, regex.error) as e: # or bad JSON
             raise AssertionError(f'{path} is damaged ({type(e).__name__}: {e}): {remedy}') from None
 
     def encode(self, text):
@@ -1018,7 +1021,8 @@ def load_resume(path, config, resume=True, may_change=()):
         return None
     with report_damage(found, 'use --resume=false'):
         saved = load_tensors(found)
-        old_config = saved['config']
+        old_config = {**saved['config']}
+        json.dumps(old_config) # plain values only: a tensor could not be compared below
         where = f'{path} is at step {int(saved["step"])} of a run'
     remedy = 'finish that one, or discard it with --resume=false and start at step 0'
     if found == done:
