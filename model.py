@@ -56,9 +56,9 @@ class GPTConfig:
             assert b > 0 and a % b == 0, f'{large} {a} must be a multiple of {small} {b}'
         assert not self.key_shift or self.n_kv_head > 1, 'key_shift needs n_kv_head > 1'
         head_dim = self.n_embd // self.n_head
-        assert self.arch == 'gpt2' or head_dim % 2 == 0, \
-            f'rotary positions need an even n_embd / n_head, not {head_dim}'
-        assert self.block_size <= 2**20, f'block_size {self.block_size:,} is more than 1,048,576'
+        assert self.arch == 'gpt2' or head_dim % 2 == 0, f'n_embd / n_head {head_dim} must be even'
+        assert 0 < self.block_size <= 2**20, f'block_size {self.block_size:,} is not 1 to 1,048,576'
+        assert 0 <= self.dropout < 1 and self.norm_eps > 0 and self.rope_theta > 0, f'bad {self}'
 
 def make_norm(config):
     norm = nn.LayerNorm if config.arch == 'gpt2' else nn.RMSNorm
@@ -947,6 +947,7 @@ def load_checkpoint(path, stages, command):
         stage, weights = ckpt['stage'], ckpt['weights']
         assert isinstance(ckpt['metrics'], dict), 'no metrics'
         # a file can claim any size: check them all before one of them takes memory
+        json.dumps([ckpt['model_args'], ckpt['metrics']]) # no tensors, which take it when compared
         config = GPTConfig(**ckpt['model_args'])
         n_tokens = Tokenizer(ckpt['tokenizer']).n_vocab
         assert n_tokens <= config.vocab_size, f'{n_tokens} tokens, vocab_size {config.vocab_size}'
@@ -1021,6 +1022,7 @@ def load_resume(path, config, resume=True, may_change=()):
         return None
     with report_damage(found, 'use --resume=false'):
         saved = load_tensors(found)
+        assert found == done or {'state', 'progress'} <= saved.keys(), 'no state'
         old_config = {**saved['config']}
         json.dumps(old_config) # plain values only: a tensor could not be compared below
         where = f'{path} is at step {int(saved["step"])} of a run'

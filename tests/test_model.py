@@ -92,6 +92,25 @@ def tok():
 # -----------------------------------------------------------------------------
 # the GPT
 
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_attention_by_its_formula(qk_norm):
+    """softmax(q k' scale) v over the tokens so far. scale: 1 / sqrt(D), or 12 / D with normed q and k."""
+    H, H_kv, D = 4, 2, 8
+    net = model.Attention(config(n_kv_head=H_kv, qk_norm=qk_norm))
+    x = torch.randn(1, 5, H * D)
+    q, k, v = net.qkv(x)[0].view(5, H + 2 * H_kv, D).transpose(0, 1).split([H, H_kv, H_kv]) # (heads, 5, D)
+    scale = D ** -0.5
+    if qk_norm:
+        q, k = (values / values.square().mean(2, keepdim=True).sqrt() for values in (q, k))
+        scale = 12 / D
+    heads = []
+    for h in range(H):
+        shared = h // 2 # two heads of queries share one of keys and values
+        rows = [(k[shared, :t + 1] @ q[h, t] * scale).softmax(0) @ v[shared, :t + 1] for t in range(5)]
+        heads.append(torch.stack(rows))
+    want = net.proj(torch.cat(heads, dim=1))
+    assert torch.allclose(net(x, torch.arange(5), None, None, None, 0)[0], want, atol=1e-4)
+
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_loss_at_init_is_ln_vocab(kind):
     torch.manual_seed(0)
@@ -930,6 +949,12 @@ MISSHAPEN = [
     *((f'{name} = x', lambda ckpt, name=name: ckpt['model_args'].update({name: 'x'}), '')
       for name in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')),
     ('n_layer = -1', lambda ckpt: ckpt['model_args'].update(n_layer=-1), ''),
+    *((f'{name} = {value}', lambda ckpt, name=name, value=value: ckpt['model_args'].update({name: value}), '')
+      for name in ('dropout', 'norm_eps', 'rope_theta') for value in ('x', -1.0, math.nan)),
+    ('block_size = 0', lambda ckpt: ckpt['model_args'].update(block_size=0), 'block_size 0 is not 1 to'),
+    ('a setting is a tensor', lambda ckpt: ckpt['model_args'].update(qk_norm=torch.zeros(2)), ''),
+    ('a size is 1e9 numbers', lambda ckpt: ckpt['model_args'].update(vocab_size=torch.zeros(1).expand(HUGE)), ''),
+    ('a figure is a tensor', lambda ckpt: ckpt['metrics'].update(val_loss=torch.zeros(2)), ''),
     ('n_vocab = 1e9', lambda ckpt: ckpt['tokenizer'].update(n_vocab=HUGE), 'n_vocab 1000000000 does not suit 277'),
     ('one number, repeated', lambda ckpt: (ckpt['weights'].update({'wte.weight': torch.zeros(1).expand(HUGE, 32)}),
                                            ckpt['model_args'].update(vocab_size=HUGE)), 'claims to hold 32,0')]
@@ -1114,6 +1139,9 @@ def test_which_runs_are_resumed(tmp_path, capsys):
             load_resume(path, {**settings, **changed})
     assert load_resume(path, dict(settings, epochs=3), may_change=('epochs',))['step'] == 3
     (tmp_path / 'base.resume.pt').write_bytes(b'x')
+    with fails('damaged.*--resume=false'):
+        load_resume(path, settings)
+    torch.save(dict(step=3, config=settings), path) # the rest is missing
     with fails('damaged.*--resume=false'):
         load_resume(path, settings)
     for damaged in (torch.zeros(3), dict(settings, seed=torch.zeros(3)), 5): # what cannot be compared with settings

@@ -5,6 +5,7 @@ are the corpus, the checkpoints and the report those of a run that nobody distur
 $ OMP_NUM_THREADS=1 python tests/bench/kill.py                # 50 kills, about 4 minutes
 $ OMP_NUM_THREADS=1 python tests/bench/kill.py --kills=200 --seed=1
 $ OMP_NUM_THREADS=1 python tests/bench/kill.py --kills=0 --disks=40   # as root: it mounts a disk
+$ OMP_NUM_THREADS=1 python tests/bench/kill.py --kills=0 --threads=2
 
 A stage runs as a process of its own. There are three kinds of moments:
     clock   after a random share of the seconds that the undisturbed stage has taken
@@ -17,6 +18,9 @@ last line of a log may be cut. Not for Windows (fork).
 With --disks, each stage runs on a disk that is full after a random number of bytes, and on one that
 cannot be written. It must end with one line `error: ...`, all files must be whole, and those of the
 stages before must be as they were. With room again, the same command must end with the same result.
+
+With --threads=1 the whole run is repeated, and must give the same bytes. With --threads=2 it may
+differ: numbers are added in another order. Then the figures of both are printed side by side.
 """
 import os
 os.environ.setdefault('OMP_NUM_THREADS', '1') # a forked process cannot use its parent's threads
@@ -52,10 +56,10 @@ CHANGES = {'os.rename', 'os.remove', 'os.mkdir', 'os.rmdir', 'os.symlink', 'os.t
 UNFINISHED = ('.partial', '.replaced', '.ready', '.moving') # what a killed run may leave behind
 TIMED = {'costs', 'starts_from', 'config', 'stamps'} # these hold times, which differ in each run
 
-numbers = dict(kills=50, disks=0, seed=0)
+numbers = dict(kills=50, disks=0, threads=0, seed=0)
 for word in sys.argv[1:]:
     name, _, value = word.removeprefix('--').partition('=')
-    assert name in numbers, f'no flag {word}: there are --kills=50 --disks=40 --seed=0'
+    assert name in numbers, f'no flag {word}: there are --kills=50 --disks=40 --threads=2 --seed=0'
     numbers[name] = int(value)
 
 # -----------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def watch_changes(folder, n, is_after, pipe):
             os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
 
-def run(stage, world, moment=('never', 0, 0)):
+def run(stage, world, moment=('never', 0, 0), threads=1):
     """
     Run a stage in a process of its own. moment: (kind, seconds or number of the change, delay).
     Returns the exit code (-9: it was killed), its output, the seconds, the number of changes.
@@ -95,6 +99,7 @@ def run(stage, world, moment=('never', 0, 0)):
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.chdir(world)
+        torch.set_num_threads(threads)
         sys.argv = [f'{stage}.py', 'tiny.py']
         code = 0
         watch_changes(world, when if kind != 'clock' else -1, kind == 'after', to_parent)
@@ -187,7 +192,7 @@ def compare(world, other):
     left = [path.name for path in other.rglob('*') if path.name.endswith(UNFINISHED)]
     print(f'{len(found[world])} files compared; different: {different or "none"}, only in one: '
           f'{missing or "none"}, left over: {left or "none"}', flush=True)
-    assert not different and not missing and not left, f'look at {world.parent}'
+    return different + missing + left
 
 def new_world(name):
     world = folder / name
@@ -250,7 +255,28 @@ for i, stage in enumerate(STAGES):
 if numbers['kills']:
     kinds = ', '.join(f'{n} by {kind}' for kind, n in n_kinds.items())
     print(f'{n_kills.total()} kills ({kinds}); {n_files:,} files were whole after them')
-    compare(whole, killed)
+    assert not compare(whole, killed), f'look at {folder}'
+
+# -----------------------------------------------------------------------------
+# the same once more, with this number of threads
+
+if numbers['threads']:
+    again = new_world('again')
+    for stage in STAGES:
+        code, printed, _, _ = run(stage, again, threads=numbers['threads'])
+        assert code == 0, f'{stage}: exit code {code}: {printed[-2000:]}'
+    print(f'once more, with {numbers["threads"]} threads:')
+    different = compare(whole, again)
+    assert not different or numbers['threads'] > 1, f'look at {folder}'
+    for name in ('base', 'sft', 'reward', 'rlhf'):
+        one, other = [load_tensors(world / f'out/toytown/{name}.pt') for world in (whole, again)]
+        gap = 0.0
+        for key, weight in one['weights'].items():
+            gap = max(gap, (weight - other['weights'][key]).abs().max().item())
+        print(f'{name}: weights differ by {gap:.1e} at most')
+        for key, value in one['metrics'].items():
+            if isinstance(value, float) and 'second' not in key:
+                print(f'    {key:20} {value:.6f} {other["metrics"][key]:.6f}')
 
 # -----------------------------------------------------------------------------
 # a full disk, and one that cannot be written
@@ -309,5 +335,5 @@ if numbers['disks']:
         for line, n in told.most_common():
             print(f'{n:4} x {line.replace(str(folder), "")}')
         print(f'{n_full} times a full disk, {n_locked} times a read-only one: one line each time')
-        compare(whole, full)
+        assert not compare(whole, full), f'look at {folder}'
 shutil.rmtree(folder)
