@@ -28,7 +28,7 @@ MUTATIONS = [
     ('configurator', 'return plain + of_stages', 'return of_stages + plain', 'configurator', 'profile'),
 
     ('model', 'is_causal = False if T == 1 else mask is None', 'is_causal = False', 'model', 'leak'),
-    ('model', 'else 1 / math.sqrt(D)', 'else 1 / D', 'model', 'init or leak or cached or parameter or scalar'),
+    ('model', 'else 1 / math.sqrt(D)', 'else 1 / D', 'model', 'attention or cached'),
     ('model', ' - first).clamp(min=0) # (B, T)', ').clamp(min=0) # (B, T)', 'model', 'left_padded'),
     ('model', "dict(params=vectors, weight_decay=0.0)", "dict(params=vectors, weight_decay=weight_decay)",
      'model', 'every_parameter'),
