@@ -192,7 +192,8 @@ def print_error(kind, error, trace):
     if RANK > 0: # most errors happen on all ranks: rank 0 prints, and torchrun ends this process
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
-    print(line, file=sys.stderr)
+    one_line = ' '.join(line.splitlines()) # a name can hold a line break
+    print(one_line, file=sys.stderr)
 
 sys.excepthook = print_error
 if hasattr(sys.stdout, 'reconfigure'): # a terminal may lack characters: print escapes them

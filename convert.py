@@ -24,6 +24,7 @@ import base64, json, math, os, re, shutil, sys
 from dataclasses import asdict
 
 import numpy as np
+import regex
 import requests
 import torch
 
@@ -165,7 +166,7 @@ def read_tokenizer(path):
         assert not data['normalizer'], 'it changes texts'
         text = "It's naïve: 12,345 🙂\n\tend "
         assert tok.decode(tok.encode(text)) == text, 'a text does not come back'
-    except (AssertionError, LookupError, AttributeError, TypeError, ValueError) as e:
+    except (AssertionError, LookupError, AttributeError, TypeError, ValueError, regex.error) as e:
         raise AssertionError(
             f'{path} cannot become a tokenizer of ours ({type(e).__name__}: {e}): give the path of '
             'our tokenizer.json with --tokenizer') from None

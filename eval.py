@@ -386,7 +386,7 @@ def read_question(row):
     """
     A row of a benchmark -> dict(choices, gold, category). choices: [(context, continuation)].
     gold: index of the right choice; None if greedy decoding must give the only one.
-    Raises KeyError, OverflowError, TypeError, ValueError if the row has another form.
+    Raises LookupError, OverflowError, TypeError, ValueError if the row has another form.
 
         {query, choices, gold}                 which choice has the lowest loss per token?
         {context_options, continuation, gold}  which context gives the continuation the lowest loss?
@@ -435,7 +435,7 @@ def load_benchmark(path):
     for line, row in read_jsonl(path):
         try:
             questions.append(read_question(row))
-        except (KeyError, OverflowError, TypeError, ValueError) as e: # int(inf) overflows
+        except (LookupError, OverflowError, TypeError, ValueError) as e: # int(inf) overflows
             raise AssertionError(
                 f'{path}:{line}: {type(e).__name__}: {e}: a row holds query, choices, gold, or '
                 'context_options, continuation, gold, or context, continuation, or messages, '

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -56,9 +57,9 @@ class GPTConfig:
             assert b > 0 and a % b == 0, f'{large} {a} must be a multiple of {small} {b}'
         assert not self.key_shift or self.n_kv_head > 1, 'key_shift needs n_kv_head > 1'
         head_dim = self.n_embd // self.n_head
-        assert self.arch == 'gpt2' or head_dim % 2 == 0, \
-            f'rotary positions need an even n_embd / n_head, not {head_dim}'
-        assert self.block_size <= 2**20, f'block_size {self.block_size:,} is more than 1,048,576'
+        assert self.arch == 'gpt2' or head_dim % 2 == 0, f'n_embd / n_head {head_dim} must be even'
+        assert 0 < self.block_size <= 2**20, f'block_size {self.block_size:,} is not 1 to 1,048,576'
+        assert 0 <= self.dropout < 1 and self.norm_eps > 0 and self.rope_theta > 0, f'bad {self}'
 
 def make_norm(config):
     norm = nn.LayerNorm if config.arch == 'gpt2' else nn.RMSNorm
@@ -604,6 +605,8 @@ class Tokenizer:
         ranks = {token: i for i, token in enumerate(self.tokens)}
         self.enc = tiktoken.Encoding('ours', pat_str=spec['pattern'], mergeable_ranks=ranks,
                                      special_tokens=specials)
+        for piece in regex.finditer(spec['pattern'], "It's 1 x.\n"):
+            assert piece[0], 'its pattern matches the empty text' # which tiktoken cannot encode
         self.decode = self.enc.decode # bytes that are not valid UTF-8 become U+FFFD
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).digest()
         self.hash = int.from_bytes(digest[:4], 'big') & 0x7fffffff # stored in each token shard
@@ -615,7 +618,7 @@ class Tokenizer:
         try:
             with open(path, encoding='utf-8') as f:
                 return cls(json.load(f))
-        except (AssertionError, KeyError, TypeError, ValueError) as e: # or bad JSON, bad base64
+        except (AssertionError, KeyError, TypeError, ValueError, regex.error) as e: # or bad JSON
             raise AssertionError(f'{path} is damaged ({type(e).__name__}: {e}): {remedy}') from None
 
     def encode(self, text):
@@ -950,6 +953,7 @@ def load_checkpoint(path, stages, command):
         stage, weights = ckpt['stage'], ckpt['weights']
         assert isinstance(ckpt['metrics'], dict), 'no metrics'
         # a file can claim any size: check them all before one of them takes memory
+        json.dumps([ckpt['model_args'], ckpt['metrics']]) # no tensors, which take it when compared
         config = GPTConfig(**ckpt['model_args'])
         n_tokens = Tokenizer(ckpt['tokenizer']).n_vocab
         assert n_tokens <= config.vocab_size, f'{n_tokens} tokens, vocab_size {config.vocab_size}'
@@ -1029,7 +1033,9 @@ def load_resume(path, config, resume=True, may_change=()):
         return None
     with report_damage(found, 'use --resume=false'):
         saved = load_tensors(found)
-        old_config = saved['config']
+        assert found == done or {'state', 'progress'} <= saved.keys(), 'no state'
+        old_config = {**saved['config']}
+        json.dumps(old_config) # plain values only: a tensor could not be compared below
         where = f'{path} is at step {int(saved["step"])} of a run'
     remedy = 'finish that one, or discard it with --resume=false and start at step 0'
     if found == done:

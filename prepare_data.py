@@ -1908,8 +1908,10 @@ def clean_all(groups, sizes):
         report = new_report()
         write_jsonl(result_path(i, 'jsonl.gz'), clean_group(groups[i], report))
         signatures = np.array(report.pop('signatures'), np.uint32)
+        array = io.BytesIO() # np.save to a file would not say that the disk is full
+        np.save(array, signatures.reshape(-1, 112))
         with atomic_write(result_path(i, 'npy')) as partial, open(partial, 'wb') as f:
-            np.save(f, signatures.reshape(-1, 112))
+            f.write(array.getvalue())
         write_text(result_path(i, 'json'), json.dumps(report)) # written last: the group is done
         n_done += sizes[i]
         seconds = time.time() - began

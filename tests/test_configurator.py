@@ -276,6 +276,7 @@ def stop(folder, code, **env):
     ('import ours; ours.fail("of a shared file")', 'error: of a shared file'),
     ('raise AssertionError("x.jsonl:3: bad row") from ValueError()', 'error: x.jsonl:3: bad row'),
     ('open("none.bin")', 'error: none.bin: No such file or directory'),
+    ('open("no\\nsuch file")', 'error: no such file: No such file or directory'), # a name of two lines
     ('raise OSError(28, "No space left on device")', 'error: output: No space left on device'),
     ('raise OSError(28, "No space left on device", "out/base.jsonl")', 'error: out/base.jsonl: No space left on device'),
     ('assert False, "stopped at step 3 and saved"', 'stopped at step 3 and saved'), # the user's wish is no error

@@ -226,6 +226,7 @@ def test_the_ranks_share_the_questions(trained):
     dict(context='x', continuation=' \n'), dict(context_options=['', 'b'], continuation='', gold=1),
     dict(query='x', choices=['a', ''], gold=0), dict(query='x', choices='ab', gold=0),
     dict(query='x', choices=dict(a=1, b=2), gold=0), dict(context_options='ab', continuation='c', gold=0),
+    dict(messages=[], checks=dict(number=3)), dict(messages=['x'], checks=dict(number=3)),
     *[dict(query='x', choices=['a', 'b'], gold=gold) for gold in (math.inf, math.nan, 0.5, None, [1], '')]], ids=str)
 def test_a_bad_row_names_its_place(row, tmp_path):
     path = tmp_path / 'bad.jsonl'

@@ -1,4 +1,6 @@
 """model.py: the network, generation, optimizers, the tokenizer, the gold reward, files and checkpoints."""
+import ast
+import collections
 import contextlib
 import gc
 import gzip
@@ -6,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import time
@@ -88,6 +91,25 @@ def tok():
 
 # -----------------------------------------------------------------------------
 # the GPT
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_attention_by_its_formula(qk_norm):
+    """softmax(q k' scale) v over the tokens so far. scale: 1 / sqrt(D), or 12 / D with normed q and k."""
+    H, H_kv, D = 4, 2, 8
+    net = model.Attention(config(n_kv_head=H_kv, qk_norm=qk_norm))
+    x = torch.randn(1, 5, H * D)
+    q, k, v = net.qkv(x)[0].view(5, H + 2 * H_kv, D).transpose(0, 1).split([H, H_kv, H_kv]) # (heads, 5, D)
+    scale = D ** -0.5
+    if qk_norm:
+        q, k = (values / values.square().mean(2, keepdim=True).sqrt() for values in (q, k))
+        scale = 12 / D
+    heads = []
+    for h in range(H):
+        shared = h // 2 # two heads of queries share one of keys and values
+        rows = [(k[shared, :t + 1] @ q[h, t] * scale).softmax(0) @ v[shared, :t + 1] for t in range(5)]
+        heads.append(torch.stack(rows))
+    want = net.proj(torch.cat(heads, dim=1))
+    assert torch.allclose(net(x, torch.arange(5), None, None, None, 0)[0], want, atol=1e-4)
 
 @pytest.mark.parametrize('kind', KINDS, ids=str)
 def test_loss_at_init_is_ln_vocab(kind):
@@ -630,7 +652,7 @@ def test_bad_tokenizer_files(tmp_path):
     for bad in ('{', '[]', json.dumps({**spec, 'ranks': spec['ranks'][1:]}), json.dumps({**spec, 'ranks': 3}),
                 json.dumps({k: v for k, v in spec.items() if k != 'pattern'}),
                 json.dumps({**spec, 'special_tokens': spec['special_tokens'][:3]}),
-                json.dumps({**spec, 'pattern': '('})):
+                json.dumps({**spec, 'pattern': '('}), json.dumps({**spec, 'pattern': r' ?\w*|[^\w\s]|\s'})):
         path.write_text(bad)
         with fails('tokenizer.json is damaged.*python tokenizer.py'):
             Tokenizer.load(path)
@@ -927,6 +949,12 @@ MISSHAPEN = [
     *((f'{name} = x', lambda ckpt, name=name: ckpt['model_args'].update({name: 'x'}), '')
       for name in ('n_layer', 'n_head', 'n_embd', 'vocab_size', 'block_size')),
     ('n_layer = -1', lambda ckpt: ckpt['model_args'].update(n_layer=-1), ''),
+    *((f'{name} = {value}', lambda ckpt, name=name, value=value: ckpt['model_args'].update({name: value}), '')
+      for name in ('dropout', 'norm_eps', 'rope_theta') for value in ('x', -1.0, math.nan)),
+    ('block_size = 0', lambda ckpt: ckpt['model_args'].update(block_size=0), 'block_size 0 is not 1 to'),
+    ('a setting is a tensor', lambda ckpt: ckpt['model_args'].update(qk_norm=torch.zeros(2)), ''),
+    ('a size is 1e9 numbers', lambda ckpt: ckpt['model_args'].update(vocab_size=torch.zeros(1).expand(HUGE)), ''),
+    ('a figure is a tensor', lambda ckpt: ckpt['metrics'].update(val_loss=torch.zeros(2)), ''),
     ('n_vocab = 1e9', lambda ckpt: ckpt['tokenizer'].update(n_vocab=HUGE), 'n_vocab 1000000000 does not suit 277'),
     ('one number, repeated', lambda ckpt: (ckpt['weights'].update({'wte.weight': torch.zeros(1).expand(HUGE, 32)}),
                                            ckpt['model_args'].update(vocab_size=HUGE)), 'claims to hold 32,0')]
@@ -980,6 +1008,77 @@ def test_flipped_bits_are_found(tmp_path, tok):
             else:
                 assert got.keys() == want.keys() and all(torch.equal(got[k], want[k]) for k in want)
     assert refused > 100 # of 120: most of the bits belong to weights
+
+class Hostile:
+    """An object whose pickle makes a file when it is read, as that of an attacker would run a program."""
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return Path.touch, (self.made,)
+
+def test_a_hostile_checkpoint_is_not_executed(tmp_path, tok):
+    net, made = wild(n_layer=1), tmp_path / 'made'
+    path, resume_path = tmp_path / 'base.pt', tmp_path / 'sft.resume.pt'
+    save_checkpoint(str(path), 'base', net.state_dict(), asdict(net.config), tok, {}, 1, {})
+    whole = torch.load(path, weights_only=True)
+    assert pickle.loads(pickle.dumps(Hostile(made))) is None and made.exists() # it does run
+    made.unlink()
+    for name in whole:
+        hostile = dict(whole, **{name: Hostile(made)})
+        writers = [lambda file: torch.save(hostile, file), lambda file: file.write_bytes(pickle.dumps(hostile)),
+                   lambda file: torch.save(hostile, file, _use_new_zipfile_serialization=False)]
+        for write in writers:
+            write(path)
+            write(resume_path)
+            with fails('base.pt is damaged'):
+                load_checkpoint(str(path), ['base'], 'python pretrain.py')
+            with fails('sft.resume.pt is damaged'):
+                load_resume(str(resume_path), {})
+            assert not made.exists()
+
+def test_a_hostile_data_file_is_not_executed(tmp_path):
+    """A pickle under the name of every file that a stage reads: it is refused, or is nothing but text."""
+    made = tmp_path / 'made'
+    array = np.array([Hostile(made)], dtype=object)
+    prepare, convert = definitions('prepare_data.py'), definitions('convert.py')
+    def read(path):
+        items = list(prepare.read_file(path, 'files', collections.Counter()))
+        assert all('row' not in item for item in items) # no row of a chat, a ranking, ...
+        return items
+    readers = {'chat.jsonl': lambda path: list(read_jsonl(path)), 'text.jsonl.gz': lambda path: list(read_jsonl(path)),
+               'tokenizer.json': Tokenizer.load, 'train_000000.bin': read_shard, 'funnel.json': prepare.load_json,
+               'model.safetensors': convert.read_safetensors, 'signatures.npy': np.load}
+    names = 'warc warc.gz arc wet html txt md json json.gz jsonl jsonl.gz'.split()
+    readers.update({f'raw.{name}': read for name in names})
+    for name, reader in readers.items():
+        path = tmp_path / name
+        if name.endswith('.npy'):
+            np.save(path, array, allow_pickle=True)
+        else:
+            path.write_bytes(pickle.dumps(Hostile(made)))
+        if reader == read:
+            read(str(path))
+        else:
+            with pytest.raises((AssertionError, ValueError)): # ValueError: np.load, of a file that we wrote ourselves
+                reader(str(path))
+        assert not made.exists(), name
+
+# what runs text as a program or reads a pickle -> where it is what the script is for: eval.py runs HumanEval's programs
+RUNS_CODE = {'eval': ['configurator.py'], 'exec': ['configurator.py', 'eval.py'], 'torch.load': ['model.py'], 'compile': [],
+             '__import__': [], 'os.system': [], 'os.popen': [], 'pickle.load': [], 'pickle.loads': [], 'runpy.run_path': []}
+
+def test_nothing_that_is_read_is_run():
+    """A profile, the defaults above configure() and, with --allow_code, HumanEval are Python; no other input is."""
+    for path in sorted(ROOT.glob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            assert path.name in RUNS_CODE.get(name, [path.name]), f'{path.name}:{node.lineno}: {name}'
+            values = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert name != 'torch.load' or values['weights_only'] == 'True'
+            assert 'True' not in (values.get('allow_pickle'), values.get('shell')), f'{path.name}:{node.lineno}'
 
 def test_a_misshapen_resume_file_is_one_line(tmp_path):
     def fresh():
@@ -1042,6 +1141,13 @@ def test_which_runs_are_resumed(tmp_path, capsys):
     (tmp_path / 'base.resume.pt').write_bytes(b'x')
     with fails('damaged.*--resume=false'):
         load_resume(path, settings)
+    torch.save(dict(step=3, config=settings), path) # the rest is missing
+    with fails('damaged.*--resume=false'):
+        load_resume(path, settings)
+    for damaged in (torch.zeros(3), dict(settings, seed=torch.zeros(3)), 5): # what cannot be compared with settings
+        save_resume(path, 3, {}, damaged)
+        with fails('damaged.*--resume=false'):
+            load_resume(path, settings)
 
 def test_a_finished_checkpoint_is_not_replaced_by_another_run(tmp_path, tok, capsys):
     net, path, resume_path = wild(), str(tmp_path / 'base.pt'), str(tmp_path / 'base.resume.pt')

@@ -523,6 +523,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_corpus_whole(tmp_path, scrip
     write(tmp_path / 'out' / 'funnel.json', 'old')
     scripts.fails(r'error: \S*/\.partial/work/000000\.jsonl\.gz: File too large', 'prepare_data.py', *flags(**more),
                   before=FULL_DISK.format(n=6000)) # bytes of the largest file that can be written
+    scripts.fails(r'error: \S*/\.partial/work/000000\.npy: File too large', 'prepare_data.py', *flags(**more),
+                  before=FULL_DISK.format(n=60_000)) # the signatures have 448 bytes a document
     assert (tmp_path / 'out' / 'funnel.json').read_text() == 'old'
     scripts.ok('prepare_data.py', *flags(**more))
     assert len(documents(tmp_path / 'out')) == 300 and not (tmp_path / 'out' / '.partial').exists()
