@@ -24,7 +24,7 @@ LINES = dict(
     chat=890, configurator=178, toytown=345, convert=370, scaling=140)
 SCRIPTS = [name for name in LINES if name not in ('model', 'configurator')]
 STAGES = ['prepare_data', 'tokenizer', 'pretrain', 'sft', 'reward', 'rlhf', 'eval']
-OTHERS = {'README.md', 'LOG.md', 'LICENSE', 'requirements.txt', 'speedrun.sh', 'curves.svg', '.gitignore',
+OTHERS = {'README.md', 'COURSE.md', 'LOG.md', 'LICENSE', 'requirements.txt', 'speedrun.sh', 'curves.svg', '.gitignore',
           'config', 'tests', '.ci'}
 SHELL = ['speedrun.sh', 'tests/run.sh', '.ci/run']
 
@@ -290,7 +290,7 @@ def commands(text):
         if first:
             yield words[first[0]:]
 
-@pytest.mark.parametrize('name', ['README.md', 'speedrun.sh', *(f'{script}.py' for script in LINES),
+@pytest.mark.parametrize('name', ['README.md', 'COURSE.md', 'speedrun.sh', *(f'{script}.py' for script in LINES),
                                   *sorted(f'config/{p.name}' for p in (ROOT / 'config').glob('*.py'))])
 def test_commands_in_texts(name):
     """Each command that a reader may copy names a script, profiles and settings that exist."""
