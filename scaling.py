@@ -218,7 +218,7 @@ def get_verdict(stage):
     for sampled in range(stage.sampled - 1, 0, -1):
         fewer = SimpleNamespace(**{**vars(stage), 'sampled': sampled})
         if sum(memory(fewer, 1).values()) < USABLE * gpu_bytes:
-            return f'it does NOT fit: a GPU can sample {sampled} answers at a time'
+            return f'it does NOT fit: a GPU can sample only {sampled} answers at a time'
     if stage.parallel == 'ddp' and stage.optimizer and n_gpus > 1:
         return 'it does NOT fit: use --parallel=fsdp'
     return 'it does NOT fit: use larger GPUs, or more of them with --parallel=fsdp'
@@ -383,7 +383,6 @@ if estimate:
     print0(f'{n_gpus} {gpu} of {gpu_bytes / 1e9:.0f} GB, {gpu_dollars} dollars an hour each')
     print0('stage          tokens  GB a GPU    hours  dollars   disk GB  download GB')
     details = []
-    total = torch.zeros(3, dtype=torch.float64) # seconds, bytes on the disk, bytes to download
     largest = 0 # resume file, in bytes
     for name, n_tokens, *costs, stage in table:
         used = ''
@@ -397,9 +396,8 @@ if estimate:
             n_trained = sum(model.n_params() for model in stage.trained)
             largest = max(largest, 12 * n_trained) # weights and two moments, in fp32
         print_row(name, f'{n_tokens / 1e6:,.0f}M', used, *costs, verdict)
-        total += torch.tensor(costs)
-    total[1] += 2 * largest
-    print_row('total', '', '', *total.tolist(), '')
+    seconds, on_disk, download = [sum(row[i] for row in table) for i in (2, 3, 4)]
+    print_row('total', '', '', seconds, on_disk + 2 * largest, download, '')
 
     print0('\nGB on each GPU:', *details, sep='\n')
     saved = (table[0][2] + table[1][2]) / 3600 * n_gpus * gpu_dollars
