@@ -11,7 +11,7 @@ import torch
 
 from conftest import (MAKES, NEEDS, ROOT, definitions, distance, folder_bytes, kill_at, load, make_mid, make_spec,
                       read_log, stocked)
-from model import GPT, GPTConfig, load_model, read_shard
+from model import GPT, GPTConfig, Tokenizer, load_model, read_shard
 
 @pytest.fixture
 def go(world, scripts, tmp_path):
@@ -32,6 +32,11 @@ def test_chain_learns(chain):
     base, sft = (read_log(chain.out / f'{s}.jsonl') for s in ('base', 'sft'))
     assert abs(base[0]['val_loss'] - math.log(283)) < 0.2 and base[-1]['val_loss'] < 0.5
     assert 'ln(283) = 5.6454' in chain.said['pretrain'].out
+    tok = Tokenizer(make_spec())
+    shard = read_shard(str(chain.data / 'val_000000.bin'), tok.hash)
+    n = min(2 * 8, (len(shard) - 1) // 48) * 48 # tokens that an evaluation predicts: windows of 48
+    n_bytes = sum(len(tok.token_bytes(i)) for i in shard[1:n + 1])
+    assert base[-1]['val_bpb'] == pytest.approx(base[-1]['val_loss'] * n / math.log(2) / n_bytes)
     assert sft[-1]['val_loss'] < sft[0]['val_loss'] / 2
     for name in MAKES.values():
         ckpt = load(chain.out / f'{name}.pt')
@@ -70,6 +75,18 @@ def test_learning_rate():
     assert [round(s.get_lr(i), 6) for i in range(4)] == [0.2, 0.4, 0.6, 0.8] # never 0, and 1 at step 4
     assert s.get_lr(4) == pytest.approx(1.0) # half way down the cosine between 4 and 104, then the floor
     assert s.get_lr(54) == pytest.approx(0.55) and s.get_lr(104) == pytest.approx(0.1) == s.get_lr(105)
+
+@pytest.mark.parametrize('stage', ['pretrain', 'sft', 'reward'])
+def test_the_gradient_is_clipped(stage, chain, scripts, tmp_path):
+    """A gradient of length 1e-12 is nothing beside Adam's epsilon of 1e-8: no weight moves, whatever the learning rate."""
+    start = {'pretrain': 'base', 'sft': 'base', 'reward': 'sft'}[stage]
+    scripts.ok(f'{stage}.py', chain.short, f'--data_dir={chain.data}', f'--out_dir={tmp_path}', '--weight_decay=0',
+               f'--init_from={chain.out / start}.pt', '--grad_clip=1e-12', 'eval_prompts=0')
+    old, new = load(chain.out / f'{start}.pt')['weights'], load(tmp_path / f'{MAKES[stage]}.pt')['weights']
+    for name, weight in old.items():
+        if stage != 'reward' or name != 'head.weight': # another head
+            moved = new[f'body.{name}' if stage == 'reward' else name] - weight
+            assert moved.abs().max() < 1e-5, name
 
 def test_length_and_time_are_printed_first(go, world, scripts):
     out = go('--max_iters=0', '--tokens_per_param=1', '--eval_interval=1000', '--log_interval=50')

@@ -49,7 +49,7 @@ MUTATIONS = [
     ('prepare_data', 'times[is_val] = np.minimum(times[is_val], 1)', 'pass', 'prepare_data', 'small_source'),
 
     ('tokenizer', 'elif k > 1: # "left right left right" -> "new new"', 'elif False:', 'tokenizer', 'oracle'),
-    ('tokenizer', 'plain = [text for text in texts if EOT not in text]', 'plain = texts', 'tokenizer', 'special'),
+    ('tokenizer', 'plain = [text for text in texts if EOT not in text]', 'plain = texts', 'tokenizer', 'special or end_to_end'),
     ('tokenizer', 'sorted(os.listdir(moving), reverse=True)', 'sorted(os.listdir(moving))', 'tokenizer', 'swap'),
 
     ('pretrain', '(1 + math.cos(math.pi * min(1.0, t)))', '(1 - math.cos(math.pi * min(1.0, t)))',
@@ -57,7 +57,7 @@ MUTATIONS = [
     ('pretrain', 'val_bpb=nats / math.log(2) / max(1, n_bytes)', 'val_bpb=nats / max(1, n_bytes)', 'pretrain', 'chain'),
     ('pretrain', 'get_order(i // n_train)[i % n_train]', 'get_order(0)[i % n_train]', 'pretrain', 'every_window'),
     ('pretrain', 'raw_model.parameters(), grad_clip or math.inf)', 'raw_model.parameters(), math.inf)',
-     'pretrain', 'chain or clip'),
+     'pretrain', 'clipped'),
 
     ('sft', 'token if learned else -1 for', 'token for', 'sft', 'targets'),
     ('sft', 'pos[b, start:end] = torch.arange(length)', 'pos[b, start:end] = torch.arange(start, end)', 'sft', 'packed'),
