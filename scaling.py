@@ -60,8 +60,7 @@ MFU = {True: 0.4, False: 0.2} # share of the FLOP/s in training, with torch.comp
 BUS_SHARE = 0.18     # share of the bus in sampling
 CORES = 13           # CPU cores that are rented with each GPU
 DOWNLOAD = 100e6     # bytes/s
-CLEAN = 0.6e6        # prepare_data.py, pass one: bytes of text/s on each core
-WRITE = 7e6          # prepare_data.py, pass two: bytes of text/s, on one core
+CLEAN = 0.7e6        # prepare_data.py: bytes of text/s on each core
 READ = 60e6          # tokenizer.py: bytes of text/s. One core reads them, the others are faster
 KEPT = 0.7           # share of the text that the filters keep
 PACKED = 0.4         # bytes of .jsonl.gz for a byte of text
@@ -298,7 +297,6 @@ if estimate:
 
     # data and tokenizer use no GPU, but the CPU cores that come with the GPUs
     seconds = data.download / DOWNLOAD + data.text / (CLEAN * CORES * n_gpus)
-    seconds += KEPT * data.text / WRITE
     corpus = KEPT * PACKED * data.text
     table.append(('data', n_corpus, seconds, data.download + corpus, data.download, None))
     seconds = (KEPT * data.text + tokenizer.train_chars) / READ

@@ -263,11 +263,11 @@ def test_table_by_hand(profile, scripts):
     def hours(flops, mfu): # of 8 GPUs with 312e12 FLOP/s
         return flops / (8 * 312e12 * mfu) / 3600
 
-    # data: 104 cores clean 0.6 MB/s each, one writes the 70% that are kept at 7 MB/s
+    # data: 104 cores clean 0.7 MB/s each
     text = 10 * c4['text_bytes']
     download = sum(source['bytes'] for source in (dolly, gsm8k, hh, core)) + 10 * c4['bytes']
     corpus = 0.7 * text / 4.5 # tokens
-    check('data', corpus, None, (download / 100e6 + text / 62.4e6 + 0.7 * text / 7e6) / 3600, None,
+    check('data', corpus, None, (download / 100e6 + text / 72.8e6) / 3600, None,
           (download + 0.7 * 0.4 * text) / 1e9, download / 1e9)
     check('tokenizer', corpus, None, (0.7 * text + 1e9) / 60e6 / 3600, None, 2 * corpus / 1e9, 0)
     # base: 64 windows of 1024 tokens a step
