@@ -77,9 +77,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from model import (
     ScalarModel, Tokenizer, all_gather_list, all_sum, catch_signals, cleanup, gather, generate,
-    get_state, grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers, open_log,
-    pad_right, print0, read_prompts, save_checkpoint, save_resume, seed_step, set_state, setup, shard,
-    should_stop)
+    get_state, grade, last_token, load_checkpoint, load_model, load_resume, make_optimizers,
+    open_log, pad_right, print0, read_prompts, save_checkpoint, save_resume, seed_step, set_state,
+    setup, shard, should_stop)
 
 # -----------------------------------------------------------------------------
 # settings
@@ -167,13 +167,13 @@ ddp = run.world_size > 1 and parallel == 'ddp'
 fsdp = run.world_size > 1 and parallel == 'fsdp'
 stage = 'rlhf'
 # PPO detail: minibatch updates. A minibatch is one optimizer step; micro-batches only save memory.
-# Each process answers whole groups and has an equal share of each minibatch.
+# Each process answers whole groups, and has an equal share of each minibatch.
 nearest_minibatch = max(1, round(minibatch_size / run.world_size)) * run.world_size
 multiple = math.lcm(nearest_minibatch, group_size * run.world_size)
 nearest_batch = max(1, round(batch_size / multiple)) * multiple
 assert minibatch_size == nearest_minibatch and batch_size == nearest_batch, (
-    f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size} and of group_size '
-    f'{group_size} x {run.world_size} processes, and minibatch_size a multiple of {run.world_size}: '
+    f'batch_size {batch_size} must be a multiple of minibatch_size {minibatch_size} and of '
+    f'group_size {group_size} x {run.world_size} processes, minibatch_size of {run.world_size}: '
     f'--batch_size={nearest_batch} --minibatch_size={nearest_minibatch}')
 own_batch_size = batch_size // run.world_size # of this process
 own_minibatch_size = minibatch_size // run.world_size
@@ -193,7 +193,7 @@ if reward != 'checks':
     block_size = min(block_size, reward_ckpt['model_args']['block_size'])
     config['starts_from'].append(reward_ckpt['metrics'].get('seconds'))
     if reward_ckpt['config'].get('starts_from') != sft['metrics'].get('seconds'):
-        print0(f'warning: {reward_path} was not made from {sft_path}, so it may misjudge its answers: '
+        print0(f'warning: {reward_path} was not made from {sft_path} and may misjudge its answers: '
                f'`python reward.py --init_from={sft_path} --out_dir={out_dir}` makes it again')
 resume_path = os.path.join(out_dir, f'{stage}.resume.pt')
 out_path = os.path.join(out_dir, f'{stage}.pt')
@@ -625,13 +625,14 @@ def evaluate():
     so that one sees them change. Returns means over the answers.
     """
     prompts = val_prompts[:eval_prompts][run.rank::run.world_size]
+    policy = ActorCritic(sampler, None) # nothing here needs values
     seed_step(seed, 0, run.rank)
     score = 0.0
     kl = 0.0
     ended = 0
     texts = []
     for first in range(0, len(prompts), own_batch_size):
-        batch = rollout(prompts[first:first + own_batch_size], ActorCritic(sampler, None)) # no critic
+        batch = rollout(prompts[first:first + own_batch_size], policy)
         score += batch.scores.sum().item()
         kl += (batch.logprobs - batch.ref_logprobs).sum().item()
         ended += batch.ended.sum().item()

@@ -4,8 +4,10 @@
 #     bash speedrun.sh config/d20.py config/rehearse.py      # a tiny model on a laptop, in minutes
 #     python prepare_data.py config/d20.py --download_only=true      # 33 GB; needs no GPU
 #     bash speedrun.sh config/d20.py
-# On fewer GPUs the same commands do the same updates in more time. batch_size and micro_batch_size
-# are what one GPU takes at once: they are chosen for 80 GB, with less memory lower them.
+# The first two stages need hours and no GPU. To save these dollars, start it on a cheaper machine, stop
+# it with Ctrl-C when pretrain.py begins, and move the whole folder: `rsync -a` keeps the times of the
+# files, which tell what is done. On fewer GPUs it does the same updates in more time. batch_size and
+# micro_batch_size are what one GPU takes at once, for 80 GB: with less memory lower them.
 
 data_dir = 'data/d20'
 out_dir = 'out/d20'
@@ -20,9 +22,9 @@ prepare_data = dict(
            'core,mmlu,arc,gsm8k_test,humaneval',                         # benchmarks
     n_files=100, filters='repetition,quality,pii,dedup,decontaminate', val_fraction=0.005)
 
-# Mid-training: the conversations twice, 30M tokens, and as much text: half each, as in OLMo 2 (OLMo
+# Mid-training: the conversations twice, 60M tokens, and as much text: half each, as in OLMo 2 (OLMo
 # et al. 2025)
-tokenizer = dict(train_chars=2_000_000_000, mid_chats=2, mid_text=0.003)
+tokenizer = dict(train_chars=2_000_000_000, mid_chats=2, mid_text=0.005)
 
 pretrain = dict(
     arch='llama', n_layer=20, n_head=10, n_embd=1280, n_hidden=3424, tie_embeddings=False,

@@ -21,7 +21,7 @@ prepare_data = dict(
            'core,mmlu,arc,gsm8k_test,humaneval',
     n_files=340, filters='repetition,quality,pii,dedup,decontaminate', val_fraction=0.005)
 
-tokenizer = dict(train_chars=2_000_000_000, mid_chats=2, mid_text=0.001)
+tokenizer = dict(train_chars=2_000_000_000, mid_chats=2, mid_text=0.0015)
 
 pretrain = dict(
     arch='llama', n_layer=32, n_head=16, n_embd=2048, n_hidden=5472, tie_embeddings=False,

@@ -360,13 +360,20 @@ def crowd(folder, n_files=4):
 
 
 def test_two_ranks_write_the_same_and_a_killed_run_continues(tmp_path, scripts):
-    more = dict(files=crowd(tmp_path / 'in'), filters='dedup,pii')
+    files = crowd(tmp_path / 'in')
+    asked = ' '.join(rows(tmp_path / 'in' / 'partb.jsonl')[7]['text'].split()[20:40])
+    exam = write(tmp_path / 'benchmarks' / 'quiz.jsonl', [dict(query=asked, choices=['a', 'b'], gold=0)])
+    more = dict(files=f'{files},{exam}', filters='dedup,pii,decontaminate', shard_bytes=100_000) # many files
     scripts.ok('prepare_data.py', *flags(data_dir=tmp_path / 'one', **more))
     scripts.two('prepare_data.py', *flags(data_dir=tmp_path / 'two', **more))
     assert contents(tmp_path / 'one') == contents(tmp_path / 'two')
     found = funnel(tmp_path / 'one')
     assert found['dropped']['dedup']['exact'] > 150 and found['dropped']['dedup']['near'] > 150 # across files too
-    assert len({doc['text'] for doc in documents(tmp_path / 'one')}) == found['steps']['dedup']['docs_out']
+    assert found['dropped']['decontaminate'] == {'question of quiz': 1}
+    texts_kept = [doc['text'] for doc in documents(tmp_path / 'one')]
+    assert len(set(texts_kept)) == len(texts_kept) == found['steps']['dedup']['docs_out'] - 1
+    names = [path.name for path in sorted((tmp_path / 'one' / 'train').iterdir())]
+    assert names == [f'{i:06d}.jsonl.gz' for i in range(len(names))] and len(names) > 8
 
     # killed after the first group of pass one; then in pass two; then the same command
     for name in ('000000.json', 'chat_train.jsonl'):

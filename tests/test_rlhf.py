@@ -581,7 +581,7 @@ def test_a_second_round_and_snapshots(chain, scripts, tmp_path):
     start_from = f'--init_from={chain.out}/rlhf.pt', f'--reward_from={chain.out}/reward.pt'
     said = scripts.ok(*command(chain, tmp_path, *start_from, '--snapshots=true', '--eval_interval=2',
                                '--sample_interval=3')).out
-    warning = f'warning: {chain.out}/reward.pt was not made from {chain.out}/rlhf.pt, so it may misjudge its answers: '
+    warning = f'warning: {chain.out}/reward.pt was not made from {chain.out}/rlhf.pt and may misjudge its answers: '
     assert said.count(warning) == said.count('warning') == 1 and 'warning' not in chain.said['rlhf'].out
     start = log(tmp_path)[0]
     assert start['step'] == 0 and abs(start['val_kl']) < 1e-4
@@ -775,8 +775,8 @@ def one(chain, learning, scripts, tmp_path_factory):
     return get
 
 @pytest.mark.parametrize('parallel,flags', [
-    ('ddp', ()), ('fsdp', ()), ('fsdp', SHARED), ('ddp', (*GRPO, '--group_size=2')), ('fsdp', (*GRPO, '--group_size=2'))],
-    ids=lambda x: ' '.join(x) if isinstance(x, tuple) else x)
+    ('ddp', ()), ('ddp', GRPO), ('fsdp', ()), ('fsdp', SHARED), ('fsdp', GRPO)],
+    ids=['ddp-ppo', 'ddp-grpo', 'fsdp-ppo', 'fsdp-shared', 'fsdp-grpo'])
 def test_two_processes_are_one(parallel, flags, chain, learning, one, scripts, tmp_path):
     """Each rank samples its own answers, so here the prompts decide the answers: learning from them is the same."""
     out = stocked(tmp_path, chain)
@@ -798,8 +798,8 @@ def test_a_run_moves_to_other_processes(chain, learning, one, scripts, tmp_path)
 
 def test_fsdp_samples_as_ddp_does(chain, scripts, tmp_path):
     """
-    A rank draws its answers from the same probabilities with the same seed. They are of different lengths, an update has
-    two micro-batches, and for the evaluation rank 0 needs two rollouts and rank 1 one.
+    A rank draws its answers from the same probabilities with the same seed. They have different lengths, a process has
+    two micro-batches, and at the evaluation rank 0 needs two rollouts, rank 1 one.
     """
     outs = []
     for parallel in ('ddp', 'fsdp'):

@@ -1034,7 +1034,10 @@ def small_row(source, form, i):
     )[source]
 
 
-def small_file(source, form, n=40):
+N_SMALL = 16 # rows
+
+
+def small_file(source, form, n=N_SMALL):
     """A file of a source as it is published, but with few rows."""
     rows = [small_row(source, form, i) for i in range(n)] if source not in ('shakespeare', 'tinystories') else []
     if source == 'alpaca':
@@ -1056,11 +1059,12 @@ def test_all_sources_in_miniature(server, tmp_path, scripts):
             url = url.replace('CRAWL', LIB.crawl).replace('KIND', 'warc')
             server.bodies[url.removeprefix('https:/')] = gzip.compress(body) if url.endswith('.gz') else body
     server.bodies['/data.commoncrawl.org/crawl-data/a.warc.gz'] = b''.join(
-        gzip.compress(record(f'<p>{small_row("c4", 9, i)["text"] * 3}'.encode(), url=f'http://y/{i}')) for i in range(40))
+        gzip.compress(record(f'<p>{small_row("c4", 9, i)["text"] * 3}'.encode(), url=f'http://y/{i}'))
+        for i in range(N_SMALL))
     flags = [f'--source={",".join(names)}', f'--mirror={server.url}', f'--raw_dir={tmp_path}/raw', '--filters=dedup',
              '--val_fraction=0.3', '--n_files=2']
     found = {}
-    for first_bytes in (0, 4000):
+    for first_bytes in (0, 2000):
         out = tmp_path / str(first_bytes)
         more = [*flags, f'--first_bytes={first_bytes}', f'--data_dir={out}']
         if first_bytes:
@@ -1078,10 +1082,10 @@ def test_all_sources_in_miniature(server, tmp_path, scripts):
         assert {'mmlu', 'gsm8k', 'humaneval', 'lambada', 'hellaswag', 'arc_easy', 'squad'} <= exams and len(exams) == 25
         assert 'damaged file' not in result['skipped'] and (first_bytes or not result['skipped'])
     whole, cut = found.values()
-    assert whole['chat train rows'] + whole['chat val rows'] == 7 * 40
-    assert whole['preferences train rows'] + whole['preferences val rows'] == (2 * 2 + 4 + 6) * 40
-    assert whole['text train rows'] + whole['text val rows'] == (1 + 1 + 2 * 6 + 1) * 40
+    assert whole['chat train rows'] + whole['chat val rows'] == 7 * N_SMALL
+    assert whole['preferences train rows'] + whole['preferences val rows'] == (2 * 2 + 4 + 6) * N_SMALL
+    assert whole['text train rows'] + whole['text val rows'] == (1 + 1 + 2 * 6 + 1) * N_SMALL
     for kind in ('chat', 'preferences', 'prompts', 'text'):
         assert 0 < cut[f'{kind} train rows'] < whole[f'{kind} train rows']
-    names_kept = {path.parent.name for path in (tmp_path / 'raw' / 'first_4000').rglob('*') if path.is_file()}
+    names_kept = {path.parent.name for path in (tmp_path / 'raw' / 'first_2000').rglob('*') if path.is_file()}
     assert names_kept == set(names)
