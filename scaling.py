@@ -396,6 +396,9 @@ if estimate:
         print_row(name, f'{n_tokens / 1e6:,.0f}M', used, *costs, verdict)
     seconds, on_disk, download = [sum(row[i] for row in table) for i in (2, 3, 4)]
     print_row('total', '', '', seconds, on_disk + 2 * largest, download, '')
+    n_base = sum(row[1] for row in table if row[0] == 'base')
+    if n_base > n_corpus > 0:
+        print0(f'base reads its text {n_base / n_corpus:.1f} times: raise n_files, or add sources')
 
     print0('\nGB on each GPU:', *details, sep='\n')
     saved = (table[0][2] + table[1][2]) / 3600 * n_gpus * gpu_dollars

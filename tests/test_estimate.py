@@ -291,6 +291,7 @@ def test_table_by_hand(profile, scripts):
     assert rows['total'][2] == pytest.approx(sum(row[2] for row in [*rows.values()][:-1]), abs=0.05)
 
     # fewer GPUs: the same tokens, eight times the hours
+    assert f'base reads its text {64 * 1024 * 1e7 / corpus:.1f} times' in out
     fewer = read_table(scripts.ok('scaling.py', profile, '--estimate=1xA100').out)
     assert fewer['base'][0] == rows['base'][0] and fewer['base'][2] == pytest.approx(8 * rows['base'][2], rel=1e-3)
     assert not (profile.parent / 'data').exists() # an estimate writes nothing
