@@ -17,6 +17,8 @@ N leaves embeddings out (Kaplan et al. 2020): they are most of such a small mode
 own schedule: half-way, a long run has a higher loss than a run of half the length at its end.
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+import collections
+import copy
 import functools
 import itertools
 import json
@@ -215,7 +217,8 @@ def get_verdict(stage):
                 return 'it fits'
             return f'it does NOT fit: --{stage.size_name}={size} fits'
     for sampled in range(stage.sampled - 1, 0, -1):
-        fewer = SimpleNamespace(**{**vars(stage), 'sampled': sampled})
+        fewer = copy.copy(stage)
+        fewer.sampled = sampled
         if sum(memory(fewer, 1).values()) < USABLE * gpu_bytes:
             return f'it does NOT fit: a GPU can sample only {sampled} answers at a time'
     if stage.parallel == 'ddp' and stage.optimizer and n_gpus > 1:
@@ -233,9 +236,8 @@ def sample_seconds(gpt, n_answers, n_prompt, n_new):
 
 # data
 def measure_data(prepare):
-    """What prepare_data.py will have -> a namespace. Sizes in bytes, but for tokens and rows."""
-    found = SimpleNamespace(download=0, text=0, tokens=0, benchmarks=0, chat=0, chat_rows=0,
-                            preferences=0, preferences_rows=0, prompts=0, prompts_rows=0)
+    """What prepare_data.py will have -> a Counter: bytes of each kind and its rows, and more."""
+    found = collections.Counter()
     sources = read_config('sources.json')
     for name in prepare.source.split(','):
         if name == 'files':
@@ -247,22 +249,19 @@ def measure_data(prepare):
             n_files = min(prepare.n_files, int(last) - int(first) + 1)
         if name == 'commoncrawl': # its URL is that of a list
             n_files = prepare.n_files
-        found.download += n_files * entry['bytes']
+        found['download'] += n_files * entry['bytes']
         for kind in entry['kind'].split(', '):
-            if kind == 'tokens': # of two bytes
-                found.tokens += n_files * entry['bytes'] // 2
-                continue
-            vars(found)[kind] += n_files * entry['text_bytes']
-            if f'{kind}_rows' in vars(found):
-                vars(found)[f'{kind}_rows'] += n_files * entry['rows']
+            size = entry['bytes'] if kind == 'tokens' else entry['text_bytes']
+            found[kind] += n_files * size
+            found[f'{kind} rows'] += n_files * entry['rows']
     # RLHF answers the prompts of rankings, too. Counted with their answers, they are a bit long.
-    found.prompts += found.preferences
-    found.prompts_rows += found.preferences_rows
+    found['prompts'] += found['preferences']
+    found['prompts rows'] += found['preferences rows']
     for kind in ('chat', 'preferences', 'prompts'): # what has been made is known exactly
         path = Path(prepare.data_dir, f'{kind}_train.jsonl')
         if path.exists():
-            vars(found)[kind] = path.stat().st_size
-            vars(found)[f'{kind}_rows'] = path.read_bytes().count(b'\n')
+            found[kind] = path.stat().st_size
+            found[f'{kind} rows'] = path.read_bytes().count(b'\n')
     return found
 
 if estimate:
@@ -275,7 +274,8 @@ if estimate:
     names = ('prepare_data', 'tokenizer', 'pretrain', 'sft', 'reward', 'rlhf', 'eval')
     prepare, tokenizer, pretrain, sft, reward, rlhf, exam = map(read_stage, names)
     data = measure_data(prepare)
-    n_corpus = data.tokens + KEPT * data.text / TOKEN_BYTES
+    text = KEPT * data['text']
+    n_corpus = data['tokens'] / 2 + text / TOKEN_BYTES
     table = [] # rows: name, tokens, seconds, bytes on the disk, bytes to download, stage
 
     # the model: that of the settings, or of the checkpoint from which the profile starts
@@ -296,12 +296,11 @@ if estimate:
     weights = 4 * n_params # bytes of a checkpoint
 
     # data and tokenizer use no GPU, but the CPU cores that come with the GPUs
-    seconds = data.download / DOWNLOAD + data.text / (CLEAN * CORES * n_gpus)
-    corpus = KEPT * PACKED * data.text
-    table.append(('data', n_corpus, seconds, data.download + corpus, data.download, None))
-    seconds = (KEPT * data.text + tokenizer.train_chars) / READ
-    shards = 2 * KEPT * data.text / TOKEN_BYTES
-    table.append(('tokenizer', n_corpus, seconds, shards, 0, None))
+    download = data['download']
+    seconds = download / DOWNLOAD + data['text'] / (CLEAN * CORES * n_gpus)
+    table.append(('data', n_corpus, seconds, download + PACKED * text, download, None))
+    seconds = (text + tokenizer.train_chars) / READ
+    table.append(('tokenizer', n_corpus, seconds, 2 * text / TOKEN_BYTES, 0, None))
 
     # base model and mid-training
     if not sft.init_from:
@@ -313,24 +312,24 @@ if estimate:
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('base', n_tokens, seconds, weights, 0, stage))
     if tokenizer.mid_chats:
-        n_tokens = tokenizer.mid_chats * data.chat / TOKEN_BYTES + tokenizer.mid_text * n_corpus
+        n_tokens = tokenizer.mid_chats * data['chat'] / TOKEN_BYTES + tokenizer.mid_text * n_corpus
         n_tokens *= pretrain.mid_epochs
         stage = new_stage(pretrain, [gpt])
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('mid', n_tokens, seconds, weights, 0, stage))
 
-    if data.chat_rows:
+    if data['chat rows']:
         length = min(sft.max_length or block_size, block_size)
         stage = new_stage(sft, [gpt], length=length, n_logits=length, whole=True)
-        n_tokens = sft.epochs * data.chat / TOKEN_BYTES / (1 - sft.replay)
+        n_tokens = sft.epochs * data['chat'] / TOKEN_BYTES / (1 - sft.replay)
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('sft', n_tokens, seconds, weights, 0, stage))
 
     # reward model; or DPO, for which the SFT model reads all rankings, too
-    if data.preferences_rows:
+    if data['preferences rows']:
         length = min(reward.max_length or block_size, block_size)
         stage = new_stage(reward, [scorer], length=length, n_logits=0, rows=N_ANSWERS, whole=True)
-        n_tokens = reward.epochs * reward.share * data.preferences / TOKEN_BYTES
+        n_tokens = reward.epochs * reward.share * data['preferences'] / TOKEN_BYTES
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         if reward.objective == 'dpo':
             vars(stage).update(trained=[gpt], frozen=[gpt], n_logits=length)
@@ -339,16 +338,17 @@ if estimate:
 
     # RLHF: hours for prompts of the mean length, memory for those that fill the context
     n_prompt = 0
-    if data.prompts_rows:
+    if data['prompts rows']:
         has_critic = rlhf.algo == 'ppo' and rlhf.critic == 'separate'
         trained = [gpt, scorer] if has_critic else [gpt]
         frozen = [gpt] if rlhf.reward == 'checks' else [gpt, scorer]
         answers = max(1, rlhf.batch_size // n_gpus)   # of each process in an update ...
         share = max(1, rlhf.minibatch_size // n_gpus) # ... and in a step
-        stage = new_stage(rlhf, trained, frozen=frozen, n_logits=rlhf.max_new_tokens, share=share,
-                          size=min(rlhf.micro_batch_size, share), size_name='micro_batch_size',
-                          sampled=answers, whole=True)
-        n_prompt = data.prompts / data.prompts_rows / TOKEN_BYTES
+        stage = new_stage(rlhf, trained, frozen=frozen, n_logits=rlhf.max_new_tokens, whole=True,
+                          share=share, sampled=answers)
+        stage.size = min(rlhf.micro_batch_size, share)
+        stage.size_name = 'micro_batch_size'
+        n_prompt = data['prompts'] / data['prompts rows'] / TOKEN_BYTES
         n_tokens = rlhf.max_iters * rlhf.batch_size * (n_prompt + rlhf.max_new_tokens)
         passes = (len(trained) + len(frozen)) / 3 + len(trained) * rlhf.ppo_epochs
         seconds = learn_seconds(passes * n_tokens * flops_per_token, stage)
@@ -357,10 +357,9 @@ if estimate:
 
     # the examination of every language model
     stage = new_stage(exam, [gpt], optimizer='', sampled=exam.sample_batch)
-    names = [name for name, *_ in table]
-    n_models = sum(name in ('base', 'mid', 'sft', 'dpo', 'rlhf') for name in names)
+    n_models = sum(name in ('base', 'mid', 'sft', 'dpo', 'rlhf') for name, *_ in table)
     n_tokens = exam.val_tokens
-    if data.benchmarks:
+    if data['benchmarks']:
         limit = exam.limit or 1000
         n_tokens += limit * len(read_config('benchmarks.json')) * EXAM_TOKENS
     n_tokens *= n_models
@@ -370,41 +369,48 @@ if estimate:
     table.append(('eval', n_tokens, seconds, 0, 0, stage))
 
     # the table
+    heading = 'stage          tokens  GB a GPU    hours  dollars   disk GB  download GB'
+    row_format = '{:10}{:>11}{:>10}{:9.2f}{:9,.0f}{:10.1f}{:13.1f}  {}'
+    per_hour = n_gpus * gpu_dollars
+
     def print_row(name, tokens, used, seconds, on_disk, download, verdict):
         hours = seconds / 3600
-        dollars = hours * n_gpus * gpu_dollars
-        print0(f'{name:10}{tokens:>11}{used:>10}{hours:9.2f}{dollars:9,.0f}{on_disk / 1e9:10.1f}'
-               f'{download / 1e9:13.1f}  {verdict}'.rstrip())
+        row = row_format.format(name, tokens, used, hours, hours * per_hour, on_disk / 1e9,
+                                download / 1e9, verdict)
+        print0(row.rstrip())
 
-    print0(f'{gpt.config.arch}, {n_params:,} parameters ({gpt.n_params(embedding=False):,} without '
-           f'embeddings), {flops_per_token:.3e} FLOPs a token')
+    n_inner = gpt.n_params(embedding=False)
+    print0(f'{gpt.config.arch}, {n_params:,} parameters ({n_inner:,} without embeddings), '
+           f'{flops_per_token:.3e} FLOPs a token')
     print0(f'{n_gpus} {gpu} of {gpu_bytes / 1e9:.0f} GB, {gpu_dollars} dollars an hour each')
-    print0('stage          tokens  GB a GPU    hours  dollars   disk GB  download GB')
+    print0(heading)
     details = []
-    largest = 0 # resume file, in bytes
+    largest = 0 # parameters in a resume file
     for name, n_tokens, *costs, stage in table:
         used = ''
         verdict = ''
         if stage:
             parts = memory(stage, stage.size)
-            used = f'{sum(parts.values()) / 1e9:.1f}'
+            used = '{:.1f}'.format(sum(parts.values()) / 1e9)
             verdict = get_verdict(stage)
-            texts = [f'{what} {n_bytes / 1e9:.1f}' for what, n_bytes in parts.items()]
+            texts = ['{} {:.1f}'.format(what, n_bytes / 1e9) for what, n_bytes in parts.items()]
             details.append(f'  {name}: ' + ', '.join(texts))
             n_trained = sum(model.n_params() for model in stage.trained)
-            largest = max(largest, 12 * n_trained) # weights and two moments, in fp32
-        print_row(name, f'{n_tokens / 1e6:,.0f}M', used, *costs, verdict)
+            largest = max(largest, n_trained)
+        print_row(name, '{:,.0f}M'.format(n_tokens / 1e6), used, *costs, verdict)
     seconds, on_disk, download = [sum(row[i] for row in table) for i in (2, 3, 4)]
-    print_row('total', '', '', seconds, on_disk + 2 * largest, download, '')
+    on_disk += 2 * 12 * largest # two files with weights and both moments, in fp32
+    print_row('total', '', '', seconds, on_disk, download, '')
     n_base = sum(row[1] for row in table if row[0] == 'base')
     if n_base > n_corpus > 0:
         print0(f'base reads its text {n_base / n_corpus:.1f} times: raise n_files, or add sources')
 
     print0('\nGB on each GPU:', *details, sep='\n')
-    saved = (table[0][2] + table[1][2]) / 3600 * n_gpus * gpu_dollars
-    to_copy = 2 * n_corpus + data.chat + data.preferences + data.prompts
-    print0(f'data and tokenizer need no GPU: another machine saves {saved:,.0f} '
-           f'dollars;\nthen copy its data_dir without train/ and val/, {to_copy / 1e9:.1f} GB.')
+    without_gpu = (table[0][2] + table[1][2]) / 3600
+    to_copy = 2 * n_corpus + data['chat'] + data['preferences'] + data['prompts']
+    print0('data and tokenizer need no GPU: another machine saves {:,.0f} dollars; then copy its\n'
+           'data_dir without train/ and val/, {:.1f} GB.'.format(without_gpu * per_hour,
+                                                                to_copy / 1e9))
     print0('Memory is for rows that fill the context, hours are for mean lengths. The total of the '
            'disk\nincludes two resume files of the largest stage: one is written before one goes.')
     print0(f'Assumed: {MFU[True]:.0%} of the peak FLOP/s with torch.compile (44 to 47% measured on '

@@ -204,7 +204,7 @@ def test_rlhf_of_d20_fits_with_ddp(load):
 # the micro-batch that fits
 
 def test_a_gpu_that_is_too_small(load):
-    """d20 on one 4090: of 25.3 GB, 92% can be used; 256 windows in a step, so micro-batches of 8, 4, 2, 1 are possible."""
+    """d20 on one 4090: of 25.3 GB, 92% can be used; 256 windows in a step, so micro-batches of 8, 4, 2, 1 do."""
     functions = load(gpu_bytes=25.3e9)
     stage = functions.new_stage(
         SimpleNamespace(batch_size=8, total_batch_size=256, compile=True, optimizer='muon'), [meta(**D20)])
@@ -236,7 +236,8 @@ def read_table(out):
     """-> {stage: (tokens, GB, hours, dollars, GB of disk, GB of downloads, verdict)}"""
     rows = {}
     for line in out.splitlines():
-        found = re.fullmatch(r'(\w+) +(?:([\d,]+)M)? +([\d.]+ )? *([\d,.]+) +([\d,]+) +([\d.]+) +([\d.]+)(?:  (.*))?', line)
+        found = re.fullmatch(r'(\w+) +(?:([\d,]+)M)? +([\d.]+ )? *([\d,.]+) +([\d,]+) +([\d.]+) +([\d.]+)(?:  (.*))?',
+                             line)
         if found:
             numbers = [float((text or '0').replace(',', '')) for text in found.groups()[1:7]]
             rows[found[1]] = (numbers[0] * 1e6, *numbers[1:], found[8] or '')
