@@ -17,13 +17,10 @@ D20 = dict(arch='llama', n_layer=20, n_head=10, n_embd=1280, n_hidden=3424, tie_
            vocab_size=65536, block_size=2048)
 D32 = dict(D20, n_layer=32, n_head=16, n_embd=2048, n_hidden=5472)
 
-@pytest.fixture(scope='module')
-def load(tmp_path_factory):
-    """load(n_gpus=8, ...) -> the functions of --estimate; what comes after them is of the scaling law."""
-    text = (ROOT / 'scaling.py').read_text(encoding='utf-8')
-    path = tmp_path_factory.mktemp('estimate') / 'scaling.py'
-    path.write_text(text[:text.index('\nif estimate:')], encoding='utf-8')
-    return lambda **more: definitions(path, **dict(dict(n_gpus=1, block_size=2048, gpu_bytes=84.9e9), **more))
+@pytest.fixture
+def load():
+    """load(n_gpus=8, ...) -> the functions of --estimate."""
+    return lambda **more: definitions('scaling.py', **dict(dict(n_gpus=1, block_size=2048, gpu_bytes=84.9e9), **more))
 
 def meta(kind=GPT, **shape):
     with torch.device('meta'):
