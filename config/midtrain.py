@@ -7,6 +7,8 @@
 data_dir = 'data/midtrain'
 out_dir = 'out/midtrain'
 
+# another folder than that of prepare_data.py, so the town of the first run is not made again
+toytown = dict(town_dir='data/raw/midtrain')
 tokenizer = dict(use='data/toytown/tokenizer.json', mid_chats=1, mid_text=0.2)
 pretrain = dict(init_from='out/toytown/base.pt', mid_lr_scale=0.3)
 

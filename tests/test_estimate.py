@@ -17,13 +17,10 @@ D20 = dict(arch='llama', n_layer=20, n_head=10, n_embd=1280, n_hidden=3424, tie_
            vocab_size=65536, block_size=2048)
 D32 = dict(D20, n_layer=32, n_head=16, n_embd=2048, n_hidden=5472)
 
-@pytest.fixture(scope='module')
-def load(tmp_path_factory):
-    """load(n_gpus=8, ...) -> the functions of --estimate; what comes after them is of the scaling law."""
-    text = (ROOT / 'scaling.py').read_text(encoding='utf-8')
-    path = tmp_path_factory.mktemp('estimate') / 'scaling.py'
-    path.write_text(text[:text.index('\nif estimate:')], encoding='utf-8')
-    return lambda **more: definitions(path, **dict(dict(n_gpus=1, block_size=2048, gpu_bytes=84.9e9), **more))
+@pytest.fixture
+def load():
+    """load(n_gpus=8, ...) -> the functions of --estimate."""
+    return lambda **more: definitions('scaling.py', **dict(dict(n_gpus=1, block_size=2048, gpu_bytes=84.9e9), **more))
 
 def meta(kind=GPT, **shape):
     with torch.device('meta'):
@@ -204,7 +201,7 @@ def test_rlhf_of_d20_fits_with_ddp(load):
 # the micro-batch that fits
 
 def test_a_gpu_that_is_too_small(load):
-    """d20 on one 4090: of 25.3 GB, 92% can be used; 256 windows in a step, so micro-batches of 8, 4, 2, 1 are possible."""
+    """d20 on one 4090: of 25.3 GB, 92% can be used; 256 windows in a step, so micro-batches of 8, 4, 2, 1 do."""
     functions = load(gpu_bytes=25.3e9)
     stage = functions.new_stage(
         SimpleNamespace(batch_size=8, total_batch_size=256, compile=True, optimizer='muon'), [meta(**D20)])
@@ -236,7 +233,8 @@ def read_table(out):
     """-> {stage: (tokens, GB, hours, dollars, GB of disk, GB of downloads, verdict)}"""
     rows = {}
     for line in out.splitlines():
-        found = re.fullmatch(r'(\w+) +(?:([\d,]+)M)? +([\d.]+ )? *([\d,.]+) +([\d,]+) +([\d.]+) +([\d.]+)(?:  (.*))?', line)
+        found = re.fullmatch(r'(\w+) +(?:([\d,]+)M)? +([\d.]+ )? *([\d,.]+) +([\d,]+) +([\d.]+) +([\d.]+)(?:  (.*))?',
+                             line)
         if found:
             numbers = [float((text or '0').replace(',', '')) for text in found.groups()[1:7]]
             rows[found[1]] = (numbers[0] * 1e6, *numbers[1:], found[8] or '')
@@ -263,11 +261,11 @@ def test_table_by_hand(profile, scripts):
     def hours(flops, mfu): # of 8 GPUs with 312e12 FLOP/s
         return flops / (8 * 312e12 * mfu) / 3600
 
-    # data: 104 cores clean 0.6 MB/s each, one writes the 70% that are kept at 7 MB/s
+    # data: 104 cores clean 0.7 MB/s each
     text = 10 * c4['text_bytes']
     download = sum(source['bytes'] for source in (dolly, gsm8k, hh, core)) + 10 * c4['bytes']
     corpus = 0.7 * text / 4.5 # tokens
-    check('data', corpus, None, (download / 100e6 + text / 62.4e6 + 0.7 * text / 7e6) / 3600, None,
+    check('data', corpus, None, (download / 100e6 + text / 72.8e6) / 3600, None,
           (download + 0.7 * 0.4 * text) / 1e9, download / 1e9)
     check('tokenizer', corpus, None, (0.7 * text + 1e9) / 60e6 / 3600, None, 2 * corpus / 1e9, 0)
     # base: 64 windows of 1024 tokens a step
@@ -291,6 +289,7 @@ def test_table_by_hand(profile, scripts):
     assert rows['total'][2] == pytest.approx(sum(row[2] for row in [*rows.values()][:-1]), abs=0.05)
 
     # fewer GPUs: the same tokens, eight times the hours
+    assert f'base reads its text {64 * 1024 * 1e7 / corpus:.1f} times' in out
     fewer = read_table(scripts.ok('scaling.py', profile, '--estimate=1xA100').out)
     assert fewer['base'][0] == rows['base'][0] and fewer['base'][2] == pytest.approx(8 * rows['base'][2], rel=1e-3)
     assert not (profile.parent / 'data').exists() # an estimate writes nothing

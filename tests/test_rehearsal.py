@@ -226,11 +226,11 @@ def test_the_commands_of_a_profile(speedrun):
     assert speedrun('config/d20.py', '--estimate=8xH100') == [] and (speedrun.folder / 'estimate').exists()
 
 def test_the_commands_of_midtrain(speedrun):
-    """It starts from the base model of another run."""
+    """It starts from the raw pages and the base model of another run."""
     ran = speedrun('config/tiny.py', 'config/midtrain.py')
     assert [command.split()[1] for command in ran] == [
-        'toytown.py', 'prepare_data.py', 'tokenizer.py', 'pretrain.py', 'sft.py', 'reward.py', 'rlhf.py', 'eval.py']
-    assert ran[3] == 'python pretrain.py config/tiny.py config/midtrain.py stage=mid'
+        'prepare_data.py', 'tokenizer.py', 'pretrain.py', 'sft.py', 'reward.py', 'rlhf.py', 'eval.py']
+    assert ran[2] == 'python pretrain.py config/tiny.py config/midtrain.py stage=mid'
 
 @pytest.mark.parametrize('profiles', [['d20'], ['d32'], ['d20', 'rehearse'], ['d32', 'rehearse']], ids=str)
 def test_fewer_processes_do_the_same_updates(profiles):
