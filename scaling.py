@@ -1,28 +1,38 @@
 """
-Measure a scaling law. Train a grid of small models for different numbers of steps and fit
+Measure scaling laws. How low does the loss get with N parameters, D tokens, C FLOPs, and what is
+the best size for a budget? Many small models are trained; two fits (Hoffmann et al. 2022) answer:
 
-    L(N, D) = E + A / N^a + B / D^b        N parameters, D tokens (Hoffmann et al. 2022, approach 3)
+    IsoFLOP (approach 2)     equal C, several sizes: the losses lie on a parabola, its lowest point
+                             is the best size; how does it grow from budget to budget?
+    parametric (approach 3)  L(N, D) = E + A / N^a + B / D^b for all runs. E is what no model can
+                             avoid, A / N^a the price of a small model, B / D^b of a short run.
 
-E is the loss that no model can avoid, A / N^a the price of a small model, B / D^b that of a short
-run. The law tells how to spend a budget of C = 6 N D FLOPs: on more parameters or on more tokens.
+The check: the largest run takes no part in the fits; the law must predict its loss.
 
-on Toytown      $ python scaling.py                (about 17 minutes on two CPU cores)
-on other data   $ python scaling.py --data_dir=data/shakespeare
-a whole profile $ python scaling.py config/d20.py --estimate=8xH100    (memory, hours, dollars)
+the data   $ for script in toytown prepare_data tokenizer; do
+                 python $script.py config/scaling.py
+             done
+the runs   $ python scaling.py config/scaling.py
+a profile  $ python scaling.py config/d20.py --estimate=8xH100    (memory, hours, dollars)
 
 Reads   data_dir/train_*.bin, val_*.bin, tokenizer.json
 Writes  out_dir/scaling.svg, scaling.json, a folder for each run (a finished one is not repeated)
 
-N leaves embeddings out (Kaplan et al. 2020): they are most of such a small model. Each run has its
-own schedule: half-way, a long run has a higher loss than a run of half the length at its end.
+What would spoil the law: one learning rate for all widths, text that is read twice, FLOPs without
+the head and attention (half of all in such small models), a run that stops before its schedule
+ends (half-way, a long run has a higher loss than a run of half the length at its end).
 """
 from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+import collections
+import copy
 import functools
+import glob
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,18 +40,25 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from model import GPT, GPTConfig, ScalarModel, Tokenizer, load_checkpoint, print0, write_text
+from model import (
+    GPT, GPTConfig, ScalarModel, Tokenizer, load_checkpoint, print0, read_shard, write_text)
 
 # -----------------------------------------------------------------------------
 # settings
 data_dir = 'data/toytown'      # folder of the token shards
-out_dir = 'out/scaling'        # folder of the runs, the fit and the drawing
-widths = (32, 48, 64, 96)      # n_embd of the models; heads are 16 wide
-steps = (391, 781, 1562, 2344) # steps of the runs, of 1,024 tokens each
+out_dir = 'out/scaling'        # folder of the runs, the fits and the drawing
+widths = (24, 32, 40, 48, 64)  # n_embd of the models; two heads, or as many as are 16 wide
+budgets = (7e10, 1.4e11, 2.8e11) # FLOPs of a run: every width is trained with every budget
+held_out = (48, 5.6e11)         # width and FLOPs of the run that no fit sees
+sweep_widths = (32, 64, 96)    # widths for which learning rates are tried
+sweep_rates = (0.01, 0.02, 0.04) # these learning rates
+sweep_steps = 300              # steps of these runs
+n_bootstrap = 300              # fits to resampled runs, for the intervals
 seed = 1337                    # seed of the weights and of the order of the data
 # instead of training
 estimate = ''                  # print what a profile needs on these GPUs, such as 8xH100, and stop
@@ -60,8 +77,7 @@ MFU = {True: 0.4, False: 0.2} # share of the FLOP/s in training, with torch.comp
 BUS_SHARE = 0.18     # share of the bus in sampling
 CORES = 13           # CPU cores that are rented with each GPU
 DOWNLOAD = 100e6     # bytes/s
-CLEAN = 0.6e6        # prepare_data.py, pass one: bytes of text/s on each core
-WRITE = 7e6          # prepare_data.py, pass two: bytes of text/s, on one core
+CLEAN = 0.7e6        # prepare_data.py: bytes of text/s on each core
 READ = 60e6          # tokenizer.py: bytes of text/s. One core reads them, the others are faster
 KEPT = 0.7           # share of the text that the filters keep
 PACKED = 0.4         # bytes of .jsonl.gz for a byte of text
@@ -216,9 +232,10 @@ def get_verdict(stage):
                 return 'it fits'
             return f'it does NOT fit: --{stage.size_name}={size} fits'
     for sampled in range(stage.sampled - 1, 0, -1):
-        fewer = SimpleNamespace(**{**vars(stage), 'sampled': sampled})
+        fewer = copy.copy(stage)
+        fewer.sampled = sampled
         if sum(memory(fewer, 1).values()) < USABLE * gpu_bytes:
-            return f'it does NOT fit: a GPU can sample {sampled} answers at a time'
+            return f'it does NOT fit: a GPU can sample only {sampled} answers at a time'
     if stage.parallel == 'ddp' and stage.optimizer and n_gpus > 1:
         return 'it does NOT fit: use --parallel=fsdp'
     return 'it does NOT fit: use larger GPUs, or more of them with --parallel=fsdp'
@@ -234,9 +251,8 @@ def sample_seconds(gpt, n_answers, n_prompt, n_new):
 
 # data
 def measure_data(prepare):
-    """What prepare_data.py will have -> a namespace. Sizes in bytes, but for tokens and rows."""
-    found = SimpleNamespace(download=0, text=0, tokens=0, benchmarks=0, chat=0, chat_rows=0,
-                            preferences=0, preferences_rows=0, prompts=0, prompts_rows=0)
+    """What prepare_data.py will have -> a Counter: bytes of each kind and its rows, and more."""
+    found = collections.Counter()
     sources = read_config('sources.json')
     for name in prepare.source.split(','):
         if name == 'files':
@@ -248,22 +264,19 @@ def measure_data(prepare):
             n_files = min(prepare.n_files, int(last) - int(first) + 1)
         if name == 'commoncrawl': # its URL is that of a list
             n_files = prepare.n_files
-        found.download += n_files * entry['bytes']
+        found['download'] += n_files * entry['bytes']
         for kind in entry['kind'].split(', '):
-            if kind == 'tokens': # of two bytes
-                found.tokens += n_files * entry['bytes'] // 2
-                continue
-            vars(found)[kind] += n_files * entry['text_bytes']
-            if f'{kind}_rows' in vars(found):
-                vars(found)[f'{kind}_rows'] += n_files * entry['rows']
+            size = entry['bytes'] if kind == 'tokens' else entry['text_bytes']
+            found[kind] += n_files * size
+            found[f'{kind} rows'] += n_files * entry['rows']
     # RLHF answers the prompts of rankings, too. Counted with their answers, they are a bit long.
-    found.prompts += found.preferences
-    found.prompts_rows += found.preferences_rows
+    found['prompts'] += found['preferences']
+    found['prompts rows'] += found['preferences rows']
     for kind in ('chat', 'preferences', 'prompts'): # what has been made is known exactly
         path = Path(prepare.data_dir, f'{kind}_train.jsonl')
         if path.exists():
-            vars(found)[kind] = path.stat().st_size
-            vars(found)[f'{kind}_rows'] = path.read_bytes().count(b'\n')
+            found[kind] = path.stat().st_size
+            found[f'{kind} rows'] = path.read_bytes().count(b'\n')
     return found
 
 if estimate:
@@ -276,7 +289,8 @@ if estimate:
     names = ('prepare_data', 'tokenizer', 'pretrain', 'sft', 'reward', 'rlhf', 'eval')
     prepare, tokenizer, pretrain, sft, reward, rlhf, exam = map(read_stage, names)
     data = measure_data(prepare)
-    n_corpus = data.tokens + KEPT * data.text / TOKEN_BYTES
+    text = KEPT * data['text']
+    n_corpus = data['tokens'] / 2 + text / TOKEN_BYTES
     table = [] # rows: name, tokens, seconds, bytes on the disk, bytes to download, stage
 
     # the model: that of the settings, or of the checkpoint from which the profile starts
@@ -297,13 +311,11 @@ if estimate:
     weights = 4 * n_params # bytes of a checkpoint
 
     # data and tokenizer use no GPU, but the CPU cores that come with the GPUs
-    seconds = data.download / DOWNLOAD + data.text / (CLEAN * CORES * n_gpus)
-    seconds += KEPT * data.text / WRITE
-    corpus = KEPT * PACKED * data.text
-    table.append(('data', n_corpus, seconds, data.download + corpus, data.download, None))
-    seconds = (KEPT * data.text + tokenizer.train_chars) / READ
-    shards = 2 * KEPT * data.text / TOKEN_BYTES
-    table.append(('tokenizer', n_corpus, seconds, shards, 0, None))
+    download = data['download']
+    seconds = download / DOWNLOAD + data['text'] / (CLEAN * CORES * n_gpus)
+    table.append(('data', n_corpus, seconds, download + PACKED * text, download, None))
+    seconds = (text + tokenizer.train_chars) / READ
+    table.append(('tokenizer', n_corpus, seconds, 2 * text / TOKEN_BYTES, 0, None))
 
     # base model and mid-training
     if not sft.init_from:
@@ -315,24 +327,24 @@ if estimate:
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('base', n_tokens, seconds, weights, 0, stage))
     if tokenizer.mid_chats:
-        n_tokens = tokenizer.mid_chats * data.chat / TOKEN_BYTES + tokenizer.mid_text * n_corpus
+        n_tokens = tokenizer.mid_chats * data['chat'] / TOKEN_BYTES + tokenizer.mid_text * n_corpus
         n_tokens *= pretrain.mid_epochs
         stage = new_stage(pretrain, [gpt])
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('mid', n_tokens, seconds, weights, 0, stage))
 
-    if data.chat_rows:
+    if data['chat rows']:
         length = min(sft.max_length or block_size, block_size)
         stage = new_stage(sft, [gpt], length=length, n_logits=length, whole=True)
-        n_tokens = sft.epochs * data.chat / TOKEN_BYTES / (1 - sft.replay)
+        n_tokens = sft.epochs * data['chat'] / TOKEN_BYTES / (1 - sft.replay)
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         table.append(('sft', n_tokens, seconds, weights, 0, stage))
 
     # reward model; or DPO, for which the SFT model reads all rankings, too
-    if data.preferences_rows:
+    if data['preferences rows']:
         length = min(reward.max_length or block_size, block_size)
         stage = new_stage(reward, [scorer], length=length, n_logits=0, rows=N_ANSWERS, whole=True)
-        n_tokens = reward.epochs * reward.share * data.preferences / TOKEN_BYTES
+        n_tokens = reward.epochs * reward.share * data['preferences'] / TOKEN_BYTES
         seconds = learn_seconds(n_tokens * flops_per_token, stage)
         if reward.objective == 'dpo':
             vars(stage).update(trained=[gpt], frozen=[gpt], n_logits=length)
@@ -341,16 +353,17 @@ if estimate:
 
     # RLHF: hours for prompts of the mean length, memory for those that fill the context
     n_prompt = 0
-    if data.prompts_rows:
+    if data['prompts rows']:
         has_critic = rlhf.algo == 'ppo' and rlhf.critic == 'separate'
         trained = [gpt, scorer] if has_critic else [gpt]
         frozen = [gpt] if rlhf.reward == 'checks' else [gpt, scorer]
         answers = max(1, rlhf.batch_size // n_gpus)   # of each process in an update ...
         share = max(1, rlhf.minibatch_size // n_gpus) # ... and in a step
-        stage = new_stage(rlhf, trained, frozen=frozen, n_logits=rlhf.max_new_tokens, share=share,
-                          size=min(rlhf.micro_batch_size, share), size_name='micro_batch_size',
-                          sampled=answers, whole=True)
-        n_prompt = data.prompts / data.prompts_rows / TOKEN_BYTES
+        stage = new_stage(rlhf, trained, frozen=frozen, n_logits=rlhf.max_new_tokens, whole=True,
+                          share=share, sampled=answers)
+        stage.size = min(rlhf.micro_batch_size, share)
+        stage.size_name = 'micro_batch_size'
+        n_prompt = data['prompts'] / data['prompts rows'] / TOKEN_BYTES
         n_tokens = rlhf.max_iters * rlhf.batch_size * (n_prompt + rlhf.max_new_tokens)
         passes = (len(trained) + len(frozen)) / 3 + len(trained) * rlhf.ppo_epochs
         seconds = learn_seconds(passes * n_tokens * flops_per_token, stage)
@@ -359,10 +372,9 @@ if estimate:
 
     # the examination of every language model
     stage = new_stage(exam, [gpt], optimizer='', sampled=exam.sample_batch)
-    names = [name for name, *_ in table]
-    n_models = sum(name in ('base', 'mid', 'sft', 'dpo', 'rlhf') for name in names)
+    n_models = sum(name in ('base', 'mid', 'sft', 'dpo', 'rlhf') for name, *_ in table)
     n_tokens = exam.val_tokens
-    if data.benchmarks:
+    if data['benchmarks']:
         limit = exam.limit or 1000
         n_tokens += limit * len(read_config('benchmarks.json')) * EXAM_TOKENS
     n_tokens *= n_models
@@ -372,40 +384,48 @@ if estimate:
     table.append(('eval', n_tokens, seconds, 0, 0, stage))
 
     # the table
+    heading = 'stage          tokens  GB a GPU    hours  dollars   disk GB  download GB'
+    row_format = '{:10}{:>11}{:>10}{:9.2f}{:9,.0f}{:10.1f}{:13.1f}  {}'
+    per_hour = n_gpus * gpu_dollars
+
     def print_row(name, tokens, used, seconds, on_disk, download, verdict):
         hours = seconds / 3600
-        dollars = hours * n_gpus * gpu_dollars
-        print0(f'{name:10}{tokens:>11}{used:>10}{hours:9.2f}{dollars:9,.0f}{on_disk / 1e9:10.1f}'
-               f'{download / 1e9:13.1f}  {verdict}'.rstrip())
+        row = row_format.format(name, tokens, used, hours, hours * per_hour, on_disk / 1e9,
+                                download / 1e9, verdict)
+        print0(row.rstrip())
 
-    print0(f'{gpt.config.arch}, {n_params:,} parameters ({gpt.n_params(embedding=False):,} without '
-           f'embeddings), {flops_per_token:.3e} FLOPs a token')
+    n_inner = gpt.n_params(embedding=False)
+    print0(f'{gpt.config.arch}, {n_params:,} parameters ({n_inner:,} without embeddings), '
+           f'{flops_per_token:.3e} FLOPs a token')
     print0(f'{n_gpus} {gpu} of {gpu_bytes / 1e9:.0f} GB, {gpu_dollars} dollars an hour each')
-    print0('stage          tokens  GB a GPU    hours  dollars   disk GB  download GB')
+    print0(heading)
     details = []
-    total = torch.zeros(3, dtype=torch.float64) # seconds, bytes on the disk, bytes to download
-    largest = 0 # resume file, in bytes
+    largest = 0 # parameters in a resume file
     for name, n_tokens, *costs, stage in table:
         used = ''
         verdict = ''
         if stage:
             parts = memory(stage, stage.size)
-            used = f'{sum(parts.values()) / 1e9:.1f}'
+            used = '{:.1f}'.format(sum(parts.values()) / 1e9)
             verdict = get_verdict(stage)
-            texts = [f'{what} {n_bytes / 1e9:.1f}' for what, n_bytes in parts.items()]
+            texts = ['{} {:.1f}'.format(what, n_bytes / 1e9) for what, n_bytes in parts.items()]
             details.append(f'  {name}: ' + ', '.join(texts))
             n_trained = sum(model.n_params() for model in stage.trained)
-            largest = max(largest, 12 * n_trained) # weights and two moments, in fp32
-        print_row(name, f'{n_tokens / 1e6:,.0f}M', used, *costs, verdict)
-        total += torch.tensor(costs)
-    total[1] += 2 * largest
-    print_row('total', '', '', *total.tolist(), '')
+            largest = max(largest, n_trained)
+        print_row(name, '{:,.0f}M'.format(n_tokens / 1e6), used, *costs, verdict)
+    seconds, on_disk, download = [sum(row[i] for row in table) for i in (2, 3, 4)]
+    on_disk += 2 * 12 * largest # two files with weights and both moments, in fp32
+    print_row('total', '', '', seconds, on_disk, download, '')
+    n_base = sum(row[1] for row in table if row[0] == 'base')
+    if n_base > n_corpus > 0:
+        print0(f'base reads its text {n_base / n_corpus:.1f} times: raise n_files, or add sources')
 
     print0('\nGB on each GPU:', *details, sep='\n')
-    saved = (table[0][2] + table[1][2]) / 3600 * n_gpus * gpu_dollars
-    to_copy = 2 * n_corpus + data.chat + data.preferences + data.prompts
-    print0(f'data and tokenizer need no GPU: another machine saves {saved:,.0f} '
-           f'dollars;\nthen copy its data_dir without train/ and val/, {to_copy / 1e9:.1f} GB.')
+    without_gpu = (table[0][2] + table[1][2]) / 3600
+    to_copy = 2 * n_corpus + data['chat'] + data['preferences'] + data['prompts']
+    print0('data and tokenizer need no GPU: another machine saves {:,.0f} dollars; then copy its\n'
+           'data_dir without train/ and val/, {:.1f} GB.'.format(without_gpu * per_hour,
+                                                                to_copy / 1e9))
     print0('Memory is for rows that fill the context, hours are for mean lengths. The total of the '
            'disk\nincludes two resume files of the largest stage: one is written before one goes.')
     print0(f'Assumed: {MFU[True]:.0%} of the peak FLOP/s with torch.compile (44 to 47% measured on '
@@ -416,17 +436,39 @@ if estimate:
     raise SystemExit
 
 # -----------------------------------------------------------------------------
-# the runs: pretrain.py with config/scaling.py and these flags, one on each core
-def train(width, max_iters):
-    """Train one model, unless this run has finished before. Returns (N, D, validation loss)."""
-    folder = f'{out_dir}/width{width}_steps{max_iters}'
-    flags = dict(data_dir=data_dir, out_dir=folder, n_embd=width, n_head=width // 16,
-                 max_iters=max_iters, seed=seed)
-    profile = HERE / 'config/scaling.py'
-    settings = str(flags) + profile.read_text(encoding='utf-8')
+# a run: pretrain.py with config/scaling.py and some flags
+HERE = Path(__file__).resolve().parent
+PROFILE = HERE / 'config/scaling.py'
+shared = runpy.run_path(str(PROFILE))['pretrain'] # settings of all runs
+block_size = shared['block_size']
+tokens_per_step = shared['batch_size'] * block_size
+tok_path = f'{data_dir}/tokenizer.json'
+tok = Tokenizer.load(tok_path)
+
+def model_size(width):
+    """Parameters with embeddings, and the FLOPs to learn a token, head and attention included."""
+    with torch.device('meta'): # tensors without memory
+        gpt = GPT(GPTConfig(arch=shared['arch'], vocab_size=tok.n_vocab, block_size=block_size,
+                            n_layer=shared['n_layer'], n_embd=width, n_head=1)) # any n_head will do
+    return gpt.n_params(), gpt.flops_per_token(block_size)
+
+def steps_for(width, flops):
+    """The number of steps that a budget of FLOPs pays for."""
+    _, flops_per_token = model_size(width)
+    return round(flops / flops_per_token / tokens_per_step)
+
+ROW = ('{width} wide, {N:,.0f} parameters, {D:,.0f} tokens, {C:.2e} FLOPs, learning rate '
+       '{learning_rate}, seed {seed}: loss {loss:.4f}')
+
+def train(width, n_steps, learning_rate, run_seed):
+    """Train one model, unless this run has finished before. Returns what ROW prints."""
+    folder = f'{out_dir}/width{width}_steps{n_steps}_rate{learning_rate}_seed{run_seed}'
+    flags = dict(data_dir=data_dir, out_dir=folder, n_embd=width, n_head=max(2, width // 16),
+                 max_iters=n_steps, learning_rate=learning_rate, seed=run_seed)
+    settings = json.dumps([flags, shared], sort_keys=True)
     finished = Path(folder, 'finished.txt') # holds the settings of the finished run
     if not finished.exists() or finished.read_text(encoding='utf-8') != settings:
-        command = [sys.executable, HERE / 'pretrain.py', profile]
+        command = [sys.executable, HERE / 'pretrain.py', PROFILE]
         for name, value in flags.items():
             command.append(f'--{name}={value}')
         env = dict(os.environ, OMP_NUM_THREADS='1')
@@ -435,103 +477,267 @@ def train(width, max_iters):
         write_text(finished, settings)
 
     ckpt = load_checkpoint(f'{folder}/base.pt', ['base'], f'rm -r {folder}')
-    gpt = GPT(GPTConfig(**ckpt['model_args']))
-    N = gpt.n_params(embedding=False)
-    return N, ckpt['metrics']['tokens'], ckpt['metrics']['val_loss']
+    metrics = ckpt['metrics']
+    n_params, _ = model_size(width)
+    return dict(width=width, learning_rate=learning_rate, seed=run_seed, N=n_params,
+                D=metrics['tokens'], C=metrics['flops'], loss=metrics['val_loss'])
 
-HERE = Path(__file__).resolve().parent
-grid = list(itertools.product(widths, steps))
-grid.sort(key=math.prod, reverse=True) # large runs first: no core waits long at the end
-points = []
-pool = ThreadPoolExecutor(os.cpu_count())
-try:
-    for N, D, loss in pool.map(train, *zip(*grid)):
-        points.append((N, D, loss))
-        print0('{:,} parameters, {:,} tokens: loss {:.4f}'.format(N, D, loss))
-finally:
-    pool.shutdown(cancel_futures=True) # after an error, start no more runs
-points.sort()
-N, D, L = torch.tensor(points, dtype=torch.float64).T
+def train_all(runs):
+    """One run on each core, the longest first. runs: arguments of `train`. Returns its results."""
+    runs = sorted(runs, key=lambda run: run[1], reverse=True) # so that no core waits at the end
+    pool = ThreadPoolExecutor(os.cpu_count())
+    rows = []
+    try:
+        for row in pool.map(train, *zip(*runs)):
+            print0(ROW.format(**row))
+            rows.append(row)
+    finally:
+        pool.shutdown(cancel_futures=True) # after an error, start no more runs
+    return rows
 
-# -----------------------------------------------------------------------------
-# the fit: Huber loss on log L, from many starts, because it has several local minima
-def predict(p, N, D):
-    """The loss that the law predicts, with p = (log E, log A, log B, a, b)."""
-    E, A, B = p[:3].exp()
-    a, b = p[3:]
-    return E + A / N ** a + B / D ** b
-
-least = math.inf
-for start in itertools.product((-2, -0.5, 0.5), (2, 6), (2, 6), (0.3, 0.7)):
-    q = torch.tensor([*start, 0.5], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([q], max_iter=500, history_size=10, # 100 is slower
-                                  line_search_fn='strong_wolfe')
-
-    def closure():
-        optimizer.zero_grad()
-        log_loss = predict(q, N, D).log()
-        error = F.huber_loss(log_loss, L.log(), delta=1e-2, reduction='sum')
-        error.backward()
-        return error
-
-    optimizer.step(closure)
-    error = closure().item()
-    if error < least and min(q[3:]) > 0: # from some starts the fit diverges
-        least = error
-        p = q.detach()
-assert least < math.inf, 'the losses fit no such law: try more --widths or longer --steps'
-E, A, B = p[:3].exp().tolist()
-a, b = p[3:].tolist()
-fitted = predict(p, N, D)
-print0('L(N, D) = {:.3f} + {:.4g} / N^{:.3f} + {:.4g} / D^{:.3f}'.format(E, A, a, B, b))
-
-# The best size for a budget C has the smallest L(N, C / 6N). There, a A / N^a = b B / D^b.
-share = b / (a + b)
-print0('the best N grows as C^{:.2f} (Hoffmann et al.: as C^0.5)'.format(share))
-flops = 6 * N * D
-budgets = flops.min() * torch.logspace(0, 4, 9)
-ratio = (a * A) / (b * B)
-ND = budgets / 6
-best_N = ratio ** (share / b) * ND ** share
-best_D = ND / best_N
-best_L = predict(p, best_N, best_D)
-for row in zip(budgets, best_N, best_D, best_L):
-    print0('{:.1e} FLOPs: {:,.0f} parameters, {:,.0f} tokens, loss {:.3f}'.format(*row))
+longest_of_grid = steps_for(min(widths), max(budgets))
+n_needed = max(longest_of_grid, steps_for(*held_out)) * tokens_per_step
+n_train = 0
+for path in glob.glob(f'{glob.escape(data_dir)}/train_*.bin'):
+    n_train += len(read_shard(path, tok.hash))
+assert n_needed < 0.98 * n_train, (
+    f'{data_dir} has {n_train:,} tokens, the longest run needs {n_needed:,}, and text that is read '
+    'twice bends the law: make more (see `python scaling.py --help`), or lower --budgets')
 
 # -----------------------------------------------------------------------------
-# the drawing: loss against compute. Both axes are logarithmic.
-TEXT = '<text x="{:.1f}" y="{:.1f}" fill="{}">{}</text>'
+# 1. A learning rate for each width. Near the best one, the loss is a parabola of x = ln(rate). Its
+# lowest point moves with the width:  loss = bend x^2 + (s + t ln width) x + height of this width
+def column(rows, name):
+    return np.array([row[name] for row in rows])
+
+sweep = train_all(itertools.product(sweep_widths, [sweep_steps], sweep_rates, [seed]))
+x = np.log(column(sweep, 'learning_rate'))
+width = column(sweep, 'width')
+columns = [x * x, x, x * np.log(width)]
+for each in sweep_widths: # 1 in the rows of this width, 0 in the others
+    columns.append(width == each)
+equations = np.stack(columns, axis=1) # (rows, columns)
+factors, *_ = np.linalg.lstsq(equations, column(sweep, 'loss'))
+bend, s, t, *sweep_heights = factors.tolist()
+assert bend > 0, 'no learning rate of the sweep is the best: try others with --sweep_rates'
+
+def best_rate(width):
+    """The lowest point, where the slope  2 bend x + s + t ln width  is 0."""
+    x = -(s + t * math.log(width)) / (2 * bend)
+    return float('%.3g' % math.exp(x))
+
+rates = {width: best_rate(width) for width in widths}
+power = -t / (2 * bend)
+print0('learning rates: {}, they grow as width^{:.2f}'.format(rates, power))
+
+# -----------------------------------------------------------------------------
+# 2. The grid: every width with every budget. A second seed at the corners measures the noise.
+def plan(width, flops, run_seed):
+    return width, steps_for(width, flops), best_rate(width), run_seed
+
+grid = [plan(*held_out, seed)]
+for width, budget in itertools.product(widths, budgets):
+    grid.append(plan(width, budget, seed))
+for width, budget in itertools.product({widths[0], widths[-1]}, {budgets[0], budgets[-1]}):
+    grid.append(plan(width, budget, seed + 1))
+runs = train_all(grid)
+runs.sort(key=lambda row: (row['C'], row['seed']))
+largest = runs.pop() # held out: no fit sees it
+
+squares = []
+for first, second in itertools.pairwise(runs):
+    if first['C'] == second['C']:
+        squares.append((first['loss'] - second['loss']) ** 2)
+noise = math.sqrt(np.mean(squares) / 2) # a difference has the noise of two runs
+runs.sort(key=lambda row: row['N'])
+print0('noise: between two seeds, the loss has a standard deviation of %.4f' % noise)
+
+# -----------------------------------------------------------------------------
+# 3. IsoFLOP: for each budget, loss = bend x^2 + slope x + height with x = ln N. Each row of `losses`
+# is fitted: first the real losses, then losses with noise, for the intervals.
+def interval(values):
+    """The middle 95% of the values: [low, high]."""
+    return np.quantile(values, [0.025, 0.975]).tolist()
+
+rng = np.random.default_rng(seed)
+parabolas = [] # for each budget: its runs, the parabola
+best_sizes = [] # for each budget: ln N
+for budget in budgets:
+    rows = []
+    for row in runs:
+        if 0.9 < row['C'] / budget < 1.1: # steps are whole numbers
+            rows.append(row)
+    size = 1 + n_bootstrap, len(rows)
+    losses = rng.normal(0, noise, size)
+    losses[0] = 0
+    losses += column(rows, 'loss')
+    x = np.log(column(rows, 'N'))
+    factors = np.polyfit(x, losses.T, 2) # (3, fits)
+    parabolas.append((rows, np.poly1d(factors[:, 0])))
+    bends, slopes, _ = factors
+    lowest = -slopes / (2 * bends)
+    best_sizes.append(lowest)
+    best, *others = np.exp(lowest)
+    print0('{:.2e} FLOPs: best with {:,.0f} parameters ({:,.0f} to {:,.0f})'.format(
+        budget, best, *interval(others)))
+best_sizes = np.stack(best_sizes) # (budgets, fits)
+powers, _ = np.polyfit(np.log(budgets), best_sizes, 1)
+isoflop, *others = powers.tolist()
+isoflop_interval = interval(others)
+print0('IsoFLOP: the best N grows as C^{:.2f} ({:.2f} to {:.2f})'.format(
+    isoflop, *isoflop_interval))
+
+# -----------------------------------------------------------------------------
+# 4. The parametric fit. With a and b given, the law is linear in E, A and B: least squares finds
+# them. So all pairs of exponents are tried, which cannot end in a local minimum.
+EXPONENTS = torch.arange(0.1, 1.51, 0.02, dtype=torch.float64)
+PAIRS = torch.cartesian_prod(EXPONENTS, EXPONENTS)               # (pairs, 2)
+
+def fit_law(N, D, L):
+    """The law with the least squared relative error: E, A, B, a, b. N, D, L: tensors (runs,)"""
+    a = PAIRS[:, :1]                                             # (pairs, 1)
+    b = PAIRS[:, 1:]
+    columns = [torch.ones(len(PAIRS), len(N)), N ** -a, D ** -b] # (pairs, runs) each
+    terms = torch.stack(columns, dim=2) / L[:, None]             # (pairs, runs, 3)
+    target = torch.ones_like(terms[:, :, :1])                    # L / L
+    factors = torch.linalg.lstsq(terms, target).solution         # (pairs, 3, 1)
+    errors = (terms @ factors - target).square().sum(dim=(1, 2)) # (pairs,)
+    lowest = factors[:, 1:].amin(dim=(1, 2)) # of A and B; E may have any sign
+    errors[lowest < 0] = math.inf # a larger model or a longer run would be worse
+    best = errors.argmin()
+    assert errors[best] < math.inf, 'the loss rises with N or D: lower --sweep_rates, more --budgets'
+    return [*factors[best, :, 0].tolist(), *PAIRS[best].tolist()]
+
+def predict(law, row):
+    E, A, B, a, b = law
+    return E + A / row['N'] ** a + B / row['D'] ** b
+
+data = torch.tensor(np.stack([column(runs, 'N'), column(runs, 'D'), column(runs, 'loss')]))
+law = fit_law(*data)
+resampled_laws = [] # of as many runs, drawn with replacement
+for _ in range(n_bootstrap):
+    picked = rng.integers(len(runs), size=len(runs))
+    resampled_laws.append(fit_law(*data[:, picked]))
+law_intervals = {}
+for name, value, *others in zip('EABab', law, *resampled_laws):
+    law_intervals[name] = interval(others)
+    print0('L = E + A / N^a + B / D^b: {} = {:.4g} ({:.4g} to {:.4g})'.format(
+        name, value, *law_intervals[name]))
+losses = column(runs, 'loss')
+errors = np.array([predict(law, row) for row in runs]) / losses - 1
+print0('the law is off by at most {:.1%}'.format(np.abs(errors).max()))
+
+# the check: the run that took no part
+predicted = predict(law, largest)
+low, high = interval([predict(each, largest) for each in resampled_laws])
+error = predicted / largest['loss'] - 1
+print0('held out: ' + ROW.format(**largest))
+print0('predicted: {:.4f} ({:.4f} to {:.4f}), an error of {:+.1%}'.format(
+    predicted, low, high, error))
+
+# -----------------------------------------------------------------------------
+# 5. Training longer beats bigger: for each budget, the best width and the widest
+longer = []
+bigger = []
+for rows, _ in parabolas:
+    longer.append(min(rows, key=lambda row: row['loss']))
+    bigger.append(rows[-1])
+    print0('longer: ' + ROW.format(**longer[-1]))
+    print0('bigger: ' + ROW.format(**bigger[-1]))
+
+# -----------------------------------------------------------------------------
+# the drawing: four panels
+RED, BLUE, GREEN = COLORS = ['#c0392b', '#2471a3', '#1e8449'] # dark enough for text on white
 LINE = '<polyline points="{}" stroke="{}" fill="none"/>'
 CIRCLE = '<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"/>'
-svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="800" height="500" font-size="12">',
-       '<text x="10" y="15">validation loss against FLOPs = 6 N D</text>']
+svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="960" height="760" font-size="12" '
+       'font-family="sans-serif">', '<rect width="960" height="760" fill="white"/>']
 
-def to_pixels(flops, losses):
-    x = 60 + 150 * (flops / budgets[0]).log10() # 150 pixels for a factor of 10
-    y = 40 - 300 * (losses / L.max()).log()     # 300 pixels for a factor of e
-    return list(zip(x.tolist(), y.tolist()))
+def write(x, y, color, text):
+    svg.append('<text x="{:.0f}" y="{:.0f}" fill="{}">{}</text>'.format(x, y, color, text))
 
-def draw_line(flops, losses, label, color):
-    """A line with its label at the right end."""
-    pixels = to_pixels(flops, losses)
-    points = ' '.join('{:.1f},{:.1f}'.format(x, y) for x, y in pixels)
-    x, y = pixels[-1]
-    svg.append(LINE.format(points, color))
-    svg.append(TEXT.format(x + 8, y + 4, color, label))
+def draw_panel(left, bottom, title, lines):
+    """
+    Loss against something. lines: (kind, x, loss, color, label at the end); the kinds are 'dots'
+    and 'line', x and loss arrays. The x axis is logarithmic.
+    """
+    write(left - 40, bottom - 300, 'black', title)
+    _, all_x, all_loss, *_ = zip(*lines)
+    all_x = np.log(np.concatenate(all_x))
+    all_loss = np.concatenate(all_loss)
+    x_low, width = all_x.min(), np.ptp(all_x)
+    loss_low, height = all_loss.min(), np.ptp(all_loss)
 
-for i, n in enumerate(N.unique()): # for each size: the law as a line, its runs as circles
-    color = f'hsl({80 * i}, 70%, 40%)'
-    rows = N == n
-    draw_line(flops[rows], fitted[rows], f'{n:,.0f} parameters', color)
-    for x, y in to_pixels(flops[rows], L[rows]):
-        svg.append(CIRCLE.format(x, y, color))
-draw_line(budgets, best_L, 'best size', 'black')
-ticks = to_pixels(budgets, best_L) # the axes show the numbers of the printed table
-for (x, y), C, loss in zip(ticks, budgets, best_L):
-    svg.append(TEXT.format(x, 480, 'black', '%.0e' % C))
-    svg.append(TEXT.format(10, y, 'black', '%.2f' % loss))
+    def place(x, loss):
+        """Values -> pixels."""
+        across = (np.log(x) - x_low) / width
+        up = np.subtract(loss, loss_low) / height
+        return left + 310 * across, bottom - 270 * up
+
+    for share in (0, 0.25, 0.5, 0.75, 1): # ticks
+        x = math.exp(x_low + share * width)
+        loss = loss_low + share * height
+        across, up = place(x, loss)
+        write(across - 15, bottom + 22, 'gray', '%.2g' % x)
+        write(left - 40, up + 4, 'gray', '%.2f' % loss)
+    for kind, x, loss, color, label in lines:
+        pixels = list(zip(*place(x, loss)))
+        if kind == 'line':
+            points = ' '.join('%.1f,%.1f' % pixel for pixel in pixels)
+            svg.append(LINE.format(points, color))
+        else:
+            for pixel in pixels:
+                svg.append(CIRCLE.format(*pixel, color))
+        across, up = pixels[-1]
+        write(across + 8, up + 4, color, label)
+
+def dots(rows, name, color):
+    return 'dots', column(rows, name), column(rows, 'loss'), color, ''
+
+def curve(parabola, low, high, color, label):
+    x = np.geomspace(low, high)
+    return 'line', x, parabola(np.log(x)), color, label
+
+lines = []
+for width, height, color in zip(sweep_widths, sweep_heights, COLORS):
+    rows = [row for row in sweep if row['width'] == width]
+    slope = s + t * math.log(width)
+    parabola = np.poly1d([bend, slope, height])
+    lines.append(dots(rows, 'learning_rate', color))
+    lines.append(curve(parabola, min(sweep_rates), max(sweep_rates), color, f'{width} wide'))
+draw_panel(50, 320, '1. Loss of short runs against the learning rate', lines)
+
+lines = []
+for budget, (rows, parabola), color in zip(budgets, parabolas, COLORS):
+    lines.append(dots(rows, 'N', color))
+    lines.append(curve(parabola, rows[0]['N'], rows[-1]['N'], color, f'{budget:.2g} FLOPs'))
+draw_panel(530, 320, '2. IsoFLOP: loss against parameters, for equal FLOPs', lines)
+
+limit, *_ = law # E
+first = budgets[0]
+last = largest['C']
+lines = [
+    dots(runs, 'C', BLUE),
+    dots([largest], 'C', RED),
+    ('line', [last, last], [low, high], RED, 'held out, and its predicted interval'),
+    ('line', [first, 10 * last], [limit, limit], 'gray', 'E = %.2f' % limit),
+]
+draw_panel(50, 700, '3. The law: loss against FLOPs', lines)
+
+lines = [
+    dots(longer, 'C', BLUE),
+    dots(bigger, 'C', RED),
+    ('line', column(longer, 'C'), column(longer, 'loss'), BLUE, 'longer'),
+    ('line', column(bigger, 'C'), column(bigger, 'loss'), RED, 'bigger'),
+]
+draw_panel(530, 700, '4. Training longer beats bigger: loss against FLOPs', lines)
 svg.append('</svg>')
 write_text(f'{out_dir}/scaling.svg', '\n'.join(svg))
-law = dict(E=E, A=A, B=B, a=a, b=b, points=points) # points: N, D, loss
-write_text(f'{out_dir}/scaling.json', json.dumps(law, indent=1))
-print0(f'wrote {out_dir}/scaling.svg and scaling.json')
+
+found = dict(
+    sweep=sweep, learning_rates=rates, runs=runs, noise=noise, isoflop=isoflop,
+    isoflop_interval=isoflop_interval, law=dict(zip('EABab', law)), law_intervals=law_intervals,
+    held_out=dict(largest, predicted=predicted, interval=[low, high]))
+write_text(f'{out_dir}/scaling.json', json.dumps(found, indent=1))
+print0('wrote {0}/scaling.svg and scaling.json; the runs took {1:,.0f} CPU seconds'.format(
+    out_dir, os.times().children_user))
