@@ -375,8 +375,9 @@ if target.endswith('.pt'):
         ids = list(range(len(tok.tokens))) # and its special tokens are the model's next ones
     else:
         tok, ids = read_tokenizer(f'{folder}/tokenizer.json')
-        if ids[tok.eot] == -1: # Llama 3 has another name for the first token of a document
-            ids[tok.eot] = theirs.get('bos_token_id') or -1
+        bos = theirs.get('bos_token_id')
+        if ids[tok.eot] == -1 and isinstance(bos, int): # Llama 3 has another name for it
+            ids[tok.eot] = bos
     n_known = args['vocab_size']
     n_tokens = max(ids) + 1
     assert n_tokens <= n_known, f'{folder} has {n_known:,} tokens, the tokenizer {n_tokens:,}'
