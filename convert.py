@@ -15,6 +15,11 @@ These classes compute the same as our GPT. config/huggingface/ translates the na
     arch='llama'              LlamaForCausalLM
     arch='llama', qk_norm     Qwen3ForCausalLM
     arch='llama', key_shift   ToytownForCausalLM, with its code: load it with trust_remote_code=True
+                              (in transformers only)
+
+llama.cpp's convert_hf_to_gguf.py knows the tokenizers of others by a hash. It stops at ours and
+prints its chkhsh. Then add to get_vocab_base_pre() in its conversion/base.py:
+    if chkhsh == "...": res = "llama-bpe"   # or "gpt-2" for pattern=gpt2, "smollm" for SmolLM2's
 
 Left out: quantized weights, learned weights of qk_norm (as in Qwen3 itself), rope scaling but that
 of Llama 3, and retries: if a download was interrupted, the same command continues it.
@@ -431,6 +436,8 @@ else:
     theirs = dict(CLASSES['constants'][kind], head_dim=head_dim, torch_dtype='float32')
     for ours, name in CLASSES['settings'][args['arch']].items():
         theirs[name] = args[ours]
+    if kind == 'gpt2':
+        theirs['n_ctx'] = args['block_size'] # llama.cpp wants it
     if args['rope_scaling']:
         scaling = dict(zip(CLASSES['llama3'], args['rope_scaling']), rope_type='llama3')
         theirs.update(rope_scaling=scaling, rope_type='llama3')
