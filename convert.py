@@ -15,6 +15,11 @@ These classes compute the same as our GPT. config/huggingface/ translates the na
     arch='llama'              LlamaForCausalLM
     arch='llama', qk_norm     Qwen3ForCausalLM
     arch='llama', key_shift   ToytownForCausalLM, with its code: load it with trust_remote_code=True
+                              (in transformers only)
+
+llama.cpp's convert_hf_to_gguf.py knows the tokenizers of others by a hash. It stops at ours and
+prints its chkhsh. Then add to get_vocab_base_pre() in its conversion/base.py:
+    if chkhsh == "...": res = "llama-bpe"   # or "gpt-2" for pattern=gpt2, "smollm" for SmolLM2's
 
 Left out: quantized weights, learned weights of qk_norm (as in Qwen3 itself), rope scaling but that
 of Llama 3, and retries: if a download was interrupted, the same command continues it.
@@ -34,7 +39,7 @@ from model import (
 )
 
 # The two words that are neither flags nor profiles are the settings source and target.
-words = [word for word in sys.argv[1:] if not word.startswith('-') and not word.endswith('.py')]
+words = [word for word in sys.argv[1:] if not re.search(r'^-|\.py$', word)]
 for setting, word in zip(['source', 'target'], words):
     sys.argv[sys.argv.index(word)] = f'--{setting}={word}'
 
@@ -99,10 +104,12 @@ def find_all_merges(tokens):
     merges = []
     ranks = {token: i for i, token in enumerate(tokens)}
     for token in tokens:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        for left, right in sorted(known, key=lambda pair: [ranks[piece] for piece in pair]):
-            merges.append(f'{spell(left)} {spell(right)}')
+        pairs = []
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                pairs.append((ranks[token[:i]], ranks[token[i:]]))
+        for left, right in sorted(pairs):
+            merges.append(f'{spell(tokens[left])} {spell(tokens[right])}')
     return merges
 
 def tokenizer_json(tok):
@@ -138,9 +145,10 @@ def read_tokenizer(path):
             merges = [' '.join(pair) for pair in merges]
         splits = data['pre_tokenizer'].get('pretokenizers', [data['pre_tokenizer']])
         splits[-1].setdefault('use_regex', True) # GPT-2's own file is old
-        has_pattern = splits[0]['type'] == 'Split'
-        pattern = splits[0]['pattern']['Regex'] if has_pattern else GPT2_PATTERN
-        if splits == CLASSES['digits_first']:
+        pattern = GPT2_PATTERN
+        if splits[0]['type'] == 'Split':
+            pattern = splits[0]['pattern']['Regex']
+        if splits[0]['type'] == 'Digits':
             pattern = DIGITS_PATTERN
         special = {token['content']: token['id'] for token in data['added_tokens']}
         tokens = {} # token: its id in the file
@@ -156,13 +164,12 @@ def read_tokenizer(path):
         tok = Tokenizer(dict(spec, ranks=ranks))
         # If what we would write equals what we have read, every text gets the same ids.
         ours = tokenizer_json(tok)
-        assert sorted(vocab.values()) == list(range(len(vocab))), 'the ids do not count from 0'
+        assert set(vocab.values()) == set(range(len(vocab))), 'the ids do not count from 0'
         assert ours['model']['merges'] == merges, 'the merges are not in the order of the ids'
         n_merged = len(tokens) - 256
         assert ignore_merges or len(merges) == n_merged, f'{n_merged} tokens, {len(merges)} merges'
-        is_same = not has_pattern or ours['pre_tokenizer'] == data['pre_tokenizer']
-        is_known = has_pattern or splits in (CLASSES['digits_first'], CLASSES['byte_level'])
-        assert is_same and is_known, 'it splits texts in another way'
+        known = [*CLASSES['splits'], ours['pre_tokenizer']['pretokenizers']]
+        assert splits in known, 'it splits texts in another way'
         assert not data['normalizer'], 'it changes texts'
         text = "It's naïve: 12,345 🙂\n\tend "
         assert tok.decode(tok.encode(text)) == text, 'a text does not come back'
@@ -231,20 +238,25 @@ def transpose(name, weight, arch):
         return weight.T
     return weight
 
+def qk_norm_names(layer):
+    return [f'model.layers.{layer}.self_attn.{part}_norm.weight' for part in 'qk']
+
 def qk_norm_product(args):
     # Our scores are 12 / D (q k), q and k normalized. Those of Qwen3 are 1 / sqrt(D) (u q) (v k)
     # with learned weights u and v, q_norm and k_norm. Both are equal if u v is this number.
     D = args['n_embd'] // args['n_head']
     return 12 / math.sqrt(D)
 
-def download(url, path, optional=False):
+def download(hub, folder, file, optional=False):
     """
-    Download url to path, unless it is there. The next run continues an interrupted download.
-    Returns False if there is no such file and it is optional.
+    Download a file to the folder, unless it is there. The next run continues an interrupted
+    download. Returns False if there is no such file and it is optional.
     """
+    url = f'{hub}/{file}'
+    path = f'{folder}/{file}'
     if os.path.exists(path):
         return True
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     with open(f'{path}.part', 'ab') as f:
         rest = {'Range': f'bytes={f.tell()}-', 'Accept-Encoding': 'identity'}
         try:
@@ -291,14 +303,14 @@ if target.endswith('.pt'):
         repo = source if '/' in source else f'openai-community/{source}'
         folder = f'data/models/{repo}'
         hub = f'https://huggingface.co/{repo}/resolve/main'
-        download(f'{hub}/config.json', f'{folder}/config.json')
+        download(hub, folder, 'config.json')
         if not tokenizer:
-            download(f'{hub}/tokenizer.json', f'{folder}/tokenizer.json')
-        has_index = os.path.exists(f'{folder}/{INDEX}')
-        if has_index or not download(f'{hub}/{WEIGHTS}', f'{folder}/{WEIGHTS}', optional=True):
-            download(f'{hub}/{INDEX}', f'{folder}/{INDEX}')
+            download(hub, folder, 'tokenizer.json')
+        is_large = os.path.exists(f'{folder}/{INDEX}')
+        if is_large or not download(hub, folder, WEIGHTS, optional=True):
+            download(hub, folder, INDEX)
             for file in weight_files(folder):
-                download(f'{hub}/{file}', f'{folder}/{file}')
+                download(hub, folder, file)
 
     # settings
     theirs = read_json(f'{folder}/config.json')
@@ -352,8 +364,7 @@ if target.endswith('.pt'):
             GPT(GPTConfig(**args)).load_state_dict(weights, assign=True)
         if args['qk_norm']:
             for layer in range(args['n_layer']):
-                q_norm = tensors[f'model.layers.{layer}.self_attn.q_norm.weight'].float()
-                k_norm = tensors[f'model.layers.{layer}.self_attn.k_norm.weight'].float()
+                q_norm, k_norm = [tensors[name].float() for name in qk_norm_names(layer)]
                 products = torch.outer(q_norm, k_norm)              # (D, D)
                 error = (products / qk_norm_product(args) - 1).abs().max()
                 # bfloat16 rounds by up to 0.4%
@@ -370,8 +381,9 @@ if target.endswith('.pt'):
         ids = list(range(len(tok.tokens))) # and its special tokens are the model's next ones
     else:
         tok, ids = read_tokenizer(f'{folder}/tokenizer.json')
-        if ids[tok.eot] == -1: # Llama 3 has another name for the first token of a document
-            ids[tok.eot] = theirs.get('bos_token_id') or -1
+        bos = theirs.get('bos_token_id')
+        if ids[tok.eot] == -1 and isinstance(bos, int): # Llama 3 has another name for it
+            ids[tok.eot] = bos
     n_known = args['vocab_size']
     n_tokens = max(ids) + 1
     assert n_tokens <= n_known, f'{folder} has {n_known:,} tokens, the tokenizer {n_tokens:,}'
@@ -425,6 +437,8 @@ else:
     theirs = dict(CLASSES['constants'][kind], head_dim=head_dim, torch_dtype='float32')
     for ours, name in CLASSES['settings'][args['arch']].items():
         theirs[name] = args[ours]
+    if kind == 'gpt2':
+        theirs['n_ctx'] = args['block_size'] # llama.cpp wants it
     if args['rope_scaling']:
         scaling = dict(zip(CLASSES['llama3'], args['rope_scaling']), rope_type='llama3')
         theirs.update(rope_scaling=scaling, rope_type='llama3')
@@ -447,8 +461,9 @@ else:
     if args['qk_norm']:
         ones = torch.ones(head_dim)
         for layer in range(args['n_layer']):
-            tensors[f'model.layers.{layer}.self_attn.q_norm.weight'] = qk_norm_product(args) * ones
-            tensors[f'model.layers.{layer}.self_attn.k_norm.weight'] = ones
+            q_norm, k_norm = qk_norm_names(layer)
+            tensors[q_norm] = qk_norm_product(args) * ones
+            tensors[k_norm] = ones
 
     # tokenizer
     texts = {'config.json': json.dumps(theirs, indent=1),
@@ -460,12 +475,8 @@ else:
         settings['eos_token'] = SPECIAL_TOKENS[end - len(tok.tokens)]
         with open(f'{FORMS}/chat_template.jinja', encoding='utf-8') as f:
             settings['chat_template'] = f.read().strip() # the same as Tokenizer.render
-        lines = []
-        for i, token in enumerate(tok.tokens):
-            lines.append(f'{base64.b64encode(token).decode()} {i}\n')
         texts['tokenizer.json'] = json.dumps(tokenizer_json(tok), ensure_ascii=False, indent=1)
         texts['tokenizer_config.json'] = json.dumps(settings, indent=1)
-        texts['tokenizer.tiktoken'] = ''.join(lines)
 
     write_safetensors(f'{target}/model.safetensors', tensors) # first: it may not fit on the disk
     for name, text in texts.items():

@@ -282,7 +282,7 @@ def smollm2_form(data, special=('<|endoftext|>', '<|im_start|>', '<|im_end|>'), 
     model = dict(data['model'], vocab={token: i for i, token in enumerate(names)}, ignore_merges=False)
     added = [dict(id=i, content=token) for i, token in enumerate(special)]
     return dict(data, model=model, added_tokens=added, pre_tokenizer=dict(
-        type='Sequence', pretokenizers=convert.CLASSES['digits_first']))
+        type='Sequence', pretokenizers=convert.CLASSES['splits'][0]))
 
 def llama3_form(data):
     """Its merges are all pairs, and a token is taken as a whole where a piece is one: 'xyz' has no merges."""
@@ -321,8 +321,6 @@ def test_tokenizer_files(exported):
     data = json.loads((folder / 'tokenizer.json').read_text('utf-8'))
     assert data['model']['vocab']['Ġowl'] == TOK.encode(' owl')[0]
     assert {token['content']: token['id'] for token in data['added_tokens']}['<|end|>'] == TOK.end
-    lines = (folder / 'tokenizer.tiktoken').read_text('utf-8').splitlines()
-    assert lines[256:258] == ['b3c= 256', 'b3ds 257'] # ow, owl
 
 def change(path, **changes):
     data = json.loads(path.read_text('utf-8'))
@@ -367,15 +365,15 @@ def test_special_tokens_first_and_bytes_that_are_missing(convert, exported, scri
     config, tensors = read(convert, ours)
     data = json.loads((ours / 'tokenizer.json').read_text('utf-8'))
     old = data['model']['vocab']
-    data = smollm2_form(data)
+    data = smollm2_form(data, special=['<|begin_of_text|>', '<|im_start|>', '<|im_end|>'])
     names = list(data['model']['vocab'])
     rare = [convert.spell(b'\x04'), convert.spell(b'\xfe')]
     (folder / 'tokenizer.json').write_text(json.dumps(data), 'utf-8')
-    known = {'<|endoftext|>': TOK.eot, '<|im_start|>': TOK.user, '<|im_end|>': TOK.end, **old}
+    known = {'<|begin_of_text|>': TOK.eot, '<|im_start|>': TOK.user, '<|im_end|>': TOK.end, **old}
     embeddings = tensors['model.embed_tokens.weight']
     theirs = embeddings[[known[token] for token in names]]
     convert.write_safetensors(folder / 'model.safetensors', {**tensors, 'model.embed_tokens.weight': theirs})
-    change(folder / 'config.json', vocab_size=len(names))
+    change(folder / 'config.json', vocab_size=len(names), bos_token_id=0)
     scripts.ok('convert.py', folder, tmp_path / 'base.pt')
 
     ckpt = torch.load(tmp_path / 'base.pt', weights_only=True)
@@ -386,7 +384,7 @@ def test_special_tokens_first_and_bytes_that_are_missing(convert, exported, scri
     for i, token in enumerate(tok.tokens): # the same bytes have the same row
         name = convert.spell(token)
         assert torch.allclose(got[i], mean if name in rare else embeddings[old[name]], atol=1e-6), token
-    assert torch.equal(got[tok.eot], embeddings[TOK.eot]) # theirs has the same name
+    assert torch.equal(got[tok.eot], embeddings[TOK.eot]) # theirs begins a document, under another name
     assert torch.allclose(got[tok.system:], mean.expand(5, -1), atol=1e-6)
     text = 'Say the owl has 12 cats.\n\x04'
     ids = tok.encode(text)
@@ -614,27 +612,28 @@ def test_interrupted_download(convert, monkeypatch, tmp_path):
     monkeypatch.setattr(requests, 'get', get)
     for _ in range(2):
         with fails('https://x/y: ConnectionError'):
-            convert.download('https://x/y', str(tmp_path / 'a' / 'y'))
+            convert.download('https://x', str(tmp_path / 'a'), 'y')
     assert (tmp_path / 'a' / 'y.part').read_bytes() == content[:130]
-    convert.download('https://x/y', str(tmp_path / 'a' / 'y'))
+    convert.download('https://x', str(tmp_path / 'a'), 'y')
     assert asked == [0, 80, 130] and (tmp_path / 'a' / 'y').read_bytes() == content
     monkeypatch.setattr(requests, 'get', lambda *_, **__: SimpleNamespace(status_code=404, ok=False))
     with fails('is not a folder.*404'):
-        convert.download('https://x/z', str(tmp_path / 'z'))
+        convert.download('https://x', str(tmp_path), 'z')
 
     # all bytes were here before the rename: the server has nothing more, and says how long the file is
     for length, is_whole in ((200, True), (150, False)):
-        path = tmp_path / f'{length}'
-        (tmp_path / f'{length}.part').write_bytes(content)
+        path = tmp_path / f'{length}' / 'y'
+        path.parent.mkdir()
+        path.with_name('y.part').write_bytes(content)
         headers = {'Content-Range': f'bytes */{length}'}
         reply = SimpleNamespace(status_code=416, ok=False, headers=headers)
         monkeypatch.setattr(requests, 'get', lambda *_, **__: reply)
         if is_whole:
-            convert.download('https://x/y', str(path))
+            convert.download('https://x', str(path.parent), 'y')
             assert path.read_bytes() == content
         else:
             with fails('is not a folder.*416'):
-                convert.download('https://x/y', str(path))
+                convert.download('https://x', str(path.parent), 'y')
             assert not path.exists()
 
 # -----------------------------------------------------------------------------
