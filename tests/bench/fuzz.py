@@ -456,7 +456,8 @@ class Checkpoints:
         tok = model.Tokenizer(ckpt['tokenizer'])
         net = model.load_model(ckpt, 'cpu', model.ScalarModel if kind == 'reward' else model.GPT)
         n = min(4, net.config.block_size)
-        net(torch.tensor([tok.encode('Anna has the owl')[:n]]))
+        ids = [tok.eot] + tok.encode('Anna has the owl') # a damaged pattern may find nothing there
+        net(torch.tensor([ids[:n]]))
 
 class Requests:
     """The server: every path, with a body or a head that is damaged. It must answer, and go on."""

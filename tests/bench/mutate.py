@@ -1,7 +1,7 @@
 """
 Break 40 lines, one at a time: does a test fail? (mutation testing)
 
-$ OMP_NUM_THREADS=1 python tests/bench/mutate.py             # all, about 15 minutes on a quiet core
+$ OMP_NUM_THREADS=1 python tests/bench/mutate.py             # all, 15 minutes on a busy machine
 $ OMP_NUM_THREADS=1 python tests/bench/mutate.py --only=rlhf # those of rlhf.py
 $ OMP_NUM_THREADS=1 python tests/bench/mutate.py --first=11 --last=20
 
