@@ -100,16 +100,20 @@ def damage_value(value, rng, others=()):
             parent = parent[step]
         new = rng.choice([*NUMBERS, *TEXTS, *OTHERS, *others])
         kind = rng.randrange(6)
+        old = parent[key]
         if kind == 0:
             del parent[key]
         elif kind == 1 and isinstance(parent, dict):
-            parent[rng.choice(['x', '', key * 2 if isinstance(key, str) else 'y'])] = parent.pop(key)
+            twice = key * 2 if isinstance(key, str) else 'y'
+            name = rng.choice(['x', '', twice])
+            parent[name] = parent.pop(key)
         elif kind == 2 and isinstance(parent, list):
-            parent += [parent[key]] * rng.choice([1, 5, 300])
-        elif kind == 3 and isinstance(parent[key], str):
-            parent[key] = damage_bytes(parent[key].encode('utf-8', 'replace'), rng).decode('utf-8', 'replace')
-        elif kind == 4 and type(parent[key]) in (int, float):
-            parent[key] = rng.choice([-parent[key], parent[key] + 1, parent[key] * 10**6, str(parent[key])])
+            parent += [old] * rng.choice([1, 5, 300])
+        elif kind == 3 and isinstance(old, str):
+            damaged = damage_bytes(old.encode('utf-8', 'replace'), rng)
+            parent[key] = damaged.decode('utf-8', 'replace')
+        elif kind == 4 and type(old) in (int, float): # a bool is neither
+            parent[key] = rng.choice([-old, old + 1, old * 10**6, str(old)])
         else:
             parent[key] = copy.deepcopy(new)
     return value
@@ -145,7 +149,8 @@ class Config:
             value = rng.choice([settings[name], rng.choice(NUMBERS), rng.choice(TEXTS)])
             word = rng.choice(['--{}={}', '--{}={}', '{}={}', '--{}', '-{}={}']).format(name, value)
             if rng.random() < 0.5:
-                word = damage_bytes(word.encode('utf-8', 'replace'), rng).decode('utf-8', 'surrogateescape')
+                damaged = damage_bytes(word.encode('utf-8', 'replace'), rng)
+                word = damaged.decode('utf-8', 'surrogateescape') # as Python reads sys.argv
             words.append(word.replace('\0', '')) # no command line can hold it
         if rng.random() < 0.5:
             self.profile.write_bytes(damage_bytes(rng.choice(self.texts), rng))
@@ -170,16 +175,18 @@ class Pages:
             f'<div class="nav"><a href=x>x</a></div><article>{body * 3}</article>'.encode('utf-16'),
             ('<p>é</p>' * 30 + body).encode('latin-1'), b'<' * 3000, b'<div>' * 3000 + b'x', b'&' * 5000]
         self.records = [self.record(page, f'http://a.example/{i}') for i, page in enumerate(self.html)]
-        wet = f'WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://b.example/\r\nContent-Length: {len(sentences)}\r\n\r\n{sentences}\r\n\r\n'
+        wet = ('WARC/1.0\r\nWARC-Type: conversion\r\nWARC-Target-URI: http://b.example/\r\n'
+               f'Content-Length: {len(sentences)}\r\n\r\n{sentences}\r\n\r\n')
         self.records.append(wet.encode())
-        arc = self.html[0]
-        http = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n' + arc
-        self.arc = b'filedesc://x 0.0.0.0 2008 text/plain 4\nabc\n\nhttp://c.example/ 1.2.3.4 2008 text/html %d\n%s\n' % (len(http), http)
+        http = b'HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n' + self.html[0]
+        self.arc = (b'filedesc://x 0.0.0.0 2008 text/plain 4\nabc\n\n'
+                    b'http://c.example/ 1.2.3.4 2008 text/html %d\n%s\n' % (len(http), http))
         self.steps = [step for name, step in self.prepare.FIRST_STEPS.items() if name != 'text']
 
     def record(self, page, url):
         http = b'HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n' + page
-        head = f'WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Length: {len(http)}\r\n\r\n'
+        head = (f'WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\n'
+                f'Content-Length: {len(http)}\r\n\r\n')
         return head.encode() + http + b'\r\n\r\n'
 
     def read(self, rng):
@@ -236,14 +243,15 @@ class Rows:
                       min_words=1, max_words=9, likes=['please'], equals='owl')
         self.rows['prompts'].append(dict(messages=self.rows['prompts'][0]['messages'], checks=checks, task='t'))
         self.rows['preferences'].append(dict(self.rows['preferences'][0], checks=checks, ranking=[0, [1, 2]]))
-        self.rows['benchmarks'] = [row for path in sorted((data / 'benchmarks').glob('*'))
-                                   for _, row in model.read_jsonl(path)]
+        self.rows['benchmarks'] = []
+        for path in sorted((data / 'benchmarks').glob('*')):
+            self.rows['benchmarks'] += [row for _, row in model.read_jsonl(path)]
         messages = [dict(role='user', content='What is 1/2 + 3?')]
         self.rows['benchmarks'] += [
             dict(messages=messages, checks=dict(number=3.5), answer='#### 3.5'),
             dict(prompt='def f():\n', test='assert f()', entry_point='f', task_id='HumanEval/1')]
-        node = dict(text='Hi', role='prompter', lang='en', replies=[
-            dict(text='Yo', role='assistant', rank=0, replies=[]), dict(text='No', role='assistant', rank=1, replies=[])])
+        replies = [dict(text=text, role='assistant', rank=i, replies=[]) for i, text in enumerate(['Yo', 'No'])]
+        node = dict(text='Hi', role='prompter', lang='en', replies=replies)
         self.rows['public'] = [
             dict(conversations=[{'from': 'human', 'value': 'Hi'}, {'from': 'gpt', 'value': 'Yo'}]),
             dict(instruction='Say', output='x'), dict(question='1+1?', answer='<<1+1=2>> #### 2'),
@@ -298,7 +306,8 @@ class TokenizerFile:
         self.path = folder / 'tokenizer.json'
         self.convert = definitions('convert.py')
         spec = make_spec()
-        spec['pattern'] = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s+(?!\S)|\s"
+        spec['pattern'] = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+                           r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s+(?!\S)|\s")
         self.ours = [make_spec(), spec, dict(make_spec(), n_vocab=300)]
         self.theirs = self.convert.tokenizer_json(model.Tokenizer(make_spec()))
 
@@ -307,14 +316,16 @@ class TokenizerFile:
             spec = copy.copy(rng.choice(self.ours))
             if rng.random() < 0.3: # else most of the damage is done to one of 256 bytes
                 pattern = damage_bytes(spec['pattern'].encode(), rng)
-                self.path.write_text(json.dumps(dict(spec, pattern=pattern.decode('utf-8', 'replace'))), encoding='utf-8')
+                spec['pattern'] = pattern.decode('utf-8', 'replace')
+                self.path.write_text(json.dumps(spec), encoding='utf-8')
             else:
                 self.path.write_bytes(damage_json(spec, rng))
             tok = model.Tokenizer.load(str(self.path))
         else:
             self.path.write_bytes(damage_json(self.theirs, rng))
             tok, _ = self.convert.read_tokenizer(str(self.path))
-        turns = [dict(role='user', content="It's 12,345 🙂\n\tend  "), dict(role='assistant', content='Anna has the owl')]
+        turns = [dict(role='user', content="It's 12,345 🙂\n\tend  "),
+                 dict(role='assistant', content='Anna has the owl')]
         ids, _ = tok.render(turns)
         tok.decode(ids)
         tok.decode_answer(ids)
@@ -325,8 +336,9 @@ class Shards:
         self.path = folder / 'train_000000.bin'
         self.tok = model.Tokenizer(make_spec())
         self.tokenizer = definitions('tokenizer.py')
-        self.pretrain = definitions('pretrain.py', run=SimpleNamespace(device_type='cpu', device='cpu'), tok=self.tok,
-                                    block_size=16, vocab_size=self.tok.n_vocab)
+        run = SimpleNamespace(device_type='cpu', device='cpu')
+        self.pretrain = definitions('pretrain.py', run=run, tok=self.tok, block_size=16,
+                                    vocab_size=self.tok.n_vocab)
         self.good = []
         for kind in (np.uint16, np.uint32):
             ids = np.arange(270, dtype=kind)
@@ -346,7 +358,8 @@ class Shards:
         shard = model.read_shard(str(self.path), self.tok.hash)
         n_windows = max(0, len(shard) - 1) // 16
         if n_windows: # what pretrain.py does next
-            self.pretrain.space.update(shards=dict(train=[shard]), window_ends=dict(train=np.array([n_windows])))
+            ends = np.array([n_windows])
+            self.pretrain.space.update(shards=dict(train=[shard]), window_ends=dict(train=ends))
             self.pretrain.get_windows('train', range(n_windows))
 
 class Safetensors:
@@ -443,7 +456,8 @@ class Checkpoints:
         tok = model.Tokenizer(ckpt['tokenizer'])
         net = model.load_model(ckpt, 'cpu', model.ScalarModel if kind == 'reward' else model.GPT)
         n = min(4, net.config.block_size)
-        net(torch.tensor([tok.encode('Anna has the owl')[:n]]))
+        ids = [tok.eot] + tok.encode('Anna has the owl') # a damaged pattern may find nothing there
+        net(torch.tensor([ids[:n]]))
 
 class Requests:
     """The server: every path, with a body or a head that is damaged. It must answer, and go on."""
@@ -453,7 +467,8 @@ class Requests:
         config = model.GPTConfig('llama', tok.n_vocab, 32, n_layer=1, n_head=2, n_embd=8)
         for stage in ('base', 'sft', 'rlhf', 'reward'):
             net = model.ScalarModel(config) if stage == 'reward' else model.GPT(config)
-            model.save_checkpoint(str(folder / f'{stage}.pt'), stage, net.state_dict(), asdict(config), tok, {}, 1, {})
+            path = str(folder / f'{stage}.pt')
+            model.save_checkpoint(path, stage, net.state_dict(), asdict(config), tok, {}, 1, {})
         (folder / 'preferences_val.jsonl').write_text('', encoding='utf-8')
         run = SimpleNamespace(device=torch.device('cpu'), device_type='cpu', dtype=torch.float32,
                               autocast=contextlib.nullcontext)
@@ -547,8 +562,8 @@ def problem_of(error):
     lines = printed.getvalue().rstrip('\n').split('\n')
     if len(lines) == 1 and lines[0].startswith('error: '):
         return ''
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if ROOT.as_posix() in frame.filename]
-    inner = frames[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    inner = [frame for frame in frames if str(ROOT) in frame.filename][-1]
     return f'{Path(inner.filename).name}:{inner.lineno}: {type(error).__name__}: {text[:150]!r}'
 
 def try_case(target, name, i):
@@ -612,7 +627,8 @@ def fuzz(name, first, n_cases):
         first = n_cases
         if code != 0:
             last = int.from_bytes(place[:8], 'little')
-            reasons = {-signal.SIGPROF: 'more CPU seconds than allowed', -signal.SIGALRM: 'waits for too long'}
+            reasons = {-signal.SIGPROF: f'more than {CPU_SECONDS} CPU seconds',
+                       -signal.SIGALRM: f'more than {CLOCK_SECONDS} seconds'}
             problems.append([last, reasons.get(code, f'exit code {code}')])
             first = last + 1
     shutil.rmtree(work)

@@ -2,7 +2,7 @@
 kill -9 at random moments over all stages of a tiny run, each time followed by the same command:
 are the corpus, the checkpoints and the report those of a run that nobody disturbed?
 
-$ OMP_NUM_THREADS=1 python tests/bench/kill.py                # 50 kills, about 4 minutes
+$ OMP_NUM_THREADS=1 python tests/bench/kill.py                # 50 kills, 9 minutes on a busy machine
 $ OMP_NUM_THREADS=1 python tests/bench/kill.py --kills=200 --seed=1
 $ OMP_NUM_THREADS=1 python tests/bench/kill.py --kills=0 --disks=40   # as root: it mounts a disk
 $ OMP_NUM_THREADS=1 python tests/bench/kill.py --kills=0 --threads=2
