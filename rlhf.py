@@ -106,6 +106,7 @@ kl_horizon = 10000          # number of answers over which kl_coef adapts
 # rollout
 max_iters = 200             # number of updates; each one answers a new batch of prompts
 batch_size = 64             # answers per update, over all processes
+sample_batch = 256          # answers that a process samples at a time; lower = less memory
 max_new_tokens = 64         # maximum length of an answer, in tokens
 temperature = 1.0           # sampling temperature; also used for all log-probabilities
 # learning
@@ -141,8 +142,8 @@ seed = 1337                 # seed of everything random
 resume = True               # continue from the resume file if an interrupted run has left one
 config = configure(globals())
 
-for name in ('group_size', 'max_iters', 'batch_size', 'max_new_tokens', 'kl_horizon', 'ppo_epochs',
-             'minibatch_size', 'micro_batch_size', 'eval_interval', 'eval_prompts',
+for name in ('group_size', 'max_iters', 'batch_size', 'sample_batch', 'max_new_tokens',
+             'kl_horizon', 'ppo_epochs', 'minibatch_size', 'micro_batch_size', 'eval_interval', 'eval_prompts',
              'sample_interval', 'save_interval'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
 for name in ('score_clip', 'missing_end_penalty', 'kl_coef', 'kl_target', 'gamma', 'gae_lambda', 'cliprange',
@@ -375,8 +376,11 @@ def rollout(prompts, net):
     # PPO detail: pure sampling, no top-k or top-p: the ratio needs answers of the policy itself.
     # PPO detail: left padding, with positions that do not count the pads. generate() does it.
     queries = [ids for _, ids in prompts]
-    with run.autocast():
-        responses = generate(sampler, queries, max_new_tokens, tok.end, temperature)
+    responses = []
+    for first in range(0, len(queries), sample_batch):
+        some = queries[first:first + sample_batch]
+        with run.autocast():
+            responses += generate(sampler, some, max_new_tokens, tok.end, temperature)
     rows = [query + response for query, response in zip(queries, responses)]
     query_responses = pad_right(rows, tok.pad, run.device)      # (B, T)
 

@@ -235,7 +235,7 @@ def get_verdict(stage):
         fewer = copy.copy(stage)
         fewer.sampled = sampled
         if sum(memory(fewer, 1).values()) < USABLE * gpu_bytes:
-            return f'it does NOT fit: a GPU can sample only {sampled} answers at a time'
+            return f'it does NOT fit: --sample_batch={sampled} and --{stage.size_name}=1 fit'
     if stage.parallel == 'ddp' and stage.optimizer and n_gpus > 1:
         return 'it does NOT fit: use --parallel=fsdp'
     return 'it does NOT fit: use larger GPUs, or more of them with --parallel=fsdp'
@@ -360,14 +360,16 @@ if estimate:
         answers = max(1, rlhf.batch_size // n_gpus)   # of each process in an update ...
         share = max(1, rlhf.minibatch_size // n_gpus) # ... and in a step
         stage = new_stage(rlhf, trained, frozen=frozen, n_logits=rlhf.max_new_tokens, whole=True,
-                          share=share, sampled=answers)
+                          share=share)
         stage.size = min(rlhf.micro_batch_size, share)
+        stage.sampled = min(rlhf.sample_batch, answers)
         stage.size_name = 'micro_batch_size'
         n_prompt = data['prompts'] / data['prompts rows'] / TOKEN_BYTES
         n_tokens = rlhf.max_iters * rlhf.batch_size * (n_prompt + rlhf.max_new_tokens)
         passes = (len(trained) + len(frozen)) / 3 + len(trained) * rlhf.ppo_epochs
         seconds = learn_seconds(passes * n_tokens * flops_per_token, stage)
-        seconds += rlhf.max_iters * sample_seconds(gpt, answers, n_prompt, rlhf.max_new_tokens)
+        n_batches = rlhf.max_iters * answers / stage.sampled
+        seconds += n_batches * sample_seconds(gpt, stage.sampled, n_prompt, rlhf.max_new_tokens)
         table.append(('rlhf', n_tokens, seconds, weights, 0, stage))
 
     # the examination of every language model
