@@ -112,7 +112,8 @@ def train_all(runs):
     return rows
 
 longest_of_grid = steps_for(min(widths), max(budgets))
-n_needed = max(longest_of_grid, steps_for(*held_out)) * tokens_per_step
+longest = max(longest_of_grid, steps_for(*held_out))
+n_needed = longest * tokens_per_step
 n_train = 0
 for path in glob.glob(f'{glob.escape(data_dir)}/train_*.bin'):
     n_train += len(read_shard(path, tok.hash))
@@ -228,7 +229,8 @@ def predict(law, row):
     E, A, B, a, b = law
     return E + A / row['N'] ** a + B / row['D'] ** b
 
-data = torch.tensor(np.stack([column(runs, 'N'), column(runs, 'D'), column(runs, 'loss')]))
+columns = [column(runs, name) for name in ('N', 'D', 'loss')]
+data = torch.tensor(np.stack(columns)) # (3, runs)
 law = fit_law(*data)
 resampled_laws = [] # of as many runs, drawn with replacement
 for _ in range(n_bootstrap):
@@ -239,9 +241,8 @@ for name, value, *others in zip('EABab', law, *resampled_laws):
     law_intervals[name] = interval(others)
     print0('L = E + A / N^a + B / D^b: {} = {:.4g} ({:.4g} to {:.4g})'.format(
         name, value, *law_intervals[name]))
-losses = column(runs, 'loss')
-errors = np.array([predict(law, row) for row in runs]) / losses - 1
-print0('the law is off by at most {:.1%}'.format(np.abs(errors).max()))
+errors = [abs(predict(law, row) / row['loss'] - 1) for row in runs]
+print0('the law is off by at most {:.1%}'.format(max(errors)))
 
 # the check: the run that took no part
 predicted = predict(law, largest)
