@@ -52,9 +52,9 @@ from model import (
 # settings
 data_dir = 'data/toytown'      # folder of the token shards
 out_dir = 'out/scaling'        # folder of the runs, the fits and the drawing
-widths = (24, 32, 40, 48, 64)  # n_embd of the models; two heads, or as many as are 16 wide
-budgets = (7e10, 1.4e11, 2.8e11) # FLOPs of a run: every width is trained with every budget
-held_out = (48, 5.6e11)         # width and FLOPs of the run that no fit sees
+widths = (32, 40, 48, 64, 80)  # n_embd of the models; heads are 16 wide, or 20
+budgets = (2.8e11, 5.6e11, 1.12e12) # FLOPs of a run; every width is trained with every budget
+held_out = (48, 2.24e12)       # width and FLOPs of the run that no fit sees
 sweep_widths = (32, 64, 96)    # widths for which learning rates are tried
 sweep_rates = (0.01, 0.02, 0.04) # these learning rates
 sweep_steps = 300              # steps of these runs
@@ -444,8 +444,7 @@ PROFILE = HERE / 'config/scaling.py'
 shared = runpy.run_path(str(PROFILE))['pretrain'] # settings of all runs
 block_size = shared['block_size']
 tokens_per_step = shared['batch_size'] * block_size
-tok_path = f'{data_dir}/tokenizer.json'
-tok = Tokenizer.load(tok_path)
+tok = Tokenizer.load(f'{data_dir}/tokenizer.json')
 
 def model_size(width):
     """Parameters with embeddings, and the FLOPs to learn a token, head and attention included."""
@@ -465,7 +464,7 @@ ROW = ('{width} wide, {N:,.0f} parameters, {D:,.0f} tokens, {C:.2e} FLOPs, learn
 def train(width, n_steps, learning_rate, run_seed):
     """Train one model, unless this run has finished before. Returns what ROW prints."""
     folder = f'{out_dir}/width{width}_steps{n_steps}_rate{learning_rate}_seed{run_seed}'
-    flags = dict(data_dir=data_dir, out_dir=folder, n_embd=width, n_head=max(2, width // 16),
+    flags = dict(data_dir=data_dir, out_dir=folder, n_embd=width, n_head=width // 16,
                  max_iters=n_steps, learning_rate=learning_rate, seed=run_seed)
     settings = json.dumps([flags, shared], sort_keys=True)
     finished = Path(folder, 'finished.txt') # holds the settings of the finished run
@@ -498,7 +497,8 @@ def train_all(runs):
     return rows
 
 longest_of_grid = steps_for(min(widths), max(budgets))
-n_needed = max(longest_of_grid, steps_for(*held_out)) * tokens_per_step
+longest = max(longest_of_grid, steps_for(*held_out))
+n_needed = longest * tokens_per_step
 n_train = 0
 for path in glob.glob(f'{glob.escape(data_dir)}/train_*.bin'):
     n_train += len(read_shard(path, tok.hash))
@@ -551,12 +551,12 @@ for first, second in itertools.pairwise(runs):
     if first['C'] == second['C']:
         squares.append((first['loss'] - second['loss']) ** 2)
 noise = math.sqrt(np.mean(squares) / 2) # a difference has the noise of two runs
-runs.sort(key=lambda row: row['N'])
+runs.sort(key=lambda row: (row['N'], -row['seed']))
 print0('noise: between two seeds, the loss has a standard deviation of %.4f' % noise)
 
 # -----------------------------------------------------------------------------
-# 3. IsoFLOP: for each budget, loss = bend x^2 + slope x + height with x = ln N. Each row of `losses`
-# is fitted: first the real losses, then losses with noise, for the intervals.
+# 3. IsoFLOP: for each budget, loss = bend x^2 + slope x + height with x = ln N. Each row of
+# `losses` is fitted: first the real losses, then losses with noise, for the intervals.
 def interval(values):
     """The middle 95% of the values: [low, high]."""
     return np.quantile(values, [0.025, 0.975]).tolist()
@@ -607,14 +607,15 @@ def fit_law(N, D, L):
     lowest = factors[:, 1:].amin(dim=(1, 2)) # of A and B; E may have any sign
     errors[lowest < 0] = math.inf # a larger model or a longer run would be worse
     best = errors.argmin()
-    assert errors[best] < math.inf, 'the loss rises with N or D: lower --sweep_rates, more --budgets'
+    assert errors[best] < math.inf, 'the loss rises with N or D: more --budgets, or --sweep_rates'
     return [*factors[best, :, 0].tolist(), *PAIRS[best].tolist()]
 
 def predict(law, row):
     E, A, B, a, b = law
     return E + A / row['N'] ** a + B / row['D'] ** b
 
-data = torch.tensor(np.stack([column(runs, 'N'), column(runs, 'D'), column(runs, 'loss')]))
+columns = [column(runs, name) for name in ('N', 'D', 'loss')]
+data = torch.tensor(np.stack(columns)) # (3, runs)
 law = fit_law(*data)
 resampled_laws = [] # of as many runs, drawn with replacement
 for _ in range(n_bootstrap):
@@ -625,9 +626,8 @@ for name, value, *others in zip('EABab', law, *resampled_laws):
     law_intervals[name] = interval(others)
     print0('L = E + A / N^a + B / D^b: {} = {:.4g} ({:.4g} to {:.4g})'.format(
         name, value, *law_intervals[name]))
-losses = column(runs, 'loss')
-errors = np.array([predict(law, row) for row in runs]) / losses - 1
-print0('the law is off by at most {:.1%}'.format(np.abs(errors).max()))
+errors = [abs(predict(law, row) / row['loss'] - 1) for row in runs]
+print0('the law is off by at most {:.1%}'.format(max(errors)))
 
 # the check: the run that took no part
 predicted = predict(law, largest)
@@ -638,18 +638,20 @@ print0('predicted: {:.4f} ({:.4f} to {:.4f}), an error of {:+.1%}'.format(
     predicted, low, high, error))
 
 # -----------------------------------------------------------------------------
-# 5. Training longer beats bigger: for each budget, the best width and the widest
+# 5. Training longer beats bigger? The middle width against the widest, with equal FLOPs
 longer = []
 bigger = []
+middle = sorted(widths)[len(widths) // 2]
 for rows, _ in parabolas:
-    longer.append(min(rows, key=lambda row: row['loss']))
-    bigger.append(rows[-1])
+    by_width = {row['width']: row for row in rows} # of two seeds, the first comes last
+    longer.append(by_width[middle])
+    bigger.append(by_width[max(widths)])
     print0('longer: ' + ROW.format(**longer[-1]))
     print0('bigger: ' + ROW.format(**bigger[-1]))
 
 # -----------------------------------------------------------------------------
 # the drawing: four panels
-RED, BLUE, GREEN = COLORS = ['#c0392b', '#2471a3', '#1e8449'] # dark enough for text on white
+RED, BLUE, *_ = COLORS = ['#c0392b', '#2471a3', '#1e8449', '#b9770e', '#6c3483']
 LINE = '<polyline points="{}" stroke="{}" fill="none"/>'
 CIRCLE = '<circle cx="{:.1f}" cy="{:.1f}" r="4" fill="{}"/>'
 svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="960" height="760" font-size="12" '
@@ -667,8 +669,10 @@ def draw_panel(left, bottom, title, lines):
     _, all_x, all_loss, *_ = zip(*lines)
     all_x = np.log(np.concatenate(all_x))
     all_loss = np.concatenate(all_loss)
-    x_low, width = all_x.min(), np.ptp(all_x)
-    loss_low, height = all_loss.min(), np.ptp(all_loss)
+    x_low = all_x.min()
+    loss_low = all_loss.min()
+    width = np.ptp(all_x)
+    height = np.ptp(all_loss)
 
     def place(x, loss):
         """Values -> pixels."""
@@ -729,10 +733,10 @@ draw_panel(50, 700, '3. The law: loss against FLOPs', lines)
 lines = [
     dots(longer, 'C', BLUE),
     dots(bigger, 'C', RED),
-    ('line', column(longer, 'C'), column(longer, 'loss'), BLUE, 'longer'),
-    ('line', column(bigger, 'C'), column(bigger, 'loss'), RED, 'bigger'),
+    ('line', column(longer, 'C'), column(longer, 'loss'), BLUE, f'{middle} wide, longer'),
+    ('line', column(bigger, 'C'), column(bigger, 'loss'), RED, f'{max(widths)} wide'),
 ]
-draw_panel(530, 700, '4. Training longer beats bigger: loss against FLOPs', lines)
+draw_panel(530, 700, '4. Longer against bigger: loss against FLOPs', lines)
 svg.append('</svg>')
 write_text(f'{out_dir}/scaling.svg', '\n'.join(svg))
 

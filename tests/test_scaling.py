@@ -126,21 +126,28 @@ def test_real_run(world, tmp_path):
     tok = Tokenizer.load(world.data / 'tokenizer.json')
     m = definitions('scaling.py', data_dir=str(world.data), out_dir=str(tmp_path), tok=tok, block_size=64)
     m.space['shared'] = runpy.run_path(str(m.PROFILE))['pretrain']
-    row = m.train(24, 3, 0.02, 5)
-    N, flops = size_by_hand(24)
-    assert (row['N'], row['D'], row['C'], row['width'], row['seed']) == (N, 3 * 512, 3 * 512 * flops, 24, 5)
+    row = m.train(32, 3, 0.02, 5)
+    N, flops = size_by_hand(32)
+    assert (row['N'], row['D'], row['C'], row['width'], row['seed']) == (N, 3 * 512, 3 * 512 * flops, 32, 5)
     assert 3 < row['loss'] < math.log(283) + 0.2
-    written = (tmp_path / 'width24_steps3_rate0.02_seed5' / 'base.pt').stat().st_mtime_ns
-    assert m.train(24, 3, 0.02, 5) == row
-    assert (tmp_path / 'width24_steps3_rate0.02_seed5' / 'base.pt').stat().st_mtime_ns == written
+    written = (tmp_path / 'width32_steps3_rate0.02_seed5' / 'base.pt').stat().st_mtime_ns
+    assert m.train(32, 3, 0.02, 5) == row
+    assert (tmp_path / 'width32_steps3_rate0.02_seed5' / 'base.pt').stat().st_mtime_ns == written
 
 def test_errors(scripts, tmp_path, text):
-    where = (f'--data_dir={text}', f'--out_dir={tmp_path}')
+    where = (f'--data_dir={text}', f'--out_dir={tmp_path}', '--budgets=(1e10,)', '--held_out=(32, 2e10)')
     scripts.fails('no t.*tokenizer.py', 'scaling.py', f'--data_dir={tmp_path}')
     scripts.fails('has 1,500,000 tokens, the longest run needs .* --budgets', 'scaling.py', *where, '--budgets=(1e12,)')
     failed = "import subprocess, types\nsubprocess.run = lambda *a, **k: types.SimpleNamespace(returncode=1, stderr='why')"
     scripts.fails('width32_steps300.*: why', 'scaling.py', *where, before=failed)
-    rising = BEFORE + '\nimport model\nold = model.load_checkpoint\ndef load(*words):\n' \
-        '    ckpt = old(*words)\n    ckpt["metrics"]["val_loss"] = float(words[0].split("rate")[1].split("_")[0])\n' \
-        '    return ckpt\nmodel.load_checkpoint = load\n'
-    scripts.fails('--sweep_rates', 'scaling.py', *where, '--sweep_rates=(0.01, 0.015, 0.04)', before=rising)
+    # a loss that falls ever faster with the rate has no lowest point
+    falling = BEFORE + r"""
+import model
+load_checkpoint = model.load_checkpoint
+def load(path, *more):
+    ckpt = load_checkpoint(path, *more)
+    ckpt['metrics']['val_loss'] = 1 - float(path.split('rate')[1].split('_')[0])
+    return ckpt
+model.load_checkpoint = load
+"""
+    scripts.fails('--sweep_rates', 'scaling.py', *where, before=falling)
