@@ -1,5 +1,5 @@
 # GPT-2 124M on 10 billion tokens of FineWeb, with settings from the literature. Nobody has run this
-# profile here yet; the estimate (--estimate=8xH100) is 45 minutes and 18 dollars.
+# profile here yet; `bash speedrun.sh config/gpt2.py --estimate=8xH100` says 45 minutes, 18 dollars.
 #     python prepare_data.py config/gpt2.py; python tokenizer.py config/gpt2.py
 #     torchrun --standalone --nproc_per_node=8 pretrain.py config/gpt2.py
 # One GPU computes the same updates in eight times the time: total_batch_size is the batch of one

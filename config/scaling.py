@@ -1,7 +1,7 @@
 # The settings that all runs of scaling.py share. scaling.py adds the width, the number of steps, the
 # learning rate and the folders. The data: a town with enough text that no run reads a page twice.
 #     for script in toytown prepare_data tokenizer; do python $script.py config/scaling.py; done
-#     python scaling.py
+#     python scaling.py config/scaling.py
 
 data_dir = 'data/scaling'
 toytown = dict(

@@ -11,7 +11,7 @@
 #     python convert.py config/smollm2.py SmolLM2-135M out/smollm2/base.pt
 #     python prepare_data.py config/smollm2.py --source=files --files=chats.jsonl,rankings.jsonl.gz
 # SmolLM2-360M: name HuggingFaceTB/SmolLM2-360M and another out_dir. On 8 GPUs the same updates, with
-# torchrun as in sft.py; in rlhf.py batch_size and minibatch_size are per GPU: divide them by 8.
+# torchrun as in sft.py.
 #
 # A CPU reads some hundred tokens a second, so there take 200 rows of each file and short texts.
 # The memory that it takes is 4 GB for SFT, 4 GB for the reward model and 8 GB for RLHF.
