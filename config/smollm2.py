@@ -14,7 +14,7 @@
 # torchrun as in sft.py.
 #
 # A CPU reads some hundred tokens a second, so there take 200 rows of each file and short texts.
-# The memory that it takes is 4 GB for SFT, 4 GB for the reward model and 8 GB for RLHF.
+# Then SFT takes 5 GB of memory, the reward model 4 and RLHF 8.
 #     mkdir -p data/cpu; for f in data/smollm2/*.jsonl; do head -n 200 $f > data/cpu/${f##*/}; done
 #     python sft.py config/smollm2.py --data_dir=data/cpu --max_length=256 --total_batch_size=8
 #     python reward.py config/smollm2.py --data_dir=data/cpu --max_length=256 --total_batch_size=8

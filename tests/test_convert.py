@@ -151,6 +151,7 @@ def test_names_and_shapes_of_gpt2(convert, exported):
     assert tensors['transformer.wpe.weight'].shape == (32, 12) and 'lm_head.weight' not in tensors
     assert len(tensors) == 2 + 2 + 2 * 12 # embeddings, the last norm, 2 blocks of 6 parts with weight and bias
     assert config['architectures'] == ['GPT2LMHeadModel'] and config['n_inner'] == 20
+    assert config['n_positions'] == config['n_ctx'] == 32 # transformers reads the first, llama.cpp the second
     assert config['eos_token_id'] == TOK.end and config['tie_word_embeddings'] is True
 
 def test_names_and_shapes_of_qwen3(convert, exported):
