@@ -211,7 +211,8 @@ LATE = '--max_iters=111' # the step that is 100 after the warm-up is the last on
     ('the first loss is above that of a uniform guess: lower the std in init_weights', LARGE_WEIGHTS, []),
     (r'the loss has risen from \d+\.\d\d to \d+\.\d\d: lower --learning_rate, or raise --warmup_iters', '',
      ['--learning_rate=3', '--warmup_iters=0']),
-    ('the loss has hardly fallen: raise --learning_rate', '', [LATE, '--learning_rate=1e-5', '--grad_clip=0']),
+    ('the loss has hardly fallen: raise --learning_rate', '',
+     [LATE, '--learning_rate=1e-5', '--min_lr=0', '--grad_clip=0']),
     ('100 gradients in a row had twice the norm .*: raise --grad_clip, or change --learning_rate', '',
      [LATE, '--grad_clip=0.001'])], ids=['init', 'risen', 'flat', 'clipped'])
 def test_a_common_mistake_is_named(warning, before, flags, go):
@@ -219,7 +220,7 @@ def test_a_common_mistake_is_named(warning, before, flags, go):
     assert re.findall('warning: .*', out) == re.findall(f'warning: {warning}.*', out) != [] # and no other one
 
 def test_memorising_is_named(chain):
-    """The chain reads 400 windows 32 times: val_loss rises in the end. It has no other warning."""
+    """The chain reads its few windows 32 times, and val_loss rises in the end. It has no other warning."""
     smooth, best, then, rises, average = 0, math.inf, 0, [], 0
     for row in read_log(chain.out / 'base.jsonl'): # a line for each step
         if 'val_loss' in row:

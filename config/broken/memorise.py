@@ -1,8 +1,6 @@
-# Too little text, read again and again: a town of 45 pages. val_loss rises, the training loss falls.
-# Remedy: more text, or fewer steps. It needs data of its own, made in seconds:
-#     python toytown.py      config/tiny.py config/broken/healthy.py config/broken/memorise.py
-#     python prepare_data.py config/tiny.py config/broken/healthy.py config/broken/memorise.py
-#     python tokenizer.py    config/tiny.py config/broken/healthy.py config/broken/memorise.py
+# Too little text, read again and again: 45 documents. val_loss rises, the training loss falls to 0.
+# Remedy: more text, or fewer steps. It needs data of its own, which is made in seconds: first run
+# toytown.py, prepare_data.py and tokenizer.py with the same three profiles as pretrain.py.
 out_dir = 'out/broken/memorise'
 data_dir = 'data/broken/memorise'
 
