@@ -444,6 +444,9 @@ if run.device_type == 'cuda':
 catch_signals(run)
 ema_loss = progress['ema_loss'] # running mean of the loss, for the log lines
 n_tokens = progress['n_tokens'] # read so far
+smooth_loss = loss_then = 0.0 # ema_loss, corrected; the same when val_loss was lowest
+lowest_loss = lowest_val = math.inf # of smooth_loss, of val_loss
+n_clipped = 0 # steps in a row
 started = time.time() - progress['seconds'] # as if the run had never been interrupted
 t0 = time.time()
 for step in range(first_step, max_iters + 1):
@@ -453,6 +456,13 @@ for step in range(first_step, max_iters + 1):
         val_text = ' | '.join(f'{name} {value:.4f}' for name, value in val_metrics.items())
         print0(f'step {step:6d} | {val_text}')
         log(step=step, **val_metrics)
+        val_loss = val_metrics['val_loss']
+        if val_loss > 1.03 * lowest_val and smooth_loss < loss_then:
+            print0('warning: val_loss rises while the training loss falls: it memorises: '
+                   f'add data, or lower --max_iters (now {n_epochs:.0f} epochs)')
+        if val_loss < lowest_val:
+            lowest_val = val_loss
+            loss_then = smooth_loss
     if step == max_iters:
         break
 
@@ -521,10 +531,10 @@ for step in range(first_step, max_iters + 1):
 
     # log
     ema_loss = 0.9 * ema_loss + 0.1 * lossf
+    smooth_loss = ema_loss / (1 - 0.9 ** (step + 1)) # corrects the start at 0, as Adam does
     if step % log_interval == 0 or step == max_iters - 1:
         dt = time.time() - t1
         left = (time.time() - t0) / (step + 1 - first_step) * (max_iters - step - 1)
-        smooth_loss = ema_loss / (1 - 0.9 ** (step + 1)) # corrects the start at 0, as Adam does
         speed = flops_per_token * n_seen / dt / run.world_size # FLOP/s of each process
         usage = f'{speed / peak_flops:.0%} MFU' if peak_flops else f'{speed:.1e} FLOP/s'
         print0(f'step {step:6d} | loss {smooth_loss:.4f} | lr {lr:.2e} | norm {norm:.3f} | '
@@ -532,6 +542,27 @@ for step in range(first_step, max_iters + 1):
                f'{(step + 1) / max_iters:.0%}, {left / 60:.1f} min left')
         log(step=step, loss=lossf, lr=lr, norm=norm,
             tokens_per_second=n_seen / dt)
+
+    # symptoms of common mistakes: config/broken has an experiment for each
+    uniform = math.log(vocab_size) # loss of a uniform guess
+    is_late = step == warmup_iters + max(100, min(1000, max_iters // 2))
+    if step == 0 and lossf > 1.1 * uniform and not init_from:
+        print0('warning: the first loss is above that of a uniform guess: lower the std in '
+               'init_weights of model.py')
+    if is_late and smooth_loss > 0.62 * uniform and not init_from:
+        print0('warning: the loss has hardly fallen: raise --learning_rate, or lower it if it is '
+               'far too high')
+    lowest_loss = min(lowest_loss, smooth_loss)
+    if smooth_loss > 1.1 * lowest_loss + 0.2: # more than the noise of small batches
+        print0(f'warning: the loss has risen from {lowest_loss:.2f} to {smooth_loss:.2f}: '
+               'lower --learning_rate, or raise --warmup_iters')
+        lowest_loss = smooth_loss # the next warning only if it rises further
+    n_clipped += 1
+    if step < warmup_iters or not grad_clip or norm < 2 * grad_clip:
+        n_clipped = 0
+    if n_clipped == 100:
+        print0('warning: 100 gradients in a row had twice the norm that grad_clip allows: raise '
+               '--grad_clip, or change --learning_rate')
 
 # -----------------------------------------------------------------------------
 # save

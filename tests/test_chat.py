@@ -432,7 +432,7 @@ def test_openai_form(web):
     cut = call(web, '/v1/chat/completions', dict(ASK, model='sft', stop=stop))['choices'][0]
     assert cut['message']['content'] == texts[0][:texts[0].index(stop)] and cut['finish_reason'] == 'stop'
 
-def test_other_calls(web):
+def test_other_calls(web, monkeypatch):
     ids = [web.chat.get_batch('base').tok.eot, *web.chat.get_batch('base').tok.encode('Anna')]
     [expected] = generate(web.chat.get_batch('base').model, [ids], 3, None, 0)
     body = dict(prompt='Anna', model='base', temperature=0, max_tokens=3)
@@ -451,6 +451,11 @@ def test_other_calls(web):
     # without NaN, which JSON lacks, and without the line that is being written
     assert runs['runs'] == dict(sft=[dict(step=0, loss=2.5), dict(step=1)])
     assert {'base', 'sft', 'reward', 'rlhf'} <= runs['expected'].keys()
+    # an experiment is drawn over the healthy run: the last profile that has curves, as in the report
+    experiment = ['config/tiny.py', 'config/broken/healthy.py', 'config/broken/high_lr.py']
+    monkeypatch.setitem(web.chat.space, 'PROFILES', experiment)
+    healthy = call(web, '/api/curves')['expected']
+    assert healthy.keys() == {'base'} and healthy['base'][-1]['step'] == 200
 
 def test_a_model_that_was_trained_again_is_read_again(web):
     old = web.chat.get_batch('rlhf')

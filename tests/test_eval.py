@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from configurator import configure
 from conftest import ROOT, definitions, fails, user, write_rows
 from model import GPT, GPTConfig, ScalarModel, Tokenizer, load_checkpoint, load_model, read_shard, save_checkpoint
 
@@ -487,6 +489,23 @@ def test_report(trained, scripts, tmp_path):
     assert html.escape(hack) in page and page.count('<figure>') == 2 + 2
     expected = json.loads((ROOT / 'config' / 'curves.json').read_text(encoding='utf-8'))['tiny.py']
     assert f'<td>{expected["base"][-1]["val_loss"]:.3f}</td><td>5.600</td>' in page # beside what was got
+
+CURVES = json.loads((ROOT / 'config' / 'curves.json').read_text(encoding='utf-8'))
+
+@pytest.mark.parametrize('name', CURVES)
+def test_expected_curves_are_those_of_their_profile(name, monkeypatch):
+    """They end at the last step of the profile as it stands there, and start near the loss of a uniform guess."""
+    [path] = ROOT.glob(f'config/**/{name}')
+    profiles = [ROOT / 'config' / 'tiny.py', path]
+    monkeypatch.setattr(sys, 'argv', ['pretrain.py', *map(str, profiles)])
+    settings = configure({'__file__': str(ROOT / 'pretrain.py')}, quiet=True)
+    for stage, rows in CURVES[name].items():
+        steps = [row['step'] for row in rows]
+        assert steps == sorted(steps) and all(math.isfinite(value) for row in rows for value in row.values())
+        if stage == 'base':
+            assert steps[-1] == settings['max_iters']
+            val_losses = [row['val_loss'] for row in rows if 'val_loss' in row]
+            assert len(val_losses) > 1 and min(val_losses) == val_losses[-1] < 0.6 * val_losses[0]
 
 class Page(HTMLParser):
     """The titles of a page; its tags must be closed in order, and nothing in it needs another file or runs."""

@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 from conftest import (MAKES, NEEDS, ROOT, definitions, distance, folder_bytes, kill_at, load, make_mid, make_spec,
                       read_log, stocked)
-from model import GPT, GPTConfig, Tokenizer, load_model, read_shard
+from configurator import configure
+from model import GPT, GPTConfig, Tokenizer, load_model, read_shard, write_shard
 
 @pytest.fixture
 def go(world, scripts, tmp_path):
@@ -208,6 +210,63 @@ def test_sanity(go, world, scripts, tmp_path):
     scripts.fails('sanity: FAIL: loss', *command(world, tmp_path, *flags, '--batch_size=1', '--learning_rate=1e-7'))
     new = folder_bytes(tmp_path)
     assert all(new[path] == old[path] for path in old) # the curve and the checkpoint of a real run
+
+# -----------------------------------------------------------------------------
+# warnings, and the experiments that show what they are about
+
+LARGE_WEIGHTS = """
+import model
+old = model.GPT.init_weights
+def init_weights(self):
+    old(self)
+    self.wte.weight.data *= 50
+model.GPT.init_weights = init_weights
+"""
+LATE = '--max_iters=111' # the step that is 100 after the warm-up is the last one
+
+@pytest.mark.parametrize('warning,before,flags', [
+    ('the first loss is above that of a uniform guess: lower the std in init_weights', LARGE_WEIGHTS, []),
+    (r'the loss has risen from \d+\.\d\d to \d+\.\d\d: lower --learning_rate, or raise --warmup_iters', '',
+     ['--learning_rate=3', '--warmup_iters=0']),
+    ('the loss has hardly fallen: raise --learning_rate', '',
+     [LATE, '--learning_rate=1e-5', '--min_lr=0', '--grad_clip=0']),
+    ('100 gradients in a row had twice the norm .*: raise --grad_clip, or change --learning_rate', '',
+     [LATE, '--grad_clip=0.001'])], ids=['init', 'risen', 'flat', 'clipped'])
+def test_a_common_mistake_is_named(warning, before, flags, go):
+    out = go(*flags, '--eval_interval=1000', '--log_interval=50', before=before)
+    assert re.findall('warning: .*', out) == re.findall(f'warning: {warning}.*', out) != [] # and no other one
+
+def test_memorising_is_named(chain):
+    """The chain reads its few windows 32 times, and val_loss rises in the end. It has no other warning."""
+    smooth, best, then, rises, average = 0, math.inf, 0, [], 0
+    for row in read_log(chain.out / 'base.jsonl'): # a line for each step
+        if 'val_loss' in row:
+            if row['val_loss'] > 1.03 * best and smooth < then:
+                rises.append(row['step'])
+            if row['val_loss'] < best:
+                best, then = row['val_loss'], smooth
+        else:
+            average = 0.9 * average + 0.1 * row['loss']
+            smooth = average / (1 - 0.9 ** (row['step'] + 1))
+    out = chain.said['pretrain'].out
+    text = ('warning: val_loss rises while the training loss falls: it memorises: add data, or lower --max_iters '
+            '(now 32 epochs)')
+    assert re.findall('warning: .*', out) == [text] * len(rises) and rises == [150]
+    assert out.index('step    150 | val_loss') < out.index('warning: ') < out.index('saved ')
+
+BROKEN = ROOT / 'config' / 'broken'
+
+@pytest.mark.parametrize('name', sorted(path.stem for path in BROKEN.glob('*.py')))
+def test_an_experiment_changes_little(name, monkeypatch):
+    """Each has a folder of its own, and differs from the healthy run in a few settings of what its name says."""
+    settings = {}
+    for which in ('healthy', name):
+        profiles = [ROOT / 'config' / 'tiny.py', BROKEN / 'healthy.py', BROKEN / f'{which}.py']
+        monkeypatch.setattr(sys, 'argv', ['pretrain.py', *map(str, profiles)])
+        settings[which] = configure({'__file__': str(ROOT / 'pretrain.py')}, quiet=True)
+    changed = {key for key, value in settings[name].items() if value != settings['healthy'][key]}
+    assert settings[name]['out_dir'] == f'out/broken/{name}'
+    assert len(changed - {'out_dir', 'data_dir'}) <= 2
 
 def test_fp16_with_a_scaler(go, tmp_path, world, scripts):
     assert 'float16' in go('--dtype=float16') and load(tmp_path / 'base.pt')['metrics']['val_loss'] < 5.7
