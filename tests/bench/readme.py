@@ -9,9 +9,10 @@ $ python tests/bench/readme.py --keep=true         # does not delete the copy
 
 It prints ok, failed (with the end of the output) or skipped for each command, and ends with 1 if one
 has failed. Skipped are those that say in their comment that they download something or need a GPU.
-The copy differs in two ways: SMALL is appended to config/tiny.py, and its .venv/bin/python appends
-the flags of LIMITS. Chats and judges get ANSWERS to read; the page is asked one question and then
-stopped with Ctrl-C. A forked process has torch at once, so a command takes seconds. Not for Windows.
+The copy differs in two ways: SMALL is appended to config/tiny.py, and its .venv/bin/python replaces
+the numbers of the flags in LIMITS and appends those of MORE. A chat gets QUESTION to read, a judge
+VERDICTS; the page is asked once and then stopped with Ctrl-C. A forked process has torch at once, so
+a command takes seconds. Not for Windows.
 """
 import os
 os.environ['OMP_NUM_THREADS'] = '1' # a forked process cannot use its parent's threads
@@ -29,20 +30,18 @@ toytown = dict(n_people=20, n_pages=250, n_books=60, n_lessons=40, n_faults=20, 
                n_preferences=60, n_prompts=80, n_val=20)
 tokenizer = dict(vocab_size=600, processes=2)
 pretrain = dict(arch='llama', n_layer=2, n_head=4, n_embd=32, block_size=160, batch_size=8,
-                learning_rate=1e-2, warmup_iters=2, eval_iters=2, optimizer='muon')
+                learning_rate=1e-2, warmup_iters=2, eval_iters=2, max_iters=40, optimizer='muon')
 sft = dict(epochs=4, batch_size=8, learning_rate=5e-3, eval_prompts=8, max_new_tokens=16)
 reward = dict(epochs=1, batch_size=8, sample_prompts=24, sample_answers=4, max_new_tokens=16)
-rlhf = dict(batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=16, eval_prompts=8)
+rlhf = dict(max_iters=2, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=16,
+            eval_prompts=8, sample_interval=1)
 eval = dict(val_tokens=2000, n_prompts=16, pool_prompts=2, max_new_tokens=16, limit=10, n_robust=4)
 '''
-# the last flag wins: these replace larger numbers in a command
-LIMITS = dict(
-    pretrain=['--max_iters=40'],
-    rlhf=['--max_iters=2', '--eval_prompts=8', '--sample_interval=1'],
-    reward=['--sample_prompts=24', '--sample_answers=4'],
-    eval=['--judge_pairs=2'],
-    scaling=['--widths=(16, 32, 48)', '--steps=(4, 8, 12)'])
-ANSWERS = 'Who are you?\n' + 'a>b>c\n' * 60 + 'a\n' * 60 # a question, rankings, comparisons
+# smaller numbers for the flags of a command, and more flags for a script
+LIMITS = dict(max_iters=40, sample_prompts=24, judge_pairs=2)
+MORE = dict(scaling=['--widths=(16, 32, 48)', '--steps=(4, 8, 12)'])
+QUESTION = 'Who are you?\n'
+VERDICTS = 'a>b\na>b>c\na>b>c>d\n' * 30 + 'a\n' * 30 # rankings, comparisons
 
 # How .venv/bin/python of the copy begins a script: it asks the server below for a forked process.
 CLIENT = '''#!{python} -IS
@@ -51,10 +50,13 @@ words = sys.argv[1:]
 stem = os.path.basename(words[0])[:-3] if words else ''
 if stem not in {stems!r}: # configurator.py, -m, -c
     os.execv({python!r}, [{python!r}, *words])
-if not ('--estimate' in ' '.join(words) or '--sanity' in ' '.join(words)):
-    words += {limits!r}.get(stem, [])
-    if '--judge_pairs=' not in ' '.join(words[:-1]) and stem == 'eval':
-        words.pop()
+limits = {limits!r}
+for i, word in enumerate(words):
+    flag, equals, _ = word.partition('=')
+    if flag.lstrip('-') in limits:
+        words[i] = flag + '=' + str(limits[flag.lstrip('-')])
+if '--estimate' not in ' '.join(words):
+    words += {more!r}.get(stem, [])
 job = dict(words=words, cwd=os.getcwd(), env=dict(os.environ))
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
@@ -125,7 +127,8 @@ def make_copy(folder):
     bin.mkdir(parents=True)
     stems = sorted(path.stem for path in ROOT.glob('*.py') if path.stem not in ('model', 'configurator'))
     files = dict(
-        python=CLIENT.format(python=sys.executable, stems=stems, limits=LIMITS, path=str(folder / 'socket')),
+        python=CLIENT.format(
+            python=sys.executable, stems=stems, limits=LIMITS, more=MORE, path=str(folder / 'socket')),
         torchrun=f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
         activate=f'export PATH="{bin}:$PATH"\n')
     for name, text in files.items():
@@ -197,7 +200,7 @@ def run(command, folder):
     env = dict(os.environ, PATH=f'{folder}/.venv/bin:' + os.environ['PATH'])
     with open(folder / 'answers.txt', 'w+', encoding='utf-8') as answers, \
             open(folder / 'printed.txt', 'w+', encoding='utf-8', errors='replace') as printed:
-        answers.write(ANSWERS)
+        answers.write(VERDICTS if 'judge' in command else QUESTION)
         answers.seek(0)
         process = subprocess.Popen(
             ['bash', '-c', line], cwd=folder, env=env, stdin=answers, stdout=printed,
