@@ -151,7 +151,7 @@ def make_own_files(folder):
 def commands(text):
     """Each command of a text, and its comment: those in indented lines, and those in `...`."""
     text = re.sub(r'```.*?```', '', text, flags=re.S)
-    begin = r'(?:\w+=\S+ )?(?:python|bash|torchrun|source|cp|diff) '
+    begin = r'(?:\w+=\S+ )?(?:python|pip|bash|torchrun|source|cp|diff) '
     seen = set()
     for found in re.finditer(rf'^    ({begin}.*)$|`({begin}[^`]+|\w+\.py [^`]+)`', text, re.M):
         command, _, comment = (found[1] or ' '.join(found[2].split())).partition(' #')
@@ -195,6 +195,8 @@ def run(command, folder):
         line += f' --port={port}'
     if command == 'bash tests/run.sh':
         line += ' tests/test_course.py' # of all tests these
+    if command == 'python -m venv .venv':
+        line = 'python -m venv --without-pip another_venv' # .venv is there
     if 'notes.txt' in command:
         make_own_files(folder)
     env = dict(os.environ, PATH=f'{folder}/.venv/bin:' + os.environ['PATH'])
