@@ -227,7 +227,8 @@ if init_from:
     config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
     model_args = ckpt['model_args']
     assert Tokenizer(ckpt['tokenizer']).hash == tok.hash, (
-        f'{init_from} has another tokenizer than {tok_path}: encode the data with the former')
+        f'{init_from} has another tokenizer than {tok_path}: encode the data with its own, '
+        f'`python tokenizer.py --data_dir={data_dir} --use=ITS_TOKENIZER.json`')
     assert block_size <= model_args['block_size'], (
         f'{init_from} has a context of {model_args["block_size"]} tokens, not {block_size}: '
         f'--block_size={model_args["block_size"]}')
