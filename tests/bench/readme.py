@@ -2,17 +2,17 @@
 Does every command of README.md and COURSE.md work as it is written? Each one is run by bash, in the
 order of the text, in a temporary copy of the project with a small world and a small model.
 
-$ python tests/bench/readme.py                     # all, about 10 minutes
-$ python tests/bench/readme.py COURSE.md           # one text: first makes the models with speedrun.sh
-$ python tests/bench/readme.py README.md --only=convert    # only commands that hold this text
-$ python tests/bench/readme.py --keep=true         # does not delete the copy
+$ python tests/bench/readme.py                  # all: 10 minutes on two quiet cores
+$ python tests/bench/readme.py COURSE.md        # one text; speedrun.sh makes its models first
+$ python tests/bench/readme.py --only=convert   # only the commands that hold this text
+$ python tests/bench/readme.py --keep=FOLDER    # the copy is there, stays, and can be used again
 
-It prints ok, failed (with the end of the output) or skipped for each command, and ends with 1 if one
-has failed. Skipped are those that say in their comment that they download something or need a GPU.
+It prints ok, failed (with the end of the output) or skipped for each command, and ends with 1 if
+one has failed. Skipped are those whose comment says that they download something or need a GPU.
 The copy differs in two ways: SMALL is appended to config/tiny.py, and its .venv/bin/python replaces
 the numbers of the flags in LIMITS and appends those of MORE. A chat gets QUESTION to read, a judge
-VERDICTS; the page is asked once and then stopped with Ctrl-C. A forked process has torch at once, so
-a command takes seconds. Not for Windows.
+VERDICTS; the page is asked once and then stopped with Ctrl-C. A forked process has torch at once,
+so a command takes seconds. Not for Windows.
 """
 import os
 os.environ['OMP_NUM_THREADS'] = '1' # a forked process cannot use its parent's threads
@@ -120,15 +120,17 @@ def serve(listener):
 # the copy
 
 def make_copy(folder):
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    ignore = shutil.ignore_patterns(*LEFT_OUT)
+    shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
     with open(folder / 'config/tiny.py', 'a', encoding='utf-8') as f:
         f.write(SMALL)
     bin = folder / '.venv/bin'
-    bin.mkdir(parents=True)
-    stems = sorted(path.stem for path in ROOT.glob('*.py') if path.stem not in ('model', 'configurator'))
+    bin.mkdir(parents=True, exist_ok=True)
+    stems = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
     files = dict(
         python=CLIENT.format(
-            python=sys.executable, stems=stems, limits=LIMITS, more=MORE, path=str(folder / 'socket')),
+            python=sys.executable, stems=stems, limits=LIMITS, more=MORE,
+            path=str(folder / 'socket')),
         torchrun=f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
         activate=f'export PATH="{bin}:$PATH"\n')
     for name, text in files.items():
@@ -163,13 +165,14 @@ def commands(text):
             yield command, comment.strip()
 
 def is_skipped(comment):
-    return re.search(r'\bdownloads\b|\bneeds? (a GPU|\w+ GPUs|the network)\b', comment) is not None
+    return re.search(r'\bdownloads\b|\bneeds (a GPU|\d+ GPUs)\b', comment) is not None
 
 def ask_page(process, port):
     """One question over the API, then Ctrl-C. Returns the answer."""
     body = json.dumps(dict(messages=[dict(role='user', content='Who are you?')], max_tokens=8))
     request = urllib.request.Request(
-        f'http://127.0.0.1:{port}/v1/chat/completions', body.encode(), {'Content-Type': 'application/json'})
+        f'http://127.0.0.1:{port}/v1/chat/completions', body.encode(),
+        {'Content-Type': 'application/json'})
     end = time.monotonic() + 120
     while True:
         try:
@@ -223,10 +226,15 @@ def run(command, folder):
     return code in good and 'Traceback' not in text and 'no answer' not in text, text
 
 if __name__ == '__main__':
-    texts = [word for word in sys.argv[1:] if not word.startswith('--')] or ['README.md', 'COURSE.md']
-    flags = dict(word.removeprefix('--').split('=', 1) for word in sys.argv[1:] if word.startswith('--'))
+    texts = [word for word in sys.argv[1:] if not word.startswith('--')]
+    texts = texts or ['README.md', 'COURSE.md']
+    flags = {}
+    for word in sys.argv[1:]:
+        if word.startswith('--'):
+            name, _, value = word[2:].partition('=')
+            flags[name] = value
     unknown = [name for name in flags if name not in ('only', 'keep')]
-    assert not unknown, f'no flag {unknown[0]}: there are --only=TEXT --keep=true'
+    assert not unknown, f'no flag {unknown[0]}: there are --only=TEXT --keep=FOLDER'
     todo = [('', 'bash speedrun.sh', '')] # all later commands need it
     for name in texts:
         for command, comment in commands((ROOT / name).read_text(encoding='utf-8')):
@@ -234,9 +242,9 @@ if __name__ == '__main__':
             if is_wanted and command not in [done for _, done, _ in todo]:
                 todo.append((name, command, comment))
 
-    base = Path(tempfile.mkdtemp(prefix='readme_'))
-    folder = base / 'copy'
+    folder = Path(flags.get('keep') or tempfile.mkdtemp(prefix='readme_')).absolute()
     make_copy(folder)
+    (folder / 'socket').unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / 'socket'))
     listener.listen()
@@ -258,8 +266,6 @@ if __name__ == '__main__':
             print('\n'.join('    ' + line for line in printed.split('\n')[-12:]), flush=True)
     os.kill(server, signal.SIGTERM)
     print(', '.join(f'{n} {verdict}' for verdict, n in counts.items()), f'of {len(todo)} commands')
-    if flags.get('keep') == 'true':
-        print(f'the copy is {folder}')
-    else:
-        shutil.rmtree(base)
+    if 'keep' not in flags:
+        shutil.rmtree(folder)
     sys.exit(1 if counts['failed'] else 0)
