@@ -102,6 +102,7 @@ def serve(listener):
             continue
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         listener.close()
+        # the client's stdin, stdout and stderr become those of the script
         _, files, _, _ = socket.recv_fds(client, 1, 3)
         job = json.loads(client.makefile().readline())
         pid = os.fork()
@@ -124,6 +125,7 @@ def make_copy(folder):
     shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
     with open(folder / 'config/tiny.py', 'a', encoding='utf-8') as f:
         f.write(SMALL)
+    # A .venv of the copy's own: its Python is the client, and speedrun.sh finds nothing to install.
     bin = folder / '.venv/bin'
     bin.mkdir(parents=True, exist_ok=True)
     stems = {path.stem for path in ROOT.glob('*.py')} - {'model', 'configurator'}
@@ -152,13 +154,13 @@ def make_own_files(folder):
 
 def commands(text):
     """Each command of a text, and its comment: those in indented lines, and those in `...`."""
-    text = re.sub(r'```.*?```', '', text, flags=re.S)
+    text = re.sub(r'```.*?```', '', text, flags=re.S) # diffs are not commands
     begin = r'(?:\w+=\S+ )?(?:python|pip|bash|torchrun|source|cp|diff) '
     seen = set()
     for found in re.finditer(rf'^    ({begin}.*)$|`({begin}[^`]+|\w+\.py [^`]+)`', text, re.M):
         command, _, comment = (found[1] or ' '.join(found[2].split())).partition(' #')
         command = command.strip()
-        if re.match(r'\w+\.py ', command):
+        if re.match(r'\w+\.py ', command): # in a sentence, `rlhf.py config/tiny.py` is enough
             command = 'python ' + command
         if command not in seen:
             seen.add(command)
@@ -183,7 +185,7 @@ def ask_page(process, port):
             if time.monotonic() > end or process.poll() is not None:
                 answer = f'no answer: {e}'
                 break
-            time.sleep(0.2)
+            time.sleep(0.2) # the server is not there yet
     os.killpg(process.pid, signal.SIGINT)
     return answer
 
@@ -207,6 +209,7 @@ def run(command, folder):
             open(folder / 'printed.txt', 'w+', encoding='utf-8', errors='replace') as printed:
         answers.write(VERDICTS if 'judge' in command else QUESTION)
         answers.seek(0)
+        # a session of its own, so that Ctrl-C reaches bash and all that it has started
         process = subprocess.Popen(
             ['bash', '-c', line], cwd=folder, env=env, stdin=answers, stdout=printed,
             stderr=subprocess.STDOUT, start_new_session=True)
@@ -220,9 +223,9 @@ def run(command, folder):
         text = f'exit code {code}\n{printed.read()}\n{answer}'
     good = {0}
     if command.startswith('diff '):
-        good = {0, 1}
+        good = {0, 1} # 1: the files differ
     if is_page:
-        good = {0, 130}
+        good = {0, 130} # 130: Ctrl-C
     return code in good and 'Traceback' not in text and 'no answer' not in text, text
 
 if __name__ == '__main__':
