@@ -903,7 +903,8 @@ def open_log(path, first_step):
 
     def log(**numbers):
         if RANK == 0:
-            assert os.path.exists(mark), f'another run has started to write {path}: this one ends'
+            assert os.path.exists(mark), (
+                f'another run has started to write {path}: this one ends, use another --out_dir')
             with open(path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(numbers) + '\n')
     return log

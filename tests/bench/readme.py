@@ -32,7 +32,7 @@ tokenizer = dict(vocab_size=600, processes=2)
 pretrain = dict(arch='llama', n_layer=2, n_head=4, n_embd=32, block_size=160, batch_size=8,
                 learning_rate=1e-2, warmup_iters=2, eval_iters=2, max_iters=40, optimizer='muon')
 sft = dict(epochs=4, batch_size=8, learning_rate=5e-3, eval_prompts=8, max_new_tokens=16)
-reward = dict(epochs=1, batch_size=8, sample_prompts=24, sample_answers=4, max_new_tokens=16)
+reward = dict(epochs=1, batch_size=8, sample_prompts=0, sample_answers=4, max_new_tokens=16)
 rlhf = dict(max_iters=2, batch_size=16, minibatch_size=8, micro_batch_size=8, max_new_tokens=16,
             eval_prompts=8, sample_interval=1)
 eval = dict(val_tokens=2000, n_prompts=16, pool_prompts=2, max_new_tokens=16, limit=10, n_robust=4)
