@@ -39,7 +39,7 @@ eval = dict(val_tokens=2000, n_prompts=16, pool_prompts=2, max_new_tokens=16, li
 '''
 # smaller numbers for the flags of a command, and more flags for a script
 LIMITS = dict(max_iters=40, sample_prompts=24, judge_pairs=2)
-MORE = dict(scaling=['--widths=(16, 32, 48)', '--steps=(4, 8, 12)'])
+MORE = dict(scaling=['--widths=(32, 48, 64)', '--steps=(4, 8, 12)'])
 QUESTION = 'Who are you?\n'
 VERDICTS = 'a>b\na>b>c\na>b>c>d\n' * 30 + 'a\n' * 30 # rankings, comparisons
 
