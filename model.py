@@ -233,7 +233,7 @@ class GPT(nn.Module):
     def hidden(self, idx, pos=None, mask=None, cache=None):
         """idx (B, T) -> normed hidden vectors (B, T, C). cache: a KVCache of the tokens before idx.
         If rows are padded on the left: pos (B, T) positions, mask (B, S) True at real tokens. If rows
-    hold several texts: pos (B, T), mask (B, T, S) True where query and key are of one text."""
+        hold several texts: pos (B, T), mask (B, T, S) True where query and key are in one text."""
         start = 0 if cache is None else cache.n
         S = start + idx.size(1)
         assert S <= self.config.block_size, f'{S} tokens > block_size {self.config.block_size}'
@@ -848,7 +848,9 @@ def read_jsonl(path, is_log=False):
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as e:
         if is_log and not text.endswith('\n'):
             return
-        raise AssertionError(f'{path}:{line}: not a JSON line, or damaged after it: {e}') from None
+        why = getattr(e, 'msg', e) # the rest of a JSON error counts lines within this one
+        raise AssertionError(f'{path}:{line}: not a JSON line, or damaged after it ({why}): '
+                             'mend this line or delete it') from None
 
 def write_jsonl(path, rows):
     """Write one object a line. A .gz has no time stamp: the same rows give the same bytes."""
@@ -901,7 +903,8 @@ def open_log(path, first_step):
 
     def log(**numbers):
         if RANK == 0:
-            assert os.path.exists(mark), f'another run has started to write {path}: this one ends'
+            assert os.path.exists(mark), (
+                f'another run has started to write {path}: this one ends, use another --out_dir')
             with open(path, 'a', encoding='utf-8') as f:
                 f.write(json.dumps(numbers) + '\n')
     return log
@@ -964,7 +967,8 @@ def load_checkpoint(path, stages, command):
         with torch.device('meta'): # tensors without memory
             model = ScalarModel(config) if stage == 'reward' else GPT(config)
         model.load_state_dict(weights, assign=True) # checks names and shapes
-    assert stage in stages, f'{path} is of stage {stage}, not {" or ".join(stages)}: `{command}`'
+    assert stage in stages, (
+        f'{path} is of stage {stage}, not {" or ".join(stages)}: make one with `{command}`')
     return ckpt
 
 def load_model(ckpt, device, kind=GPT):

@@ -62,10 +62,10 @@ keep_dropped = 20           # how many dropped documents to keep per reason in d
 seed = 1337                 # random seed for the choice of documents
 # the steps, with the source of each threshold
 filters = 'url,language,repetition,quality,c4,fineweb,pii,dedup,decontaminate' # steps to run
-curated = 'books,lessons,github,wikipedia,arxiv,stackexchange,shakespeare' # not judged for quality
+curated = 'books,lessons,github,wikipedia,arxiv,stackexchange,shakespeare' # no quality filter
 blocked_hosts = ('free-prizes.example,spamfarm.example,click-here.example,'
-                 'malware-zone.example') # hosts, or files that list hosts
-blocked_words = 'casino,poker,porn,sex,xxx,viagra,betting,jackpot' # whole words in a URL
+                 'malware-zone.example') # remove their pages; or files that list hosts
+blocked_words = 'casino,poker,porn,sex,xxx,viagra,betting,jackpot' # words in a URL: page removed
 languages = 'en'            # languages to keep, as in en,de; config/languages.json has all of them
 min_language = 0.65         # lowest language score, 0..1 (FineWeb: 0.65 of fastText's score)
 max_repeated_lines = (0.3, 0.2) # Gopher (Rae et al. 2021): share of duplicate lines, of characters

@@ -3,9 +3,9 @@ Stage 1: pretraining. The model learns the language, and the facts in the docume
 each next token. This takes most of the compute of the recipe. The result is a base model: it
 continues documents, it does not answer questions.
 
-Mid-training is the same again, if it is wanted: one pass over conversations and some documents,
-from the base model on, with lower learning rates. The model meets the form of the conversations,
-and many more of them than SFT needs (Hu et al. 2024: high-quality data belongs into the decay).
+Mid-training (optional) does the same once more: it starts from the base model and makes one pass
+over conversations and some documents, with lower learning rates. The model meets the form of the
+conversations, and more of them than SFT needs (Hu et al. 2024: the best data belongs at the end).
 
 Reads   data_dir/train_*.bin, data_dir/val_*.bin, data_dir/tokenizer.json
 Writes  out_dir/base.pt, out_dir/base.jsonl (the curve), out_dir/base.resume.pt while it runs
@@ -227,7 +227,8 @@ if init_from:
     config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
     model_args = ckpt['model_args']
     assert Tokenizer(ckpt['tokenizer']).hash == tok.hash, (
-        f'{init_from} has another tokenizer than {tok_path}: encode the data with the former')
+        f'{init_from} has another tokenizer than {tok_path}: encode the data with its own, '
+        f'`python tokenizer.py --data_dir={data_dir} --use=ITS_TOKENIZER.json`')
     assert block_size <= model_args['block_size'], (
         f'{init_from} has a context of {model_args["block_size"]} tokens, not {block_size}: '
         f'--block_size={model_args["block_size"]}')

@@ -72,9 +72,9 @@ max_new_tokens = 64         # maximum length of an answer
 temperature = 1.0           # sampling temperature
 labeller_noise = 0.2        # the labeller sees the gold score plus N(0, labeller_noise)
 # training
-share = 1.0                 # share of the training rankings to learn from; 0.1, 0.3, 1.0: a curve
+share = 1.0                 # share of the training rankings to learn from
 objective = 'reward'        # reward: a model that gives scores; dpo: a policy
-beta = 0.1                  # dpo: score of a nat of difference from the SFT model
+beta = 0.1                  # dpo: KL coefficient; higher = stays closer to the SFT model
 epochs = 1                  # passes over the training data
 batch_size = 8              # examples in a micro-batch on each process; lower it to save memory
 total_batch_size = 0        # examples in a step, all processes; 0 = one micro-batch on each process

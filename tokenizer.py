@@ -37,7 +37,7 @@ use = ''                   # encode with this tokenizer.json (of a trained model
 mid_chats = 0              # mid-training: chat_train.jsonl this many times, as sft.py renders it
 mid_text = 0.1             # mid-training: and this share of the documents, so less is forgotten
 train_chars = 0            # learn from this many characters, an equal share of each file (0 = all)
-max_chunks = 2_000_000     # keep at most this many distinct chunks, forget the rarest (0 = all)
+max_chunks = 2_000_000     # keep at most this many distinct words, forget the rarest (0 = all)
 shard_tokens = 100_000_000 # max tokens in a .bin file; documents are never cut (0 = one file)
 processes = 0              # processes that count, and threads that encode (0 = one per core)
 seed = 1337                # order of the documents in the shards
