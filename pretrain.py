@@ -371,6 +371,48 @@ if pipeline:
     pipe = Pipeline(raw_model)
 
 # -----------------------------------------------------------------------------
+# symptoms of common mistakes: config/broken has an experiment for each
+class Symptoms:
+    """Watches the losses and the gradient norms, and prints warnings with a remedy."""
+
+    def __init__(self):
+        self.lowest_loss = math.inf # of the running mean of the training loss
+        self.lowest_val = math.inf
+        self.loss_then = math.inf # training loss when the validation loss was lowest
+        self.n_clipped = 0 # steps in a row
+
+    def after_evaluation(self, val_loss, smooth_loss):
+        if val_loss > 1.03 * self.lowest_val and smooth_loss < self.loss_then:
+            print0('warning: val_loss rises while the training loss falls: it memorises: '
+                   f'add data, or lower --max_iters (now {n_epochs:.0f} epochs)')
+        if val_loss < self.lowest_val:
+            self.lowest_val = val_loss
+            self.loss_then = smooth_loss
+
+    def after_step(self, step, loss, smooth_loss, norm):
+        uniform = math.log(vocab_size) # loss of a uniform guess
+        is_late = step == warmup_iters + max(100, min(1000, max_iters // 2))
+        if step == 0 and loss > 1.1 * uniform and not init_from:
+            print0('warning: the first loss is above that of a uniform guess: lower the std in '
+                   'init_weights of model.py')
+        if is_late and smooth_loss > 0.62 * uniform and not init_from:
+            print0('warning: the loss has hardly fallen: raise --learning_rate, or lower it if it '
+                   'is far too high')
+        self.lowest_loss = min(self.lowest_loss, smooth_loss)
+        if smooth_loss > 1.1 * self.lowest_loss + 0.2: # more than the noise of small batches
+            print0(f'warning: the loss has risen from {self.lowest_loss:.2f} to {smooth_loss:.2f}: '
+                   'lower --learning_rate, or raise --warmup_iters')
+            self.lowest_loss = smooth_loss # the next warning only if it rises further
+        self.n_clipped += 1
+        if step < warmup_iters or not grad_clip or norm < 2 * grad_clip:
+            self.n_clipped = 0
+        if self.n_clipped == 100:
+            print0('warning: 100 gradients in a row had twice the norm that grad_clip allows: '
+                   'raise --grad_clip, or change --learning_rate')
+
+symptoms = Symptoms()
+
+# -----------------------------------------------------------------------------
 # optimizer, and the state of an interrupted run
 if fsdp:
     shard(raw_model, run)
@@ -445,9 +487,7 @@ if run.device_type == 'cuda':
 catch_signals(run)
 ema_loss = progress['ema_loss'] # running mean of the loss, for the log lines
 n_tokens = progress['n_tokens'] # read so far
-smooth_loss = loss_then = 0.0 # ema_loss, corrected; the same when val_loss was lowest
-lowest_loss = lowest_val = math.inf # of smooth_loss, of val_loss
-n_clipped = 0 # steps in a row
+smooth_loss = 0.0 # ema_loss, corrected
 started = time.time() - progress['seconds'] # as if the run had never been interrupted
 t0 = time.time()
 for step in range(first_step, max_iters + 1):
@@ -457,13 +497,7 @@ for step in range(first_step, max_iters + 1):
         val_text = ' | '.join(f'{name} {value:.4f}' for name, value in val_metrics.items())
         print0(f'step {step:6d} | {val_text}')
         log(step=step, **val_metrics)
-        val_loss = val_metrics['val_loss']
-        if val_loss > 1.03 * lowest_val and smooth_loss < loss_then:
-            print0('warning: val_loss rises while the training loss falls: it memorises: '
-                   f'add data, or lower --max_iters (now {n_epochs:.0f} epochs)')
-        if val_loss < lowest_val:
-            lowest_val = val_loss
-            loss_then = smooth_loss
+        symptoms.after_evaluation(val_metrics['val_loss'], smooth_loss)
     if step == max_iters:
         break
 
@@ -544,26 +578,7 @@ for step in range(first_step, max_iters + 1):
         log(step=step, loss=lossf, lr=lr, norm=norm,
             tokens_per_second=n_seen / dt)
 
-    # symptoms of common mistakes: config/broken has an experiment for each
-    uniform = math.log(vocab_size) # loss of a uniform guess
-    is_late = step == warmup_iters + max(100, min(1000, max_iters // 2))
-    if step == 0 and lossf > 1.1 * uniform and not init_from:
-        print0('warning: the first loss is above that of a uniform guess: lower the std in '
-               'init_weights of model.py')
-    if is_late and smooth_loss > 0.62 * uniform and not init_from:
-        print0('warning: the loss has hardly fallen: raise --learning_rate, or lower it if it is '
-               'far too high')
-    lowest_loss = min(lowest_loss, smooth_loss)
-    if smooth_loss > 1.1 * lowest_loss + 0.2: # more than the noise of small batches
-        print0(f'warning: the loss has risen from {lowest_loss:.2f} to {smooth_loss:.2f}: '
-               'lower --learning_rate, or raise --warmup_iters')
-        lowest_loss = smooth_loss # the next warning only if it rises further
-    n_clipped += 1
-    if step < warmup_iters or not grad_clip or norm < 2 * grad_clip:
-        n_clipped = 0
-    if n_clipped == 100:
-        print0('warning: 100 gradients in a row had twice the norm that grad_clip allows: raise '
-               '--grad_clip, or change --learning_rate')
+    symptoms.after_step(step, lossf, smooth_loss, norm)
 
 # -----------------------------------------------------------------------------
 # save

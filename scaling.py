@@ -22,7 +22,7 @@ What would spoil the law: one learning rate for all widths, text that is read tw
 the head and attention (half of all in such small models), a run that stops before its schedule
 ends (half-way, a long run has a higher loss than a run of half the length at its end).
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure, read_profile # first: makes Ctrl-C one line
 import collections
 import copy
 import functools
@@ -32,7 +32,6 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -441,7 +440,8 @@ if estimate:
 # a run: pretrain.py with config/scaling.py and some flags
 HERE = Path(__file__).resolve().parent
 PROFILE = HERE / 'config/scaling.py'
-shared = runpy.run_path(str(PROFILE))['pretrain'] # settings of all runs
+changes = read_profile(PROFILE, ['pretrain'])
+shared = {name: value for _, stage, name, value in changes if stage == 'pretrain'} # of all runs
 block_size = shared['block_size']
 tokens_per_step = shared['batch_size'] * block_size
 tok = Tokenizer.load(f'{data_dir}/tokenizer.json')

@@ -1,6 +1,7 @@
 """prepare_data.py, input: a server that does everything wrong, each public form by hand, files of every kind, WARC."""
 import collections
 import contextlib
+import glob
 import gzip
 import http.server
 import itertools
@@ -215,6 +216,8 @@ def test_a_download_that_fails_ends_the_others(server, tmp_path, monkeypatch):
     def endless(handler):
         server.log.append(handler.path)
         if handler.path == '/c4-01-of.gz' and server.log.count(handler.path) > 1:
+            while not glob.glob(f'{tmp_path}/raw/c4/c4-00-of.gz.*.part') and not server.hang.wait(0.01):
+                pass # until a piece of the other file is here
             return handler.answer(404, {})
         with contextlib.suppress(OSError): # the client hangs up
             handler.answer(206, {'Content-Range': 'bytes 0-999999999/1000000000'}, bytes(10**9 and 1 << 16))
