@@ -11,6 +11,7 @@ import queue
 import re
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -110,7 +111,7 @@ class Server:
     def __init__(self):
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONUTF8': '1'}
         self.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=env)
+                                        env=env, start_new_session=True)
 
     def run(self, job, timeout=120):
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
@@ -136,8 +137,17 @@ class Scripts:
         server = self.free.get()
         job = dict(paths, script=str(ROOT / script), args=[str(a) for a in args], cwd=str(cwd or self.folder),
                    env={k: str(v) for k, v in env.items()}, before=before, after=after)
-        code = server.run(job)
-        self.free.put(server)
+        try:
+            code = server.run(job)
+        except AssertionError: # it waits for a script that does not end: the next test gets a new server
+            os.killpg(server.process.pid, signal.SIGKILL)
+            server.process.wait()
+            self.servers.remove(server)
+            server = Server()
+            self.servers.append(server)
+            raise
+        finally:
+            self.free.put(server)
         out, err = (Path(paths[k]).read_text(encoding='utf-8', errors='replace') for k in ('out', 'err'))
         return SimpleNamespace(code=code, out=out, err=err)
 
