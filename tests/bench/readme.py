@@ -203,7 +203,8 @@ def run(command, folder):
     if command == 'bash speedrun.sh --seed=2':
         line += ' && bash speedrun.sh' # or the next commands meet the other seed's data
     if command == 'python -m venv .venv':
-        line = 'python -m venv --without-pip another_venv' # .venv is there
+        # .venv is there; and who has no bash starts without data and models
+        line = 'rm -r data out && python -m venv --without-pip another_venv'
     if 'notes.txt' in command:
         make_own_files(folder)
     env = dict(os.environ, PATH=f'{folder}/.venv/bin:' + os.environ['PATH'])
