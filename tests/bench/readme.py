@@ -2,7 +2,7 @@
 Does every command of README.md and COURSE.md work as it is written? Each one is run by bash, in the
 order of the text, in a temporary copy of the project with a small world and a small model.
 
-$ python tests/bench/readme.py                  # all: 10 minutes on two quiet cores
+$ python tests/bench/readme.py                  # all: 5 minutes on two cores
 $ python tests/bench/readme.py COURSE.md        # one text; speedrun.sh makes its models first
 $ python tests/bench/readme.py --only=convert   # only the commands that hold this text
 $ python tests/bench/readme.py --keep=FOLDER    # the copy is there, stays, and can be used again
