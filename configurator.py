@@ -181,8 +181,7 @@ def print_error(kind, error, trace):
     elif isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
         line = f'error: {error.filename or "output"}: {error.strerror}'
     elif isinstance(error, ModuleNotFoundError) and is_ours:
-        line = (f'error: {sys.executable} has no package {error.name}: make .venv with '
-                '`bash speedrun.sh setup`, then `source .venv/bin/activate`')
+        line = f'error: {text} in {sys.executable}: make and activate .venv, see README.md'
     elif isinstance(error, MemoryError) or 'out of memory' in text or 'allocate memory' in text:
         line = 'error: out of memory: lower --batch_size, --micro_batch_size or --block_size'
     elif isinstance(error, KeyboardInterrupt):

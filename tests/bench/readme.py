@@ -2,7 +2,7 @@
 Does every command of README.md and COURSE.md work as it is written? Each one is run by bash, in the
 order of the text, in a temporary copy of the project with a small world and a small model.
 
-$ python tests/bench/readme.py                  # all: 10 minutes on two quiet cores
+$ python tests/bench/readme.py                  # all: 5 minutes on two cores
 $ python tests/bench/readme.py COURSE.md        # one text; speedrun.sh makes its models first
 $ python tests/bench/readme.py --only=convert   # only the commands that hold this text
 $ python tests/bench/readme.py --keep=FOLDER    # the copy is there, stays, and can be used again
@@ -203,7 +203,8 @@ def run(command, folder):
     if command == 'bash speedrun.sh --seed=2':
         line += ' && bash speedrun.sh' # or the next commands meet the other seed's data
     if command == 'python -m venv .venv':
-        line = 'python -m venv --without-pip another_venv' # .venv is there
+        # .venv is there; and who has no bash starts without data and models
+        line = 'rm -r data out && python -m venv --without-pip another_venv'
     if 'notes.txt' in command:
         make_own_files(folder)
     env = dict(os.environ, PATH=f'{folder}/.venv/bin:' + os.environ['PATH'])
