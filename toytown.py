@@ -74,7 +74,8 @@ def fill_slot(match, slots):
         if isinstance(value, dict): # {next}: the page turns to another person, with other facts
             slots.update(value)
             return ''
-        value = expand(value, slots)
+        if '{' in value: # most entries are plain words
+            value = expand(value, slots)
         if label:
             slots[label_key] = value
     text = str(value)
