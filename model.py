@@ -763,7 +763,7 @@ def setup(config, allow_fp16=False):
     allowed = ['float32', 'bfloat16', 'float16'] if allow_fp16 else ['float32', 'bfloat16']
     assert dtype in allowed, f"dtype must be 'auto' or one of {allowed}, not {dtype!r}"
     torch.manual_seed(config['seed'])
-    config['world_size'] = world_size # batches depend on it, so a resumed run must have as many
+    config['world_size'] = world_size
     run = SimpleNamespace(device=torch.device(device), device_type=device_type, rank=RANK,
                           dtype=getattr(torch, dtype), world_size=world_size, master=RANK == 0)
     run.stop = False
