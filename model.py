@@ -99,13 +99,12 @@ class Attention(nn.Module):
             # 2022), so its keys must know the token before them. In plain attention they learn it
             # from an earlier layer. With shifted keys a small model learns to copy much sooner.
             qk, shifted = qk.split([H + H_kv // 2, H_kv - H_kv // 2], dim=1)
-            first = torch.zeros_like(shifted[:, :, :1])
+            before = shifted.roll(1, dims=2)
             if cache is not None:
-                first = cache.last_keys[layer].clone() # the next line overwrites it
+                before[:, :, :1] = cache.last_keys[layer]
                 cache.last_keys[layer] = shifted[:, :, -1:]
-            shifted = torch.cat((first, shifted[:, :, :-1]), dim=2)
             exists = (pos > 0).view(-1, 1, T, 1)          # nothing stands before the first token
-            qk = torch.cat((qk, shifted * exists), dim=1)
+            qk = torch.cat((qk, before * exists), dim=1)
         if rope is not None:
             qk = rotate(qk, *rope)
         q, k = qk.split([H, H_kv], dim=1)
