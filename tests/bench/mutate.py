@@ -89,8 +89,8 @@ MUTATIONS = [
      'plain = [text for text in texts if EOT not in text]',
      'plain = texts'),
     ('tokenizer', 'tokenizer', 'swap',
-     'sorted(os.listdir(moving), reverse=True)',
-     'sorted(os.listdir(moving))'),
+     "os.listdir(moving), key=lambda name: name == 'tokenizer.json')",
+     'os.listdir(moving))'),
 
     ('pretrain', 'pretrain', 'learning_rate',
      '(1 + math.cos(math.pi * min(1.0, t)))',
