@@ -1025,7 +1025,7 @@ def save_resume(path, step, state, config, **progress):
         save_tensors(path, dict(step=step, state=state, config=config, progress=progress))
 
 MAY_CHANGE = ['device', 'dtype', 'compile', 'resume', 'out_dir', 'log_interval', 'eval_interval',
-              'save_interval'] # settings that do not decide what a run learns
+              'save_interval', 'world_size', 'parallel'] # they do not decide what a run learns
 
 def load_resume(path, config, resume=True, may_change=()):
     """What save_resume wrote, or None for a fresh start. A run with other settings is refused, also

@@ -422,7 +422,7 @@ optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, bet
 scaler = torch.amp.GradScaler(run.device_type, enabled=run.dtype == torch.float16)
 first_step = 0
 progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0)
-saved = load_resume(resume_path, config, resume, ('world_size', 'batch_size', 'parallel'))
+saved = load_resume(resume_path, config, resume, may_change=['batch_size'])
 if saved:
     if pipeline:
         pipe.set_state(optimizers, saved['state'])

@@ -169,7 +169,7 @@ out_path = os.path.join(out_dir, f'{stage}.pt')
 config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 saved = None
 if not show: # before answers are sampled
-    saved = load_resume(resume_path, config, resume, ('world_size', 'batch_size', 'parallel'))
+    saved = load_resume(resume_path, config, resume, may_change=['batch_size'])
 
 # -----------------------------------------------------------------------------
 # scores

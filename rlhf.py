@@ -339,7 +339,7 @@ first_step = 0
 progress = dict(kl_coef=kl_coef, seconds=0.0, n_tokens=0, n_bad_critic=0)
 # On another number of processes an update has the same size and prompts, but other random numbers.
 saved = load_resume(resume_path, config, resume, may_change=[
-    'sample_interval', 'micro_batch_size', 'parallel', 'world_size'])
+    'sample_interval', 'micro_batch_size'])
 if saved:
     set_state(raw_model, optimizers, saved['state'])
     first_step = saved['step']

@@ -84,18 +84,18 @@ TOKEN_BYTES = 4.5    # bytes of text in a token
 N_ANSWERS = 4        # answers in a ranking
 EXAM_TOKENS = 2400   # to ask a question: four choices, with examples before each
 
+HERE = Path(__file__).resolve().parent
+
 def read_stage(name):
     """The settings of another script -> a namespace, as this command line makes them."""
     words = sys.argv
     sys.argv = [word for word in words if not word.startswith('--')] # those are for scaling.py
-    script = Path(__file__).resolve().parent / f'{name}.py'
-    settings = configure({'__file__': str(script)}, quiet=True)
+    settings = configure({'__file__': str(HERE / f'{name}.py')}, quiet=True)
     sys.argv = words
     return SimpleNamespace(**settings)
 
 def read_config(name):
-    path = Path(__file__).resolve().parent / 'config' / name
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json.loads((HERE / 'config' / name).read_text(encoding='utf-8'))
 
 # memory
 class Autocast(TorchFunctionMode):
@@ -438,7 +438,6 @@ if estimate:
 
 # -----------------------------------------------------------------------------
 # a run: pretrain.py with config/scaling.py and some flags
-HERE = Path(__file__).resolve().parent
 PROFILE = HERE / 'config/scaling.py'
 changes = read_profile(PROFILE, ['pretrain'])
 shared = {name: value for _, stage, name, value in changes if stage == 'pretrain'} # of all runs

@@ -323,7 +323,7 @@ optimizers = make_optimizers(raw_model, learning_rate, weight_decay, (beta1, bet
 config['starts_from'] = ckpt['metrics'].get('seconds') # its run time identifies the checkpoint
 first_step = 0
 progress = dict(ema_loss=0.0, seconds=0.0, n_tokens=0, best={})
-saved = load_resume(resume_path, config, resume, ('world_size', 'batch_size', 'parallel'))
+saved = load_resume(resume_path, config, resume, may_change=['batch_size'])
 if saved:
     set_state(raw_model, optimizers, saved['state'])
     first_step = saved['step']
