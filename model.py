@@ -59,10 +59,16 @@ class GPTConfig:
         head_dim = self.n_embd // self.n_head
         assert self.arch == 'gpt2' or head_dim % 2 == 0, f'n_embd / n_head {head_dim} must be even'
         assert 0 < self.block_size <= 2**20, f'block_size {self.block_size:,} is not 1 to 1,048,576'
-        assert 0 <= self.dropout < 1 and self.norm_eps > 0 and self.rope_theta > 0, f'bad {self}'
+        assert 0 <= self.dropout < 1, f'dropout {self.dropout} is not from 0 to below 1'
+        for name in ('norm_eps', 'rope_theta'):
+            assert getattr(self, name) > 0, f'{name} {getattr(self, name)} must be above 0'
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x): # torch's fast kernel wants weights of the type of x, bf16 under autocast
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 def make_norm(config):
-    norm = nn.LayerNorm if config.arch == 'gpt2' else nn.RMSNorm
+    norm = nn.LayerNorm if config.arch == 'gpt2' else RMSNorm
     return norm(config.n_embd, eps=config.norm_eps)
 
 def rotate(x, cos, sin):
@@ -764,8 +770,8 @@ def setup(config, allow_fp16=False):
     torch.manual_seed(config['seed'])
     config['world_size'] = world_size
     run = SimpleNamespace(device=torch.device(device), device_type=device_type, rank=RANK,
-                          dtype=getattr(torch, dtype), world_size=world_size, master=RANK == 0)
-    run.stop = False
+                          dtype=getattr(torch, dtype), world_size=world_size, master=RANK == 0,
+                          stop=False)
     run.autocast = functools.partial(torch.autocast, device_type, run.dtype, dtype != 'float32')
     print0(f'device: {device}, {dtype}, {world_size} x {torch.get_num_threads()} threads')
     return run

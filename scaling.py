@@ -109,6 +109,7 @@ class Autocast(TorchFunctionMode):
         self.weights = []   # matrices in bf16
         self.products = []  # what matrix products read and write
         self.attention = [] # what the fused kernel of attention reads and writes
+        self.one = torch.ones((), dtype=torch.bfloat16, device='meta', requires_grad=True)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -122,7 +123,9 @@ class Autocast(TorchFunctionMode):
             self.weights.append(weights[0])
             self.products += [x, y]
             return y
-        if function in (F.layer_norm, F.rms_norm):
+        if function is F.rms_norm: # the fused kernel keeps its input, as this product does
+            return (args[0] * self.one).contiguous()
+        if function is F.layer_norm:
             args = (args[0].float(), *args[1:])
         y = function(*args, **(kwargs or {}))
         return y.to(torch.bfloat16) if function is F.embedding else y
@@ -164,6 +167,13 @@ def cache_bytes(gpt):
     c = gpt.config
     return 2 * 2 * c.n_layer * c.n_kv_head * c.n_embd // c.n_head
 
+def reading_bytes(config):
+    """Bytes that a token takes in the MLP of a block, without gradients."""
+    C, H = config.n_embd, config.n_hidden
+    if config.arch == 'gpt2': # the sum of all blocks; its norm in fp32 and bf16; two of the MLP
+        return 2 * C + 6 * C + 2 * 2 * H
+    return 2 * C + 2 * C + 2 * 4 * H # the sum, its norm, gate and up, SiLU(gate), the product
+
 def new_stage(settings, trained, **more):
     """What memory() must know about a stage -> a namespace. trained: models on the meta device."""
     stage = SimpleNamespace(
@@ -203,8 +213,6 @@ def memory(stage, size):
         if stage.optimizer == 'muon':
             n_moments -= sum(p.numel() for p in gpt.blocks.parameters() if p.dim() > 1)
         parts[stage.optimizer] = 4 * n_moments / n_shards
-        if size < stage.share: # micro-batches are added up. fsdp divides the sum, not the parts
-            parts['gradients'] = 4 * n_trained # otherwise they come while activations go
         if n_gpus > 1 and not fsdp:
             parts["ddp's copy of the gradients"] = 4 * n_trained
 
@@ -213,10 +221,16 @@ def memory(stage, size):
     logit_bytes = 4 if stage.compiled else 12 # with gradients, in bf16; in fp32, also logarithms
     learning = {'logits': n_rows * stage.n_logits * vocab_size * logit_bytes, 'activations': 0}
     if stage.optimizer:
+        if size < stage.share: # micro-batches are added up. fsdp divides the sum, not the parts
+            learning['gradients'] = 4 * n_trained # otherwise they come while activations go
         for model in stage.trained:
             row_bytes = count_activations(model, stage.length, stage.compiled)
             learning['activations'] += n_rows * row_bytes
-    sampling = {'keys and values': stage.sampled * gpt.config.block_size * cache_bytes(gpt)}
+    n_tokens = stage.sampled * gpt.config.block_size
+    cache = n_tokens * cache_bytes(gpt)
+    # First the model reads all prompts at once. Later, when answers end, 3/4 of the keys are copied.
+    reading = max(n_tokens * reading_bytes(gpt.config), 3 * cache // 8)
+    sampling = {'keys and values': cache, 'reading the prompts': reading}
     sampling['logits'] = stage.sampled * vocab_size * 22 # in bf16 and fp32, and two in fp64
     parts.update(max(learning, sampling, key=lambda work: sum(work.values())))
     return {what: n_bytes for what, n_bytes in parts.items() if n_bytes}
@@ -230,11 +244,13 @@ def get_verdict(stage):
             if size == stage.size:
                 return 'it fits'
             return f'it does NOT fit: --{stage.size_name}={size} fits'
-    for sampled in range(stage.sampled - 1, 0, -1):
-        fewer = copy.copy(stage)
-        fewer.sampled = sampled
-        if sum(memory(fewer, 1).values()) < USABLE * gpu_bytes:
-            return f'it does NOT fit: --sample_batch={sampled} and --{stage.size_name}=1 fit'
+    for size in (stage.size, 1):
+        for sampled in range(stage.sampled - 1, 0, -1):
+            fewer = copy.copy(stage)
+            fewer.sampled = sampled
+            if sum(memory(fewer, size).values()) < USABLE * gpu_bytes:
+                return (f'it does NOT fit: --sample_batch={sampled} and --{stage.size_name}={size} '
+                        'fit')
     if stage.parallel == 'ddp' and stage.optimizer and n_gpus > 1:
         return 'it does NOT fit: use --parallel=fsdp'
     return 'it does NOT fit: use larger GPUs, or more of them with --parallel=fsdp'

@@ -57,7 +57,7 @@ data_dir=$(setting pretrain.py data_dir)
 out_dir=$(setting pretrain.py out_dir)
 base_from=$(setting pretrain.py init_from) # of another run: then no base model is trained here
 train=python
-if command -v nvidia-smi > /dev/null; then NPROC=${NPROC:-gpu}; fi
+if [ "${CUDA_VISIBLE_DEVICES-all}" ] && command -v nvidia-smi > /dev/null; then NPROC=${NPROC:-gpu}; fi
 if [ -n "${NPROC:-}" ]; then train="torchrun --standalone --nproc_per_node=$NPROC"; fi
 
 # after a whole run: the weaker the KL penalty, the further the policy goes, to its harm

@@ -47,8 +47,8 @@ reward = dict(
 # Huang et al. 2024: 512 answers an update, in four epochs of one minibatch, 3e-6, KL 0.05.
 # They sample a million answers of up to 53 tokens; this profile 51,200 of up to 256.
 rlhf = dict(
-    max_iters=100, batch_size=512, minibatch_size=512, micro_batch_size=4, max_new_tokens=256,
-    ppo_epochs=4, learning_rate=3e-6, kl_coef=0.05, eval_interval=20,
+    max_iters=100, batch_size=512, minibatch_size=512, micro_batch_size=4, sample_batch=128,
+    max_new_tokens=256, ppo_epochs=4, learning_rate=3e-6, kl_coef=0.05, eval_interval=20,
     sample_interval=1_000_000) # print no samples: hh-rlhf holds offensive texts
 
 # nanochat asks 500 questions of each task, too

@@ -39,8 +39,8 @@ reward = dict(
     eval_interval=500)
 
 rlhf = dict(
-    max_iters=100, batch_size=512, minibatch_size=512, micro_batch_size=2, max_new_tokens=256,
-    ppo_epochs=4, learning_rate=3e-6, kl_coef=0.05, eval_interval=20,
+    max_iters=100, batch_size=512, minibatch_size=512, micro_batch_size=2, sample_batch=32,
+    max_new_tokens=256, ppo_epochs=4, learning_rate=3e-6, kl_coef=0.05, eval_interval=20,
     sample_interval=1_000_000) # print no samples: hh-rlhf holds offensive texts
 
 eval = dict(limit=500, allow_code=True, max_new_tokens=256, batch_size=8)

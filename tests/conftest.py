@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault('OMP_NUM_THREADS', '1') # models this small are slower on two threads
+os.environ['CUDA_VISIBLE_DEVICES'] = '' # the numbers in the tests are those of a CPU
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -175,10 +175,10 @@ def test_it_learns_and_its_logs_have_different_keys(chain):
     assert all(set(row) == {'step', 'loss', 'lr', 'norm', 'accuracy'} for row in training)
     assert all(set(row) == {'step', 'val_loss', 'val_accuracy', 'val_gold_accuracy'} for row in validation)
     assert validation[0]['val_loss'] == pytest.approx(math.log(2)) # all scores are 0
-    assert validation[-1]['val_accuracy'] > 0.9 and validation[-1]['val_gold_accuracy'] == 1
+    assert validation[-1]['val_accuracy'] > 0.75 and validation[-1]['val_gold_accuracy'] > 0.75 # from one half
     metrics = load(chain.out / 'reward.pt')['metrics']
     assert metrics['val_accuracy'] == validation[-1]['val_accuracy'] and metrics['self_agreement'] is None
-    assert metrics['ceiling'] == 1 and metrics['interval'][0] < metrics['val_accuracy'] < metrics['interval'][1]
+    assert metrics['ceiling'] == 1 and metrics['interval'][0] < metrics['val_accuracy'] <= metrics['interval'][1]
     assert metrics['tokens'] > 0 and metrics['flops'] > 0 and metrics['seconds'] > 0
 
 def test_simulated_labels(chain, scripts, tmp_path):

@@ -582,7 +582,7 @@ def test_a_second_round_and_snapshots(chain, scripts, tmp_path):
     said = scripts.ok(*command(chain, tmp_path, *start_from, '--snapshots=true', '--eval_interval=2',
                                '--sample_interval=3')).out
     warning = f'warning: {chain.out}/reward.pt was not made from {chain.out}/rlhf.pt and may misjudge its answers: '
-    assert said.count(warning) == said.count('warning') == 1 and 'warning' not in chain.said['rlhf'].out
+    assert said.count(warning) == 1 and 'misjudge' not in chain.said['rlhf'].out
     start = log(tmp_path)[0]
     assert start['step'] == 0 and abs(start['val_kl']) < 1e-4
     for name in ('val_score', 'val_met', 'val_gold', 'val_ended'):

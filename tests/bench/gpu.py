@@ -9,6 +9,8 @@ The chain and its speed on one GPU. By hand, in the project's root; nothing is d
               a run that is stopped and continued
     gpt2      config/gpt2.py against nanoGPT's train.py: tokens/s, MFU, peak memory
     d20       config/d20.py
+    stages    the later stages of config/d20.py, whole models and full rows: peak memory beside what
+              `scaling.py --estimate` says
     batches   config/gpt2.py with smaller micro-batches, against nanoGPT
     rollout   512 answers of a 124M model: tokens/s, and the share of what the memory bus allows
     update    one update of rlhf.py with four 124M models: seconds of its phases
@@ -217,7 +219,7 @@ def smoke(folder):
         sampled = ('--sample_prompts=20', '--sample_answers=8', '--max_new_tokens=6')
         if TINY: # after so few steps, no answer is better than another
             sampled = ()
-        stage('reward compiled, samples', 'reward.py', compiled_flag, *sampled, out=other)
+        stage('reward, samples', 'reward.py', *sampled, out=other)
         stage('rlhf float32', 'rlhf.py', '--max_iters=4', '--dtype=float32', out=other)
 
     def resumed():
@@ -357,6 +359,67 @@ def d20(folder):
         ours(folder, 'd20', 4, 8)
 
 # -----------------------------------------------------------------------------
+# stages
+
+def stages(folder):
+    """SFT, reward model, RLHF of config/d20.py, from random weights and text of random words."""
+    import random
+    import torch
+    from conftest import user, write_rows
+    from model import GPT, GPTConfig, Tokenizer, save_checkpoint
+    profile = ROOT / 'config/d20.py'
+    block_size, n_rows, n_vocab = 2048, 512, 65536
+    shape = dict(arch='llama', n_layer=20, n_head=10, n_embd=1280, n_hidden=3424, qk_norm=True,
+                 tie_embeddings=False)
+    if TINY:
+        block_size, n_rows, n_vocab = 256, 16, 512
+        shape.update(n_layer=2, n_head=2, n_embd=32, n_hidden=96)
+    code, _, said, _ = start(ROOT / 'scaling.py', profile, '--estimate=1xH100')
+    estimates = dict(re.findall(r'^(sft|reward|rlhf) +[\d,]+M +([\d.]+)', said, re.M))
+
+    data = random_data(folder / f'random{n_vocab}', n_vocab)
+    rng = random.Random(0)
+
+    def words(n_tokens): # a word of four letters is three tokens
+        letters = [''.join(rng.choices('abcdefgh', k=4)) for _ in range(n_tokens // 3)]
+        return ' '.join(letters)
+
+    for split, n in (('train', 2 * n_rows), ('val', 8)):
+        chats, rankings, prompts = [], [], []
+        for _ in range(n):
+            question = user(words(30))
+            long_question = user(words(100 if TINY else block_size - 90))
+            answers = [words(block_size // 2 - 100) for _ in range(4)]
+            reply = dict(role='assistant', content=words(block_size - 200))
+            chats.append(dict(messages=[*question, reply]))
+            rankings.append(dict(messages=question, completions=answers, ranking=[0, 1, 2, 3]))
+            prompts.append(dict(messages=long_question))
+        write_rows(data / f'chat_{split}.jsonl', chats[:64]) # two epochs are four steps
+        write_rows(data / f'preferences_{split}.jsonl', rankings[:128]) # two steps
+        write_rows(data / f'prompts_{split}.jsonl', prompts)
+    tok = Tokenizer.load(data / 'tokenizer.json')
+    out = folder / 'd20'
+    out.mkdir(exist_ok=True)
+    shape = GPTConfig(vocab_size=n_vocab, block_size=block_size, **shape)
+    torch.manual_seed(0)
+    save_checkpoint(f'{out}/base.pt', 'base', GPT(shape).state_dict(), asdict(shape), tok, {}, 0, {})
+    flags = dict(sft=['--log_interval=1'], reward=['--log_interval=1'],
+                 rlhf=['--max_iters=1', '--ppo_epochs=1', '--max_new_tokens=64', '--eval_prompts=8'])
+    if TINY:
+        flags['reward'] += ['--max_length=0', '--total_batch_size=8']
+        flags['rlhf'] += ['--batch_size=16', '--minibatch_size=16']
+    for name, more in flags.items():
+        code, seconds, said, errors = start(
+            ROOT / f'{name}.py', profile, f'--data_dir={data}', f'--out_dir={out}',
+            f'--device={DEVICE}', *more, timeout=200)
+        peak = re.search('peak memory: (.*)', said)
+        say(f'd20, {name}: exit {code}, {seconds:.0f} s, peak memory '
+            f'{peak[1] if peak else "unknown"}, estimated {estimates.get(name)} GB')
+        print(tail(said, 4), flush=True)
+        if code != 0:
+            print(tail(errors), flush=True)
+
+# -----------------------------------------------------------------------------
 # rollout, update
 
 def shape_124m():
@@ -473,10 +536,11 @@ def profile_steps(work):
 
 def update(folder):
     import torch
-    from conftest import make_spec, user, write_rows
+    from conftest import user, write_rows
     from model import GPT, GPTConfig, ScalarModel, Tokenizer, save_checkpoint
     torch.manual_seed(0)
-    tok = Tokenizer(dict(make_spec(), n_vocab=shape_124m()['vocab_size']))
+    data = random_data(folder / 'random', shape_124m()['vocab_size'])
+    tok = Tokenizer.load(data / 'tokenizer.json')
     out = folder / 'four'
     shape = GPTConfig(**shape_124m())
     for stage, kind in (('sft', GPT), ('reward', ScalarModel)):
@@ -486,11 +550,12 @@ def update(folder):
     for split, n in (('train', 3 * n_rows), ('val', 2)):
         rows = []
         for i in range(n):
-            words = ['owl'] * (60 - i % 30) # prompts of 35 to 64 tokens
+            words = ['owl'] * (30 - i % 15) # of two tokens: prompts of 35 to 64
             rows.append(dict(messages=user(' '.join(words)), checks=dict(contains=['owl'])))
         write_rows(out / f'prompts_{split}.jsonl', rows)
     code, seconds, said, errors = start(
         'no_save', 'time_phases', ROOT / 'rlhf.py', f'--data_dir={out}', f'--out_dir={out}',
+        f'--sample_batch={n_rows}',
         f'--device={DEVICE}', '--max_iters=3', f'--batch_size={n_rows}', '--ppo_epochs=1',
         f'--minibatch_size={n_rows // 2}', f'--micro_batch_size={n_micro}', '--dtype=bfloat16',
         f'--max_new_tokens={n_new}', '--eval_prompts=2', '--sample_interval=1000')
