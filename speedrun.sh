@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe: raw pages go in, a small ChatGPT-style model and a report come out.
-#   bash speedrun.sh                            config/tiny.py: 10 to 15 minutes on a laptop CPU
+#   bash speedrun.sh                            config/tiny.py: 6 to 10 minutes on a laptop CPU
+#   bash speedrun.sh --quick                    the same with config/quick.py: a minute, poor answers
 #   bash speedrun.sh config/d20.py              another profile; all GPUs or $NPROC processes share it
 #   bash speedrun.sh config/d20.py config/rehearse.py    a tiny model, in minutes (or --rehearse=true)
 #   bash speedrun.sh config/d20.py --estimate=8xH100    only print what it needs
@@ -38,13 +39,14 @@ export PATH="$PWD/.venv/bin:$PATH" PYTHONUNBUFFERED=1
 # -----------------------------------------------------------------------------
 # profiles and flags. configurator.py takes `seed=2` without dashes for all stages that have a seed
 if ! printf '%s\n' "$@" | grep -q '^[^-].*\.py$'; then set -- config/tiny.py "$@"; fi
-args=() rehearsal=''
+args=() last='' # a profile that changes those before it
 for word in "$@"; do
-    if [ "$word" = --rehearse=true ]; then rehearsal=config/rehearse.py; continue; fi
+    if [ "$word" = --rehearse=true ]; then last=config/rehearse.py; continue; fi
+    if [ "$word" = --quick ]; then last=config/quick.py; continue; fi
     if [ ! -f "$word" ] && [ -f "$started_in/$word" ]; then word=$started_in/$word; fi
     args+=("${word#--}")
 done
-args+=($rehearsal) # after the profile that it changes
+args+=($last)
 if printf '%s\n' "${args[@]}" | grep -q '^estimate='; then exec python scaling.py "${args[@]}"; fi
 # `setting pretrain.py out_dir` prints out/toytown; a mistake in the arguments ends the run here
 setting() { python configurator.py "$1" "${args[@]}" | sed -n "s/^ \"$2\": \"\(.*\)\",*\$/\1/p"; }
