@@ -34,7 +34,7 @@ class GPTConfig:
     n_head: int = 12
     n_kv_head: int = 0           # heads of keys and values (grouped-query attention); 0 = n_head
     n_embd: int = 768
-    n_hidden: int = 0            # width of the MLP; 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
+    n_hidden: int = 0            # MLP width; 0 = 4 (gpt2) or 8/3 (llama) n_embd, rounded up to 32s
     dropout: float = 0.0
     tie_embeddings: bool = True  # share one matrix between the input and the output embedding
     qk_norm: bool = False        # RMSNorm on queries and keys: allows higher learning rates
@@ -317,7 +317,7 @@ class KVCache:
         self.last_keys = self.last_keys[:, rows]
 
 def sample(probs, u=None):
-    """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). One random number
+    """Draw an id from each row of probs (B, V), which need not sum to 1 -> (B, 1). A random number
     a row is enough, u (B, 1) from [0, 1); torch.multinomial draws B x V, which is slower."""
     if probs.device.type != 'mps': # which has no fp64
         probs = probs.double()
@@ -376,7 +376,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=1.0, truncat
     is_static = device.type in STATIC_DEVICES
     make_steps = static_steps if is_static else plain_steps
     steps = make_steps(model, cache, idx, first, next_ids)
-    # reading ids makes Python wait for the GPU, and then the GPU for Python: every 16 steps is enough
+    # to read ids, Python waits for the GPU, and then the GPU for Python: every 16 steps is enough
     interval = 16 if is_static and on_token is None else 1
     answers = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)      # (B,) the prompt that a row continues
@@ -473,14 +473,14 @@ def static_attention(q, k, v, mask, scale):
 # 3. ScalarModel
 
 class ScalarModel(nn.Module):
-    """A GPT body and a score per token, not logits. At its end, reward.py sets mean and std."""
+    """A GPT body, and one score per token instead of logits. reward.py sets mean and std last."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.body = GPT(config)
         self.body.head = None # DDP would wait for the gradient of an unused matrix
         self.head = nn.Linear(config.n_embd, 1)
-        nn.init.normal_(self.head.weight, std=(config.n_embd + 1) ** -0.5) # Stiennon et al. 2020
+        nn.init.normal_(self.head.weight, std=(config.n_embd + 1) ** -0.5) # reward.py sets 0
         nn.init.zeros_(self.head.bias)
         self.register_buffer('mean', torch.zeros(()))
         self.register_buffer('std', torch.ones(()))

@@ -19,11 +19,11 @@ on two nodes    $ torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_
                       pretrain.py config/gpt2.py             (on the other node: --node_rank=1)
 
 Without a profile, the settings are those of GPT-2 124M: 600,000 steps of 12,288 tokens, far too
-many for a CPU or a small corpus. The length is printed before the first step, the time left after.
+many for a CPU or a small corpus. The length is printed first, the time left on each log line.
 Left out: a curriculum (easy text first); a mask between documents. Windows are cut from one long
 stream, so attention crosses from one document into the next; <|endoftext|> tells where they meet.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import functools
 import glob
 import math
@@ -74,7 +74,7 @@ n_layer = 12                # number of blocks
 n_head = 12                 # attention heads in a block
 n_kv_head = 0               # heads of keys and values (grouped-query attention); 0 = n_head
 n_embd = 768                # width of the embeddings and of the residual stream
-n_hidden = 0                # width of the MLP; 0 = 4 n_embd (gpt2) or 8/3 n_embd (llama)
+n_hidden = 0                # MLP width; 0 = 4 (gpt2) or 8/3 (llama) n_embd, rounded up to 32s
 block_size = 1024           # maximum context length, in tokens
 tie_embeddings = True       # share one matrix between the input and the output embedding
 qk_norm = False             # RMSNorm on queries and keys: allows higher learning rates
@@ -150,7 +150,7 @@ if stage == 'mid':
     learning_rate *= mid_lr_scale
     min_lr *= mid_lr_scale
     warmup_iters = 0
-else: # so that a base model stays as it is when these are changed
+else: # base: it does not use these, so a resumed run may change them
     del config['mid_epochs'], config['mid_lr_scale']
 if sanity: # the same loop on one batch, with settings that suit it
     stage = 'sanity'
@@ -193,10 +193,10 @@ def get_windows(split, index):
     """Windows with these numbers -> x, y (B, T); y is x one token later."""
     rows = []
     for i in index:
-        shard = int(np.searchsorted(window_ends[split], i, side='right'))
-        windows_before = window_ends[split][shard - 1] if shard > 0 else 0
+        k = int(np.searchsorted(window_ends[split], i, side='right')) # number of the shard
+        windows_before = window_ends[split][k - 1] if k > 0 else 0
         first = (i - windows_before) * block_size
-        rows.append(shards[split][shard][first:first + block_size + 1].astype(np.int64))
+        rows.append(shards[split][k][first:first + block_size + 1].astype(np.int64))
     rows = torch.from_numpy(np.stack(rows)) # (B, T + 1)
     assert rows.max() < vocab_size, (
         f'token {rows.max()} is not in the vocabulary of {vocab_size}: run tokenizer.py again')
@@ -430,7 +430,7 @@ if saved:
         set_state(raw_model, optimizers, saved['state'])
     first_step = saved['step']
     progress = saved['progress']
-    scaler.load_state_dict(progress['scaler'])
+    scaler.load_state_dict(progress['scaler'] or scaler.state_dict()) # {}: it did not run in fp16
 model = torch.compile(raw_model) if compile and not pipeline else raw_model
 if ddp: # averages the gradients over all ranks; raw_model is the same without this wrapper
     model = DDP(model, device_ids=[run.device.index] if run.device_type == 'cuda' else None)
@@ -487,7 +487,7 @@ if run.device_type == 'cuda':
 catch_signals(run)
 ema_loss = progress['ema_loss'] # running mean of the loss, for the log lines
 n_tokens = progress['n_tokens'] # read so far
-smooth_loss = 0.0 # ema_loss, corrected
+smooth_loss = ema_loss / (1 - 0.9 ** max(1, first_step)) # ema_loss without its start at 0
 started = time.time() - progress['seconds'] # as if the run had never been interrupted
 t0 = time.time()
 for step in range(first_step, max_iters + 1):
@@ -510,8 +510,8 @@ for step in range(first_step, max_iters + 1):
         save_resume(resume_path, step, state, config, **progress)
     assert not leave, f'stopped at step {step} and saved: the same command continues from there'
 
-    # The loss is a sum over the tokens to learn (or pairs), divided by n_valid, their number in all
-    # micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    # The loss is a sum over the tokens to learn (or rankings), divided by n_valid, their number in
+    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
     t1 = time.time()
     seed_step(seed, step, run.rank)
     batches = get_batches(0 if sanity else step)

@@ -31,7 +31,7 @@ Direct preference optimization (DPO, Rafailov et al. 2023) does without a reward
 
 Left out: a margin that says how much better an answer is (Llama 2), several labellers who disagree.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import copy
 import functools
 import itertools
@@ -350,7 +350,7 @@ def wilson(p, n):
 
 def report(scores):
     """Print what the scores of the held-out rankings tell, and return it for the checkpoint."""
-    lengths = [torch.tensor([float(len(ids)) for ids in ranking.answers]) for ranking in val]
+    lengths = [torch.tensor([len(ids) - r.start for ids in r.answers]).float() for r in val]
     margins, targets, _ = get_pairs(scores, val)
     gold, _, _ = get_pairs([ranking.gold for ranking in val], val)
     longer, _, _ = get_pairs(lengths, val)
@@ -453,9 +453,9 @@ def sample_rankings(split):
             n_same += second.index(better) < second.index(worse)
     assert rows, (f'{path}: the answers to each prompt are equally good, nothing to learn: '
                   'raise --sample_answers or --temperature')
-    if run.master: # a person's verdicts are never lost
+    if run.master:
         path = os.path.join(out_dir, f'preferences_{split}.jsonl')
-        write_jsonl(path, rows + read_human(path))
+        write_jsonl(path, rows + read_human(path)) # a person's verdicts are never lost
     print0(f'{split}: {len(rows)} prompts ranked, {n_pairs} pairs; when asked twice, the labeller '
            f'orders {n_same / n_pairs:.1%} of them alike')
     return n_same / n_pairs, all_sum(n_tokens)[0] # all_sum waits until the file is written
@@ -493,6 +493,7 @@ def ask_person(answered):
     with its answers in reverse order: its second verdict holds the first one as "repeat".
     """
     path = os.path.join(out_dir, 'preferences_train.jsonl')
+    os.makedirs(out_dir, exist_ok=True) # append_row does not make it
     verdicts = read_human(path)
     n_old = len(verdicts)
     asked = [(row['messages'], row['completions']) for row in verdicts]
@@ -564,21 +565,21 @@ def compare(verdicts):
             print(f'you agree with {name} on {alike:.0%} of {known.sum()} pairs, kappa {kappa:.2f}')
 
 t0 = time.time()
-sampled = {} # stays empty if nothing is sampled, or if it was before an interruption
+sampled = {} # stays empty if nothing is sampled, or if a resumed run has sampled before
 reward_path = os.path.join(out_dir, 'reward.pt')
 if objective == 'dpo' and judge == 'labeller' and sample_prompts and os.path.exists(reward_path):
     reward = load_checkpoint(reward_path, ['reward'], f'python reward.py --out_dir={out_dir}')
-    is_same = reward['config']['starts_from'] == ckpt['metrics'].get('seconds')
-    if is_same and reward['config']['sample_prompts'] == sample_prompts:
+    made_by = ('starts_from', 'judge', 'sample_prompts', 'sample_answers', 'labeller_noise')
+    if all(reward['config'][name] == config[name] for name in made_by):
         print0(f'learning from the rankings in {out_dir} that the reward model has learned from')
         judge = 'file'
         sampled = dict(self_agreement=reward['metrics'].get('self_agreement'))
 if judge != 'file' and sample_prompts and not saved:
-    agreement, n_sampled = sample_rankings('train')
+    self_agreement, n_sampled = sample_rankings('train')
     if judge == 'labeller':
-        agreement, n_val = sample_rankings('val')
+        self_agreement, n_val = sample_rankings('val')
         n_sampled += n_val
-    sampled = dict(self_agreement=agreement, n_sampled=n_sampled, seconds=time.time() - t0)
+    sampled = dict(self_agreement=self_agreement, n_sampled=n_sampled, seconds=time.time() - t0)
 
 # -----------------------------------------------------------------------------
 # data
@@ -616,8 +617,7 @@ def get_batches(step):
     mine = order[run.rank::run.world_size]
     batches = []
     for first in range(0, len(mine), batch_size):
-        examples = [train[j] for j in mine[first:first + batch_size]]
-        batches.append(examples)
+        batches.append([train[j] for j in mine[first:first + batch_size]])
     return batches
 
 # -----------------------------------------------------------------------------
@@ -693,8 +693,8 @@ for step in range(first_step, max_iters + 1):
         save_resume(resume_path, step, state, config, **progress)
     assert not leave, f'stopped at step {step} and saved: the same command continues from there'
 
-    # The loss is a sum over the tokens to learn (or rankings), divided by n_valid, their number in all
-    # micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    # The loss is a sum over the tokens to learn (or rankings), divided by n_valid, their number in
+    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
     t1 = time.time()
     seed_step(seed, step, run.rank)
     batches = get_batches(step)

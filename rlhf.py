@@ -61,7 +61,7 @@ Left out: an entropy bonus (the KL penalty already keeps the answers diverse), p
 (PPO-ptx), a replay buffer (an answer is used in one update only), a running scale of the scores
 (reward.py has scaled them, and whitening removes what is left).
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import functools
 import math
 import os
@@ -91,7 +91,7 @@ reward_from = ''            # the reward model; empty = out_dir/reward.pt
 task = ''                   # only the prompts of this task, such as sum; empty = all
 # algorithm
 algo = 'ppo'                # ppo, grpo, rloo or reinforce: see get_advantages
-group_size = 1              # answers to each prompt; grpo and rloo compare these, so they need 2
+group_size = 1              # answers to each prompt; grpo and rloo compare these: at least 2
 baseline = True             # reinforce: subtract the mean return
 group_std = True            # grpo: divide by the standard deviation of the group
 length_norm = True          # grpo: divide the loss of an answer by its length
@@ -143,11 +143,11 @@ resume = True               # continue from the resume file if an interrupted ru
 config = configure(globals())
 
 for name in ('group_size', 'max_iters', 'batch_size', 'sample_batch', 'max_new_tokens',
-             'kl_horizon', 'ppo_epochs', 'minibatch_size', 'micro_batch_size', 'eval_interval', 'eval_prompts',
-             'sample_interval', 'save_interval'):
+             'kl_horizon', 'ppo_epochs', 'minibatch_size', 'micro_batch_size', 'eval_interval',
+             'eval_prompts', 'sample_interval', 'save_interval'):
     assert config[name] > 0, f'{name} must be positive, not {config[name]}'
-for name in ('score_clip', 'missing_end_penalty', 'kl_coef', 'kl_target', 'gamma', 'gae_lambda', 'cliprange',
-             'cliprange_value', 'vf_coef', 'target_kl', 'learning_rate',
+for name in ('score_clip', 'missing_end_penalty', 'kl_coef', 'kl_target', 'gamma', 'gae_lambda',
+             'cliprange', 'cliprange_value', 'vf_coef', 'target_kl', 'learning_rate',
              'critic_learning_rate', 'warmup_iters', 'weight_decay', 'adam_eps', 'grad_clip'):
     assert config[name] >= 0, f'{name} must be at least 0, not {config[name]}'
 for name in ('beta1', 'beta2'):
@@ -551,7 +551,7 @@ def get_loss(batch, rows, T):
     """
     The loss of a micro-batch. For PPO: Schulman et al. 2017, equations 7 and 9, without entropy.
 
-    batch: from rollout(), with advantages, returns and weights. rows, T: from split_by_length().
+    batch: from rollout(), with advantages, returns, token_weights. rows, T: from split_by_length().
     Returns the weighted sum of the loss over the response tokens; the weighted sums of STATISTICS,
     (6,); and the largest ratio.
     """
@@ -585,7 +585,7 @@ def get_loss(batch, rows, T):
         pg_loss = pg_loss + kl_coef * (ref_log_ratio.exp() - 1 - ref_log_ratio)
 
     # PPO detail: value function loss clipping around the old values.
-    v_loss = 0.5 * (values - returns) ** 2
+    v_loss = 0.5 * (values - returns) ** 2 # ppo only: others log it, but do not learn from it
     if cliprange_value > 0:
         change = (values - old_values).clamp(-cliprange_value, cliprange_value)
         v_loss_clipped = 0.5 * (old_values + change - returns) ** 2
@@ -770,17 +770,17 @@ for step in range(first_step, max_iters + 1):
         raw_model.zero_grad(set_to_none=True)
 
     # log. Watch score, kl and gold; the losses say little.
-    every_answer = torch.ones_like(batch.ended)                     # (B,) mask for numbers per answer
+    every_answer = torch.ones_like(batch.ended)                 # (B,) mask for numbers per answer
     row_kl = (batch.logprobs - batch.ref_logprobs).sum(1)       # (B,) in nats, k1 estimate
     kl = masked_mean(row_kl, every_answer)
     length = masked_mean(batch.response_mask.sum(1), every_answer)
-    # kl_k3 estimates the same KL by k3, as in get_loss. Its variance is low near the reference, and high later.
+    # kl_k3: another estimate of the same KL, by k3 as in get_loss; low variance near the reference
     log_ratio = batch.ref_logprobs - batch.logprobs
     token_k3 = masked_mean(log_ratio.exp() - 1 - log_ratio, batch.response_mask)
     metrics = dict(
         score=masked_mean(batch.scores, every_answer),
         score_std=math.sqrt(masked_variance(batch.scores, every_answer)),
-        rlhf_reward=masked_mean(rewards.sum(1), every_answer), # score minus penalties; grpo: without KL
+        rlhf_reward=masked_mean(rewards.sum(1), every_answer), # with the penalties; grpo: no KL
         kl=kl, kl_k3=token_k3 * length, kl_coef=kl_coef, length=length,
         ended=masked_mean(batch.ended, every_answer),
         entropy=masked_mean(batch.entropy, batch.response_mask),
@@ -792,7 +792,7 @@ for step in range(first_step, max_iters + 1):
     metrics['ratio_max'] = max(all_gather_list([max(h['ratio_max'] for h in history)], run))
     metrics.update(mean_gold(prompts, batch.texts))
     if algo == 'ppo':
-        # explained_variance: 1 = the critic predicts the returns exactly, 0 = no better than a constant
+        # explained_variance: 1 = the critic predicts the returns, 0 = no better than a constant
         error_variance = masked_variance(batch.returns - batch.values, batch.response_mask)
         return_variance = masked_variance(batch.returns, batch.response_mask)
         explained_variance = 1 - error_variance / max(1e-8, return_variance)

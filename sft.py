@@ -20,7 +20,7 @@ look at it      $ python sft.py config/tiny.py --show_batch=true     (what is le
 
 Left out: loss on what the user says, weights per conversation.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import copy
 import functools
 import glob
@@ -176,17 +176,17 @@ def load_examples(split):
     return examples
 
 def load_replay(n_rows):
-    """n_rows rows of max_length tokens of the pretraining text, drawn with the seed."""
+    """n_rows rows of max_length tokens of the pretraining text, each from a shard drawn at random."""
     paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'train_*.bin')))
     assert paths, f'no {data_dir}/train_*.bin for replay: run tokenizer.py, or use --replay=0'
     rng = np.random.default_rng(seed)
     examples = []
     for _ in range(n_rows):
-        shard = read_shard(paths[rng.integers(len(paths))], tok.hash)
-        n = min(max_length, len(shard) - 1)
-        first = rng.integers(len(shard) - n)
-        tokens = shard[first:first + n + 1].tolist()
-        examples.append((n, tokens[:-1], tokens[1:]))
+        tokens = read_shard(paths[rng.integers(len(paths))], tok.hash)
+        n = min(max_length, len(tokens) - 1)
+        first = rng.integers(len(tokens) - n)
+        row = tokens[first:first + n + 1].tolist()
+        examples.append((n, row[:-1], row[1:]))
     return examples
 
 def pack(lengths, room):
@@ -411,7 +411,7 @@ for step in range(first_step, max_iters + 1):
             best = dict(val_metrics, step=step)
             if run.master: # the rank that saves them
                 weights = whole.state_dict()
-                best['weights'] = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+                best['weights'] = {name: p.to('cpu', copy=True) for name, p in weights.items()}
     if step == max_iters:
         break
 
@@ -424,8 +424,8 @@ for step in range(first_step, max_iters + 1):
         save_resume(resume_path, step, state, config, **progress)
     assert not leave, f'stopped at step {step} and saved: the same command continues from there'
 
-    # The loss is a sum over the tokens to learn (or pairs), divided by n_valid, their number in all
-    # micro-batches and ranks. A mean of means would give some tokens more weight than others.
+    # The loss is a sum over the tokens to learn (or rankings), divided by n_valid, their number in
+    # all micro-batches and ranks. A mean of means would give some tokens more weight than others.
     t1 = time.time()
     seed_step(seed, step, run.rank)
     batches = get_batches(step)
@@ -484,12 +484,12 @@ for step in range(first_step, max_iters + 1):
 # save
 seconds = time.time() - started
 if best['step'] < max_iters:
-    print0(f'the validation loss has risen since step {best["step"]}: its weights are saved')
+    print0(f'the validation loss has risen since step {best["step"]}: saving the weights of that step')
 if run.master:
     flops = raw_model.flops_per_token(max_length) * n_tokens
     weights = best.pop('weights')
     metrics = dict(best, seconds=seconds, tokens=n_tokens, flops=flops)
     save_checkpoint(out_path, stage, weights, asdict(raw_model.config), tok,
-                    config, max_iters, metrics)
-    print(f'saved {out_path}: {val_text}, {seconds:.0f} s')
+                    config, best['step'], metrics)
+    print(f'saved {out_path}: val_loss {best["val_loss"]:.4f}, {seconds:.0f} s')
 cleanup(run)

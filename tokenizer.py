@@ -16,7 +16,7 @@ Writes  data_dir/tokenizer.json, token shards train_000000.bin .., val_*.bin, mi
 It uses all cores of one machine and never holds the whole corpus in memory.
 Left out: other ways to choose tokens (WordPiece, Unigram), BPE dropout, several machines.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import atexit, base64, collections, concurrent.futures, gc, glob, heapq, itertools, json
 import multiprocessing, operator, os, shutil, signal, sys, threading, time
 

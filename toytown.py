@@ -69,9 +69,7 @@ def fill_slot(match, slots):
         # draw without repeats: on one page, every entry comes once before any comes twice
         bag = slots.setdefault(f'bag {id(value)}', [])
         if not bag:
-            bag.extend(value)
-        i = random.randrange(len(bag)) # to shuffle the whole list would take longer
-        bag[i], bag[-1] = bag[-1], bag[i]
+            bag.extend(random.sample(value, len(value)))
         value = bag.pop()
         if isinstance(value, dict): # {next}: the page turns to another person, with other facts
             slots.update(value)
