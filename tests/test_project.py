@@ -297,7 +297,7 @@ def test_commands_in_texts(name):
     text = text_of(name)
     if name.endswith('.py') and '/' not in name:
         text = ast.get_docstring(ast.parse(text))
-    every = {key for script in existing() for key in settings_of(script)}
+    every = {'quick'} | {key for script in existing() for key in settings_of(script)}
     for script, *words in commands(text):
         assert (ROOT / script).is_file(), f'{name}: no script {script}'
         known = settings_of(Path(script).stem) if Path(script).stem in SCRIPTS else every
