@@ -1,5 +1,5 @@
-# The healthy run that the experiments of this folder break, each in one way: half of the layers of
-# config/tiny.py, and AdamW instead of Muon, which forgives more. About 30 seconds on a quiet core.
+# The healthy run that the experiments of this folder break, each in one way: config/tiny.py with a
+# layer less, and AdamW instead of Muon, which forgives more. About 30 seconds on a quiet core.
 #     python pretrain.py config/tiny.py config/broken/healthy.py
 #     python pretrain.py config/tiny.py config/broken/healthy.py config/broken/high_lr.py
 #     python eval.py config/tiny.py config/broken/healthy.py config/broken/high_lr.py
