@@ -77,9 +77,13 @@ def fails(pattern):
 
 SERVER = '''
 import atexit, gc, json, os, runpy, sys
-import numpy, tiktoken, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+import html.entities, http.server, ipaddress, multiprocessing, secrets # what the scripts import, now or later
+import numpy.ma, regex, requests, tiktoken, torch, torch._dynamo, torch.distributed, torch.nn.parallel
 import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, torch.distributed.pipelining
+import torch.utils.serialization.config
 out = os.dup(1)
+sys.pycache_prefix = sys.argv[1] # model.py is compiled once, and nothing is written beside it
+sys.dont_write_bytecode = False
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
@@ -109,10 +113,11 @@ os._exit(code)
 '''
 
 class Server:
-    def __init__(self):
+    def __init__(self, cache):
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONUTF8': '1'}
-        self.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=env, start_new_session=True)
+        command = [sys.executable, '-c', SERVER, cache]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
+                                        start_new_session=True)
 
     def run(self, job, timeout=120):
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
@@ -124,9 +129,12 @@ class Server:
 class Scripts:
     def __init__(self, folder):
         self.folder, self.n, self.free = folder, 0, queue.Queue()
-        self.servers = [Server(), Server()]
+        self.servers = [self.new_server(), self.new_server()]
         for server in self.servers:
             self.free.put(server)
+
+    def new_server(self):
+        return Server(self.folder / 'bytecode')
 
     def __call__(self, script, *args, cwd=None, env={}, stdin='', before='', after=''):
         """Run a script -> code, out, err. `args`: flags and profiles as they are typed."""
@@ -144,7 +152,7 @@ class Scripts:
             os.killpg(server.process.pid, signal.SIGKILL)
             server.process.wait()
             self.servers.remove(server)
-            server = Server()
+            server = self.new_server()
             self.servers.append(server)
             raise
         finally:
