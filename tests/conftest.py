@@ -126,6 +126,16 @@ class Server:
         assert ready, f'{job["script"]} {job["args"]} did not end in {timeout} s'
         return int(self.process.stdout.readline())
 
+# After an error rank 1 sleeps, until torchrun ends it because rank 0 has ended. Here it wakes up then.
+WAITS_FOR_RANK_0 = '''
+import os, time
+def sleep(seconds, sleep=time.sleep):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not os.path.exists({!r}):
+        sleep(0.02)
+time.sleep = sleep
+'''
+
 class Scripts:
     def __init__(self, folder):
         self.folder, self.n, self.free = folder, 0, queue.Queue()
@@ -181,13 +191,26 @@ class Scripts:
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda job: self.ok(*job[0], **job[1]), jobs))
 
-    def two(self, *args, **more):
-        """One script as two gloo processes, the way torchrun starts them."""
+    def two(self, *args, check=True, before='', **more):
+        """One script as two gloo processes, the way torchrun starts them. check: both must end well."""
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
-        env = dict(WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        return self.both(*((args, dict(more, env=dict(env, RANK=r, LOCAL_RANK=r))) for r in range(2)))
+        ended = self.folder / f'rank0_of_{port}_has_ended'
+        ended.unlink(missing_ok=True)
+
+        def run(rank):
+            env = dict(WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank)
+            code = before
+            if rank == 1:
+                code = WAITS_FOR_RANK_0.format(str(ended)) + before
+            try:
+                return (self.ok if check else self)(*args, env=env, before=code, **more)
+            finally:
+                if rank == 0:
+                    ended.touch()
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, range(2)))
 
 @pytest.fixture(scope='session')
 def scripts(tmp_path_factory):
