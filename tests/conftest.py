@@ -81,9 +81,13 @@ import html.entities, http.server, ipaddress, multiprocessing, secrets # what th
 import numpy.ma, regex, requests, tiktoken, torch, torch._dynamo, torch.distributed, torch.nn.parallel
 import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, torch.distributed.pipelining
 import torch.utils.serialization.config
+from importlib.machinery import SourceFileLoader
 out = os.dup(1)
-sys.pycache_prefix = sys.argv[1] # model.py is compiled once, and nothing is written beside it
-sys.dont_write_bytecode = False
+# these two are compiled once, and nothing is written beside them
+paths = [os.path.join(sys.argv[1], name) for name in ('configurator.py', 'model.py')]
+compiled = {path: compile(open(path, encoding='utf-8').read(), path, 'exec') for path in paths}
+get_code = SourceFileLoader.get_code
+SourceFileLoader.get_code = lambda self, name: compiled.get(self.path) or get_code(self, name)
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
@@ -113,9 +117,9 @@ os._exit(code)
 '''
 
 class Server:
-    def __init__(self, cache):
+    def __init__(self):
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONUTF8': '1'}
-        command = [sys.executable, '-c', SERVER, cache]
+        command = [sys.executable, '-c', SERVER, str(ROOT)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
                                         start_new_session=True)
 
@@ -139,12 +143,9 @@ time.sleep = sleep
 class Scripts:
     def __init__(self, folder):
         self.folder, self.n, self.free = folder, 0, queue.Queue()
-        self.servers = [self.new_server(), self.new_server()]
+        self.servers = [Server(), Server()]
         for server in self.servers:
             self.free.put(server)
-
-    def new_server(self):
-        return Server(self.folder / 'bytecode')
 
     def __call__(self, script, *args, cwd=None, env={}, stdin='', before='', after=''):
         """Run a script -> code, out, err. `args`: flags and profiles as they are typed."""
@@ -162,7 +163,7 @@ class Scripts:
             os.killpg(server.process.pid, signal.SIGKILL)
             server.process.wait()
             self.servers.remove(server)
-            server = self.new_server()
+            server = Server()
             self.servers.append(server)
             raise
         finally:

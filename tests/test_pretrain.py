@@ -334,8 +334,7 @@ def test_compile_changes_nothing(stage, chain, scripts, tmp_path):
     is in a graph: outside of one, the fp32 copies of the logits would take most of the memory of a GPU.
     """
     before = '''
-import sys, torch
-sys.pycache_prefix, sys.dont_write_bytecode = None, True # what torch.compile imports has bytecode beside it
+import torch
 names, plain_compile = [], torch.compile
 def compile(f):
     names.append(getattr(f, '__name__', type(f).__name__))
