@@ -77,9 +77,17 @@ def fails(pattern):
 
 SERVER = '''
 import atexit, gc, json, os, runpy, sys
-import numpy, tiktoken, torch, torch._dynamo, torch.distributed, torch.nn.parallel
+import html.entities, http.server, ipaddress, multiprocessing, secrets # what the scripts import, now or later
+import numpy.ma, regex, requests, tiktoken, torch, torch._dynamo, torch.distributed, torch.nn.parallel
 import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, torch.distributed.pipelining
+import torch.utils.serialization.config
+from importlib.machinery import SourceFileLoader
 out = os.dup(1)
+# these two are compiled once, and nothing is written beside them
+paths = [os.path.join(sys.argv[1], name) for name in ('configurator.py', 'model.py')]
+compiled = {path: compile(open(path, encoding='utf-8').read(), path, 'exec') for path in paths}
+get_code = SourceFileLoader.get_code
+SourceFileLoader.get_code = lambda self, name: compiled.get(self.path) or get_code(self, name)
 gc.freeze()
 for line in sys.stdin:
     job = json.loads(line)
@@ -88,7 +96,7 @@ for line in sys.stdin:
         break
     os.write(out, b'%d\\n' % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 else:
-    sys.exit()
+    os._exit(0) # without the second that it takes to tidy up all of torch
 os.environ.update(job['env'])
 os.chdir(job['cwd'])
 for fd, path, flags in ((0, job['stdin'], os.O_RDONLY), (1, job['out'], os.O_WRONLY), (2, job['err'], os.O_WRONLY)):
@@ -98,7 +106,7 @@ code = 0
 try:
     exec(job['before'])
     exec(job['after'], runpy.run_path(job['script'], run_name='__main__'))
-except SystemExit as e: # what Python does at its end, without the second that it takes to tidy up all of torch
+except SystemExit as e: # what Python does at its end, without the tidying up
     code = e.code if isinstance(e.code, int) else 0 if e.code is None else print(e.code, file=sys.stderr) or 1
 except BaseException:
     code = sys.excepthook(*sys.exc_info()) or 1
@@ -111,8 +119,9 @@ os._exit(code)
 class Server:
     def __init__(self):
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONDONTWRITEBYTECODE': '1', 'PYTHONUTF8': '1'}
-        self.process = subprocess.Popen([sys.executable, '-c', SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=env, start_new_session=True)
+        command = [sys.executable, '-c', SERVER, str(ROOT)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
+                                        start_new_session=True)
 
     def run(self, job, timeout=120):
         self.process.stdin.write(json.dumps(job).encode() + b'\n')
@@ -120,6 +129,16 @@ class Server:
         ready = select.select([self.process.stdout], [], [], timeout)[0]
         assert ready, f'{job["script"]} {job["args"]} did not end in {timeout} s'
         return int(self.process.stdout.readline())
+
+# After an error rank 1 sleeps, until torchrun ends it because rank 0 has ended. Here it wakes up then.
+WAITS_FOR_RANK_0 = '''
+import os, time
+def sleep(seconds, sleep=time.sleep):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not os.path.exists({!r}):
+        sleep(0.02)
+time.sleep = sleep
+'''
 
 class Scripts:
     def __init__(self, folder):
@@ -173,13 +192,26 @@ class Scripts:
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda job: self.ok(*job[0], **job[1]), jobs))
 
-    def two(self, *args, **more):
-        """One script as two gloo processes, the way torchrun starts them."""
+    def two(self, *args, check=True, before='', **more):
+        """One script as two gloo processes, the way torchrun starts them. check: both must end well."""
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
             port = s.getsockname()[1]
-        env = dict(WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        return self.both(*((args, dict(more, env=dict(env, RANK=r, LOCAL_RANK=r))) for r in range(2)))
+        ended = self.folder / f'rank0_of_{port}_has_ended'
+        ended.unlink(missing_ok=True)
+
+        def run(rank):
+            env = dict(WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank)
+            code = before
+            if rank == 1:
+                code = WAITS_FOR_RANK_0.format(str(ended)) + before
+            try:
+                return (self.ok if check else self)(*args, env=env, before=code, **more)
+            finally:
+                if rank == 0:
+                    ended.touch()
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, range(2)))
 
 @pytest.fixture(scope='session')
 def scripts(tmp_path_factory):
@@ -187,6 +219,7 @@ def scripts(tmp_path_factory):
     yield s
     for server in s.servers:
         server.process.stdin.close()
+    for server in s.servers:
         server.process.wait(10)
 
 # -----------------------------------------------------------------------------

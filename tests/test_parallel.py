@@ -1,9 +1,8 @@
 """pretrain.py on two gloo processes, however they share the model, is pretrain.py on one."""
 import signal
-import subprocess
-import sys
 
 import pytest
+import torch.distributed.run
 
 from conftest import ROOT, distance, kill_at, load, make_mid, read_log, stocked
 
@@ -93,13 +92,11 @@ def test_ddp_resumes_bit_for_bit(command, scripts, tmp_path):
     assert distance(tmp_path / 'cut' / 'base.pt', tmp_path / 'whole' / 'base.pt') == 0
     assert read_log(tmp_path / 'cut' / 'base.jsonl') == read_log(tmp_path / 'whole' / 'base.jsonl')
 
-def test_under_torchrun(command, one, tmp_path):
-    """The launcher of the docstring: only rank 0 speaks."""
-    script, *flags = map(str, command(tmp_path))
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    r = subprocess.run([*torchrun, str(ROOT / script), *flags], capture_output=True, text=True, timeout=200)
-    assert r.returncode == 0, r.stderr[-3000:]
-    assert r.stdout.count('saved ') == r.stdout.count('device: ') == 1
+def test_under_torchrun(command, one, scripts, tmp_path):
+    """The launcher of the docstring: only rank 0 speaks. The launcher is warm, the processes that it starts are not."""
+    script, *flags = command(tmp_path)
+    said = scripts.ok(torch.distributed.run.__file__, '--standalone', '--nproc_per_node=2', ROOT / script, *flags).out
+    assert said.count('saved ') == said.count('device: ') == 1
     same(tmp_path, one('llama', 'adamw'))
 
 def test_what_does_not_go_together(command, scripts, tmp_path):

@@ -8,9 +8,7 @@ import os
 import random
 import re
 import shutil
-import socket
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, definitions
@@ -42,7 +40,7 @@ def contents(folder):
     """{name: hash} of all files; of funnel.json without the seconds."""
     found = {}
     for path in sorted(folder.rglob('*')):
-        if path.is_file() and '.partial' not in path.parts:
+        if path.is_file() and '.partial' not in path.relative_to(folder).parts:
             text = path.read_bytes()
             if path.name == 'funnel.json':
                 text = json.dumps(dict(json.loads(text), seconds=0)).encode()
@@ -398,13 +396,7 @@ os.replace = kill
 
 def two_fail(scripts, **settings):
     """Two ranks that both must end with an error -> what they said."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        env = dict(WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=s.getsockname()[1])
-    with ThreadPoolExecutor(2) as pool:
-        ranks = [pool.submit(scripts, 'prepare_data.py', *flags(**settings), env=dict(env, RANK=rank, LOCAL_RANK=rank))
-                 for rank in range(2)]
-        results = [rank.result() for rank in ranks]
+    results = scripts.two('prepare_data.py', *flags(**settings), check=False)
     assert [r.code for r in results] == [1, 1]
     return [r.err for r in results]
 
@@ -423,53 +415,61 @@ def test_an_error_of_rank_0_ends_the_others(tmp_path, scripts):
     assert re.search('error: mixture: nothing from boks', told[0]) and 'Traceback' not in ''.join(told)
 
 
-KILL = '''
+MOMENTS = '''
 import os, shutil
-left = [{n}]
-def deadly(f):
+copytree, n = shutil.copytree, [0]
+def watched(f):
     def call(*args, **more):
         if os.path.exists({marker!r}) or os.path.exists({whole!r}):
-            left[0] -= 1
-            if left[0] < 0:
+            if n[0] == {kill}:
                 os.kill(os.getpid(), 9)
+            if {kill} is None: # what a kill would leave
+                copytree({out!r}, os.path.join({moments!r}, '%03d' % n[0]))
+            n[0] += 1
         return f(*args, **more)
     return call
 for module, name in ((os, 'replace'), (os, 'remove'), (os, 'rmdir'), (shutil, 'rmtree')):
-    setattr(module, name, deadly(getattr(module, name)))
+    setattr(module, name, watched(getattr(module, name)))
 '''
 
 
 def test_a_kill_at_every_rename_of_the_exchange(tmp_path, scripts):
-    """The old corpus has conversations, the new one has none: they must go, whenever the run is killed."""
+    """
+    The old corpus has conversations, the new one has none: they must go, whenever the run is killed. One run leaves a
+    copy of its folder at every moment; that a kill leaves the same is shown for one of them.
+    """
     old, new = write(tmp_path / 'old.jsonl', talks(40)), write(tmp_path / 'new.jsonl', texts('new', 60))
-    start = tmp_path / 'start'
-    scripts.ok('prepare_data.py', *flags(
-        files=old, data_dir=start, filters='dedup', chat_as_text=True, val_fraction=0.3))
-    more = dict(files=new, filters='dedup', val_fraction=0.3)
-    shutil.copytree(start, tmp_path / 'whole')
-    scripts.ok('prepare_data.py', *flags(data_dir=tmp_path / 'whole', **more))
-    whole = contents(tmp_path / 'whole')
-    assert 'chat_train.jsonl' in contents(start) and 'chat_train.jsonl' not in whole and len(whole) == 4
     out = tmp_path / 'out'
-    for n in range(100):
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(start, out)
-        kill = KILL.format(n=n, marker=str(out / '.partial' / 'finished.json'),
-                           whole=str(out / '.partial' / 'new' / 'funnel.json'))
-        killed = scripts('prepare_data.py', *flags(data_dir=out, **more), before=kill)
-        if killed.code == 0:
-            break
-        assert killed.code == -9
+    scripts.ok('prepare_data.py', *flags(
+        files=old, data_dir=out, filters='dedup', chat_as_text=True, val_fraction=0.3))
+    start = tmp_path / 'start'
+    shutil.copytree(out, start)
+    more = dict(files=new, filters='dedup', val_fraction=0.3)
+    moments = tmp_path / 'moments'
+    names = dict(out=str(out), moments=str(moments), marker=str(out / '.partial' / 'finished.json'),
+                 whole=str(out / '.partial' / 'new' / 'funnel.json'))
+    scripts.ok('prepare_data.py', *flags(data_dir=out, **more), before=MOMENTS.format(kill=None, **names))
+    whole = contents(out)
+    assert 'chat_train.jsonl' in contents(start) and 'chat_train.jsonl' not in whole and len(whole) == 4
+    copies = sorted(moments.iterdir())
+    for n, copy in enumerate(copies):
+        shutil.rmtree(out)
+        if n == 5:
+            shutil.copytree(start, out)
+            killed = scripts('prepare_data.py', *flags(data_dir=out, **more), before=MOMENTS.format(kill=n, **names))
+            assert killed.code == -9
+            assert contents(out) == contents(copy) and contents(out / '.partial') == contents(copy / '.partial') != {}
+        else:
+            shutil.copytree(copy, out)
         # at any moment each file is either in its place or in .partial
-        everything = {path.name for path in out.rglob('*')}
-        assert {'train', 'val', 'funnel.json', 'dropped.jsonl'} <= everything, n
+        assert {'train', 'val', 'funnel.json', 'dropped.jsonl'} <= {path.name for path in out.rglob('*')}, n
         # another command finishes the exchange before anything else
         if n == 5:
             scripts.fails('no input file', 'prepare_data.py', *flags(data_dir=out, files=tmp_path / 'nosuch.txt'))
         scripts.ok('prepare_data.py', *flags(data_dir=out, **more))
         assert contents(out) == whole, n
         assert not (out / '.partial').exists()
-    assert n > 10
+    assert len(copies) > 10
 
 
 @pytest.mark.parametrize('over_old', [True, False])

@@ -4,6 +4,8 @@ import re
 import shutil
 import signal
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -186,16 +188,28 @@ def test_a_full_disk(world, scripts, tmp_path, uninterrupted):
 def test_two_runs_in_one_folder(world, scripts, tmp_path):
     """The second one goes on, the first one ends when it wants to write; each line stands once."""
     run = command(world, tmp_path)
-    inner = f'''
-import subprocess, sys, model
+    waits, goes_on = tmp_path / 'waits', tmp_path / 'goes_on'
+    until_the_second_has_ended = f'''
+import os, time, model
 old = model.seed_step
 def seed_step(seed, step, rank):
-    if step == 3: # a second run, from here to its end
-        subprocess.run([sys.executable, {str(ROOT / run[0])!r}, *{[str(word) for word in run[1:]]!r}], check=True)
+    if step == 3:
+        open({str(waits)!r}, 'w').close()
+        while not os.path.exists({str(goes_on)!r}):
+            time.sleep(0.01)
     return old(seed, step, rank)
 model.seed_step = seed_step
 '''
-    scripts.fails(r'another run has started to write .*base\.jsonl: this one ends', *run, before=inner)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(scripts.fails, r'another run has started to write .*base\.jsonl: this one ends', *run,
+                            before=until_the_second_has_ended)
+        while not waits.exists() and not first.done():
+            time.sleep(0.01)
+        try:
+            scripts.ok(*run)
+        finally:
+            goes_on.touch()
+        first.result()
     assert [row['step'] for row in read_log(tmp_path / 'base.jsonl') if 'loss' in row] == list(range(10))
     assert load(tmp_path / 'base.pt')['step'] == 10 and not list(tmp_path.glob('base.resume*'))
 

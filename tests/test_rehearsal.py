@@ -246,10 +246,12 @@ def test_fewer_processes_do_the_same_updates(profiles):
 # the rehearsal
 
 N_BYTES = 30_000
-FAST = dict(prepare_data=[f'first_bytes={N_BYTES}'], tokenizer=['mid_chats=1'], pretrain=['max_iters=4'],
-            reward=['share=0.3'],
-            rlhf=['max_iters=2', 'batch_size=4', 'minibatch_size=4'],
-            eval=['limit=1', 'n_robust=0', 'n_prompts=2', 'pool_prompts=1', 'val_tokens=2000'])
+FAST = dict(prepare_data=[f'first_bytes={N_BYTES}'], tokenizer=['mid_chats=1'],
+            pretrain=['max_iters=2', 'total_batch_size=8', 'eval_iters=1'], mid=['eval_iters=1'],
+            sft=['max_new_tokens=6'], reward=['share=0.3'],
+            rlhf=['max_iters=2', 'batch_size=4', 'minibatch_size=4', 'max_new_tokens=6'],
+            eval=['limit=1', 'n_robust=0', 'n_prompts=2', 'pool_prompts=1', 'val_tokens=2000', 'max_new_tokens=6',
+                  'max_exam_tokens=6'])
 
 @pytest.fixture(scope='module')
 def mirror(tmp_path_factory):
@@ -278,13 +280,15 @@ def check_checkpoints(profile, out):
     settings['vocab_size'] = settings_of('tokenizer.py', profile)['vocab_size']
     names = GPTConfig.__dataclass_fields__
     full = asdict(GPTConfig(**{name: value for name, value in settings.items() if name in names}))
+    with torch.device('meta'):
+        large_models = {kind: kind(GPTConfig(**full)).state_dict() for kind in (GPT, ScalarModel)}
     for stage, kind in dict(base=GPT, mid=GPT, sft=GPT, reward=ScalarModel, rlhf=GPT).items():
+        large = large_models[kind]
         ckpt = load(out / f'{stage}.pt')
         changed = {name: value for name, value in ckpt['model_args'].items() if value != full[name]}
         assert sorted(changed) == ['block_size', 'n_embd', 'n_head', 'n_hidden', 'n_kv_head', 'n_layer', 'vocab_size']
         with torch.device('meta'):
             small = kind(GPTConfig(**{**full, **changed})).state_dict()
-            large = kind(GPTConfig(**full)).state_dict()
         shapes = {name: tensor.shape for name, tensor in ckpt['weights'].items()}
         assert shapes == {name: tensor.shape for name, tensor in small.items()}, stage
         in_any_block = re.compile(r'blocks\.\d+')

@@ -447,19 +447,19 @@ def same(one, two, stage='reward'):
 
 def test_processes_and_micro_batches_change_nothing(chain, scripts, tmp_path):
     one, two, moved = (stocked(tmp_path / n, chain, 'sft') for n in ('one', 'two', 'moved'))
-    flags = ('--learning_rate=1e-4', '--total_batch_size=4')
+    flags = ('--learning_rate=1e-4', '--total_batch_size=4', '--share=0.5') # two epochs of five steps
     scripts.ok(*command(chain, one, *flags, '--batch_size=4'))
     said = scripts.two(*command(chain, two, *flags, '--batch_size=2'))
     assert said[1].out == '' and 'saved' in said[0].out
     same(one, two)
     # two processes with fsdp, stopped; one process with four micro-batches, stopped; again two
     words = command(chain, moved, *flags, '--batch_size=2', '--parallel=fsdp')
-    with pytest.raises(AssertionError, match='stopped at step 4 and saved'):
-        scripts.two(*words, before=kill_at(3, signal.SIGTERM))
-    scripts.fails('stopped at step 12 and saved', *command(chain, moved, *flags, '--batch_size=1'),
-                  before=kill_at(11, signal.SIGTERM))
+    with pytest.raises(AssertionError, match='stopped at step 2 and saved'):
+        scripts.two(*words, before=kill_at(1, signal.SIGTERM))
+    scripts.fails('stopped at step 7 and saved', *command(chain, moved, *flags, '--batch_size=1'),
+                  before=kill_at(6, signal.SIGTERM))
     said = scripts.two(*words, '--batch_size=1', after=HALF)
-    assert 'at step 12' in said[0].out and 'saved' in said[0].out and said[1].out == ''
+    assert 'at step 7' in said[0].out and 'saved' in said[0].out and said[1].out == ''
     same(one, moved)
 
 def test_dpo_in_two_processes(chain, scripts, tmp_path):
