@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole recipe: raw pages go in, a small ChatGPT-style model and a report come out.
-#   bash speedrun.sh                            config/tiny.py: 6 to 10 minutes on a laptop CPU
-#   bash speedrun.sh --quick                    the same with config/quick.py: a minute, poor answers
+#   bash speedrun.sh                            config/tiny.py: 6 to 10 minutes on a CPU
+#   bash speedrun.sh --quick                    the same with config/quick.py: 90 seconds, poor answers
 #   bash speedrun.sh config/d20.py              another profile; all GPUs or $NPROC processes share it
 #   bash speedrun.sh config/d20.py config/rehearse.py    a tiny model, in minutes (or --rehearse=true)
 #   bash speedrun.sh config/d20.py --estimate=8xH100    only print what it needs
