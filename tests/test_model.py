@@ -95,13 +95,14 @@ def tok():
 @pytest.mark.parametrize('qk_norm', [False, True])
 def test_attention_by_its_formula(qk_norm):
     """softmax(q k' scale) v over the tokens so far. scale: 1 / sqrt(D), or 12 / D with normed q and k."""
+    torch.manual_seed(0)
     H, H_kv, D = 4, 2, 8
     net = model.Attention(config(n_kv_head=H_kv, qk_norm=qk_norm))
     x = torch.randn(1, 5, H * D)
     q, k, v = net.qkv(x)[0].view(5, H + 2 * H_kv, D).transpose(0, 1).split([H, H_kv, H_kv]) # (heads, 5, D)
     scale = D ** -0.5
     if qk_norm:
-        q, k = (values / values.square().mean(2, keepdim=True).sqrt() for values in (q, k))
+        q, k = (values / (values.square().mean(2, keepdim=True) + 1e-5).sqrt() for values in (q, k)) # norm_eps
         scale = 12 / D
     heads = []
     for h in range(H):
