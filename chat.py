@@ -19,7 +19,7 @@ an answer. The API is OpenAI's, below http://127.0.0.1:8000/v1. Answers that are
 time are rows of one batch, which they join and leave at any step (Yu et al. 2022).
 Left out: accounts and https. This server is for your own computer, or for a class that you trust.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import codecs
 import collections
 import copy

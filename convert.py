@@ -24,7 +24,7 @@ prints its chkhsh. Then add to get_vocab_base_pre() in its conversion/base.py:
 Left out: quantized weights, learned weights of qk_norm (as in Qwen3 itself), rope scaling but that
 of Llama 3, and retries: if a download was interrupted, the same command continues it.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import base64, json, math, os, re, shutil, sys
 from dataclasses import asdict
 

@@ -31,7 +31,7 @@ A base model knows no chat template. It gets the words of the prompt as the star
 
 Left out: a language model as judge; examples (shots) in conversations.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import collections
 import contextlib
 import csv

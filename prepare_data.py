@@ -33,7 +33,7 @@ write the corpus. Any number of ranks writes the same corpus, byte for byte.
 Left out: models that judge quality (FineWeb-Edu, DCLM); quality rules for other languages than
 English (use --filters=url,language,pii,dedup for them); archives (unpack .zip and .tar yourself).
 """
-from configurator import configure, read_settings # first: makes Ctrl-C one line
+from configurator import configure, read_settings # first, so that Ctrl-C gives no traceback
 import collections, concurrent.futures, contextlib, datetime, functools, glob, gzip, hashlib, html
 import io, ipaddress, itertools, json, mmap, os, pathlib, re, shutil, threading, time, typing, zlib
 

@@ -22,7 +22,7 @@ What would spoil the law: one learning rate for all widths, text that is read tw
 the head and attention (half of all in such small models), a run that stops before its schedule
 ends (half-way, a long run has a higher loss than a run of half the length at its end).
 """
-from configurator import configure, read_profile # first: makes Ctrl-C one line
+from configurator import configure, read_profile # first, so that Ctrl-C gives no traceback
 import collections
 import copy
 import functools

@@ -176,7 +176,7 @@ def load_examples(split):
     return examples
 
 def load_replay(n_rows):
-    """n_rows rows of max_length tokens of the pretraining text, each from a shard drawn at random."""
+    """n_rows rows of max_length tokens of the pretraining text, each from a random shard."""
     paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), 'train_*.bin')))
     assert paths, f'no {data_dir}/train_*.bin for replay: run tokenizer.py, or use --replay=0'
     rng = np.random.default_rng(seed)
@@ -484,7 +484,7 @@ for step in range(first_step, max_iters + 1):
 # save
 seconds = time.time() - started
 if best['step'] < max_iters:
-    print0(f'the validation loss has risen since step {best["step"]}: saving the weights of that step')
+    print0(f'val_loss has risen since step {best["step"]}: saving the weights of that step')
 if run.master:
     flops = raw_model.flops_per_token(max_length) * n_tokens
     weights = best.pop('weights')

@@ -17,7 +17,7 @@ another town      $ python toytown.py --seed=7 --n_people=20 --town_dir=data/raw
 It takes one CPU core and a few seconds. The same settings give the same bytes.
 Left out: images, links between the pages, questions that refer to an earlier turn.
 """
-from configurator import configure # first: makes Ctrl-C one line, also while torch loads
+from configurator import configure # first, so that Ctrl-C gives no traceback while torch loads
 import collections, gzip, hashlib, html, itertools, json, os, random, re, shutil
 
 import numpy as np

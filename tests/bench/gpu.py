@@ -39,6 +39,8 @@ FOLDER = ROOT / '.gpu'
 BANDWIDTH = {'H200': 4.8e12, 'H100': 3.35e12} # bytes/s of the data sheets
 PEAK_FLOPS = 989e12 # bf16, of the data sheet
 WARM_UP_STEPS = 10
+D20 = dict(arch='llama', vocab_size=65536, block_size=2048, n_layer=20, n_head=10, n_embd=1280,
+           n_hidden=3424, qk_norm=True, tie_embeddings=False) # the model of config/d20.py
 TINY = '--tiny' in sys.argv
 DEVICE = 'cpu' if TINY else 'cuda'
 STARTED = time.time()
@@ -306,13 +308,9 @@ def ours(folder, profile, batch_size, n_micro, flags=()):
     speeds = []
     for text in re.findall(r'([\d,]+) tok/s', done[2]):
         speeds.append(float(text.replace(',', '')))
-    if 'd20' in profile:
-        shape = dict(arch='llama', n_layer=20, n_head=10, n_embd=1280, n_hidden=3424,
-                     tie_embeddings=False, vocab_size=n_vocab, block_size=2048)
-    else:
-        shape = dict(vocab_size=n_vocab)
+    shape = D20 if 'd20' in profile else {}
     with torch.device('meta'):
-        net = GPT(GPTConfig(**shape))
+        net = GPT(GPTConfig(**{**shape, 'vocab_size': n_vocab}))
     flops_per_token = net.flops_per_token(net.config.block_size)
     name = f'ours, {profile}, {n_micro} micro-batches of {batch_size} {" ".join(flags)}'
     return report(name, done, speeds, flops_per_token), flops_per_token
@@ -368,12 +366,12 @@ def stages(folder):
     from conftest import user, write_rows
     from model import GPT, GPTConfig, Tokenizer, save_checkpoint
     profile = ROOT / 'config/d20.py'
-    block_size, n_rows, n_vocab = 2048, 512, 65536
-    shape = dict(arch='llama', n_layer=20, n_head=10, n_embd=1280, n_hidden=3424, qk_norm=True,
-                 tie_embeddings=False)
+    n_rows, shape = 512, D20
     if TINY:
-        block_size, n_rows, n_vocab = 256, 16, 512
-        shape.update(n_layer=2, n_head=2, n_embd=32, n_hidden=96)
+        n_rows = 16
+        shape = dict(D20, vocab_size=512, block_size=256, n_layer=2, n_head=2, n_embd=32,
+                     n_hidden=96)
+    n_vocab, block_size = shape['vocab_size'], shape['block_size']
     code, _, said, _ = start(ROOT / 'scaling.py', profile, '--estimate=1xH100')
     estimates = dict(re.findall(r'^(sft|reward|rlhf) +[\d,]+M +([\d.]+)', said, re.M))
 
@@ -400,11 +398,13 @@ def stages(folder):
     tok = Tokenizer.load(data / 'tokenizer.json')
     out = folder / 'd20'
     out.mkdir(exist_ok=True)
-    shape = GPTConfig(vocab_size=n_vocab, block_size=block_size, **shape)
+    shape = GPTConfig(**shape)
     torch.manual_seed(0)
-    save_checkpoint(f'{out}/base.pt', 'base', GPT(shape).state_dict(), asdict(shape), tok, {}, 0, {})
+    weights = GPT(shape).state_dict()
+    save_checkpoint(f'{out}/base.pt', 'base', weights, asdict(shape), tok, {}, 0, {})
     flags = dict(sft=['--log_interval=1'], reward=['--log_interval=1'],
-                 rlhf=['--max_iters=1', '--ppo_epochs=1', '--max_new_tokens=64', '--eval_prompts=8'])
+                 rlhf=['--max_iters=1', '--ppo_epochs=1', '--max_new_tokens=64',
+                       '--eval_prompts=8'])
     if TINY:
         flags['reward'] += ['--max_length=0', '--total_batch_size=8']
         flags['rlhf'] += ['--batch_size=16', '--minibatch_size=16']
